@@ -87,8 +87,8 @@ def config_from_args(args: argparse.Namespace, world_size: int = 1, overrides: M
         validate(cfg)
         batch_plan(cfg)
     except ConfigError as error:
-        source = sources.get(str(error).split(" ", 1)[0])  # the message begins with the key
-        raise ConfigError(f"{source}: {error}" if source else str(error)) from None
+        source = sources.get(str(error).split(" ", 1)[0], "default")  # the message begins with the key
+        raise ConfigError(f"{source}: {error}") from None
     return cfg
 
 

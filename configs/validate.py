@@ -179,7 +179,8 @@ def _check_cutmix(cfg: CfgNode) -> None:
 
 def _check_statistics(cfg: CfgNode) -> None:
     _refuse(any(value <= 0 for value in cfg.DATA.STD), cfg, "DATA.STD", "must be above 0")
-    _refuse(any(not 0 <= value <= 255 or value != int(value) for value in cfg.AUG.FILL), cfg, "AUG.FILL", "three whole numbers from 0 to 255")
+    off_scale = any(not 0 <= value <= 255 or value != int(value) for value in cfg.AUG.FILL)
+    _refuse(off_scale, cfg, "AUG.FILL", "three whole numbers from 0 to 255")
     _refuse(any(not 0 <= beta < 1 for beta in cfg.TRAIN.OPTIMIZER.BETAS), cfg, "TRAIN.OPTIMIZER.BETAS", "both in [0, 1)")
 
 
