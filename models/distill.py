@@ -1,0 +1,95 @@
+"""Teacher outputs as K probabilities an image, and the losses of a student that learns from them.
+
+A teacher's output is kept as its K largest probabilities. What they leave of 1 is spread evenly over the other C - K classes:
+that is the target, and no loss here builds it as a dense [B, C] matrix. Losses are computed in float32 (float64 for a float64
+student), whatever autocast says, and are means over the batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+_LOW_BITS = 0xFFFFFFFF
+
+
+def encode(logits: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest of softmax(logits / temperature): (int64 classes, float16 probabilities), both [B, K], descending.
+
+    Equal probabilities are ordered by class, lowest first. `k` beyond the number of classes keeps all of them.
+    """
+    if k < 1 or temperature <= 0:
+        raise ValueError(f"k = {k}, temperature = {temperature}: at least one class must be kept, at a temperature above 0")
+    num_classes = logits.shape[-1]
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    # topk leaves the order of ties open. The bits of a non-negative float32 sort like the number itself, so bits and class
+    # make one integer in which no two are equal.
+    reversed_class = torch.arange(num_classes - 1, -1, -1, device=logits.device)
+    keys = probs.view(torch.int32).to(torch.int64).mul_(_LOW_BITS + 1).add_(reversed_class)
+    indices = num_classes - 1 - (torch.topk(keys, min(k, num_classes), dim=-1).values & _LOW_BITS)
+    return indices, probs.gather(-1, indices).half()
+
+
+def class_subset(logits: torch.Tensor, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """The outputs of the given classes alone; the softmax of `encode` then renormalises over them."""
+    return logits.index_select(-1, torch.as_tensor(indices, device=logits.device))
+
+
+def densify(indices: torch.Tensor, probs: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The whole target [B, C] that K stored probabilities stand for, in float32."""
+    probs, rest = _split(probs.float(), num_classes)
+    return rest.expand(-1, num_classes).scatter(-1, indices.long(), probs)
+
+
+def sparse_soft_cross_entropy(student_logits: torch.Tensor, indices: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of a student [B, C] with stored probabilities [B, K]: the mean over the batch of -sum target log softmax."""
+    student_logits = _at_least_float32(student_logits)
+    num_classes = student_logits.shape[-1]
+    probs, rest = _split(probs.to(student_logits.dtype), num_classes)
+    mass = probs.sum(-1) + rest.squeeze(-1) * max(num_classes - probs.shape[-1], 0)
+    shifted = student_logits - student_logits.detach().amax(-1, keepdim=True)
+    attained = ((probs - rest) * shifted.gather(-1, indices.long())).sum(-1) + rest.squeeze(-1) * shifted.sum(-1)
+    return (shifted.logsumexp(-1) * mass - attained).mean()
+
+
+def label_cross_entropy(student_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy with dense targets [B, C]: the mean over the images that have a label, i.e. a row that is not all zero."""
+    losses = -(targets * torch.log_softmax(_at_least_float32(student_logits), dim=-1)).sum(-1)
+    return losses.sum() / (targets.amax(-1) > 0).sum().clamp(min=1)
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    indices: torch.Tensor,
+    probs: torch.Tensor,
+    targets: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    temperature: float = 1.0,
+    hard: bool = False,
+) -> torch.Tensor:
+    """(1 - alpha) * cross entropy with dense label targets + alpha * temperature^2 * cross entropy with the teacher at that temperature.
+
+    With `hard` the teacher's part is the cross entropy with its top-1 class instead, which has no temperature.
+    """
+    if alpha < 1 and targets is None:
+        raise ValueError(f"DISTILL.ALPHA {alpha} asks for labels, but this data has none that fit: set DISTILL.ALPHA 1")
+    if hard:
+        teacher = functional.cross_entropy(_at_least_float32(student_logits), indices[:, 0].long())
+    else:
+        student = _at_least_float32(student_logits) / temperature
+        teacher = temperature**2 * sparse_soft_cross_entropy(student, indices, probs)
+    if alpha == 1:
+        return teacher
+    return (1 - alpha) * label_cross_entropy(student_logits, targets) + alpha * teacher
+
+
+def _split(probs: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored probabilities, brought to a sum of at most 1, and what each other class gets [B, 1]."""
+    total = probs.sum(-1, keepdim=True)
+    others = num_classes - probs.shape[-1]
+    rest = (1 - total).clamp(min=0) / others if others > 0 else torch.zeros_like(total)
+    return probs / total.clamp(min=1), rest
+
+
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
