@@ -43,13 +43,10 @@ def densify(indices: torch.Tensor, probs: torch.Tensor, num_classes: int) -> tor
 
 def sparse_soft_cross_entropy(student_logits: torch.Tensor, indices: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """Cross entropy of a student [B, C] with stored probabilities [B, K]: the mean over the batch of -sum target log softmax."""
-    student_logits = _at_least_float32(student_logits)
-    num_classes = student_logits.shape[-1]
-    probs, rest = _split(probs.to(student_logits.dtype), num_classes)
-    mass = probs.sum(-1) + rest.squeeze(-1) * max(num_classes - probs.shape[-1], 0)
-    shifted = student_logits - student_logits.detach().amax(-1, keepdim=True)
-    attained = ((probs - rest) * shifted.gather(-1, indices.long())).sum(-1) + rest.squeeze(-1) * shifted.sum(-1)
-    return (shifted.logsumexp(-1) * mass - attained).mean()
+    log_probs = torch.log_softmax(_at_least_float32(student_logits), dim=-1)
+    probs, rest = _split(probs.to(log_probs.dtype), log_probs.shape[-1])
+    kept = ((probs - rest) * log_probs.gather(-1, indices.long())).sum(-1)
+    return -(kept + rest.squeeze(-1) * log_probs.sum(-1)).mean()
 
 
 def label_cross_entropy(student_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
