@@ -1,0 +1,201 @@
+"""A configuration, and what only the data and the store know -> a resolved configuration, and loaders over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.datasets import build_dataset
+from data.decoder import AugmentDecoder, eval_transform, mean_and_std
+from data.identity import adopted_values, check_proof, is_paired
+from data.logits_store import LogitsStoreReader, map_positions, store_epoch
+from data.replay import ReplayDataset, Sample
+from data.sampler import EpochBatches, EpochSampler
+from data.upstream_store import UpstreamStoreReader
+
+UPSTREAM_CLASSES = {"imagenet": 1000, "imagenet22k": 21841}  # an original's store does not say how many there are
+
+
+def resolve(cfg, model_classes: int = 0):
+    """A frozen copy of `cfg` with what data and store know: class count, K, seeds, recipe, fill colour.
+
+    `model_classes` is the class count of a teacher or of weights that are given, where there are such.
+    """
+    resolved = cfg.clone()
+    resolved.defrost()
+    for key, value in _resolved_values(cfg, model_classes).items():
+        *groups, name = key.split(".")
+        node = resolved
+        for group in groups:
+            node = node[group]
+        node[name] = value if node[name] is None or value is None else type(node[name])(value)
+    resolved.freeze()
+    return resolved
+
+
+def reads_store(cfg) -> bool:
+    """Whether this run trains from a store (rather than writes one, evaluates, or trains without)."""
+    return bool(cfg.DISTILL.TEACHER_LOGITS_PATH) and not (cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.EVAL_MODE or cfg.THROUGHPUT_MODE)
+
+
+def open_store(cfg, keys) -> LogitsStoreReader | UpstreamStoreReader:
+    """The store a run reads, in our layout or the original's."""
+    root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
+    if (root / "manifest.json").is_file():
+        return LogitsStoreReader(root)
+    if not any(root.glob("logits_top*_epoch*")):
+        raise ValueError(f"DISTILL.TEACHER_LOGITS_PATH = {root}: no store there (neither manifest.json nor logits_top*_epoch*/): "
+                         "write one with save_logits.py, or correct the path")
+    return UpstreamStoreReader(root, keys, num_classes=_upstream_classes(cfg), order=cfg.DISTILL.UPSTREAM_ORDER)
+
+
+class Epochs:
+    """Batches of a data set, epoch by epoch, from loader processes that live as long as this object."""
+
+    def __init__(self, cfg, dataset: Dataset, sampler: EpochSampler, batch_size: int, epoch_of: Callable[[int], int] = int) -> None:
+        """`epoch_of` says which epoch of the store (and of its order) serves an epoch of the run."""
+        self.sampler, self._epoch_of = sampler, epoch_of
+        self._batches = EpochBatches(sampler, batch_size)
+        self._loader = DataLoader(dataset, batch_sampler=self._batches, generator=torch.Generator(), **_loader_options(cfg))
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of an epoch for this rank, without its first `start` positions."""
+        self._batches.set_epoch(self._epoch_of(epoch), start)
+        return iter(self._loader)
+
+    def count(self, epoch: int = 0) -> int:
+        """Number of batches of a whole epoch for this rank."""
+        return -(-self.sampler.length(self._epoch_of(epoch)) // self._batches.batch_size)
+
+    @property
+    def dataset(self) -> Dataset:
+        return self._loader.dataset
+
+
+def train_epochs(cfg, rank: int, batch_size: int, step_images: int, report: Callable[[str], None] = lambda text: None) -> Epochs:
+    """The training data of one rank; `step_images` are those of an update over all ranks (1 keeps every image, for saving)."""
+    dataset = build_dataset(cfg, "train")
+    decoder = AugmentDecoder.from_config(cfg)
+    if not reads_store(cfg):
+        replay, epoch_of = ReplayDataset(dataset, decoder, seed=cfg.DATA.SEED), int
+    else:
+        replay, epoch_of = _replay_store(cfg, dataset, decoder)
+    sampler = EpochSampler(len(replay), cfg.WORLD_SIZE, rank, cfg.DATA.SEED, paired=is_paired(cfg), step_images=step_images,
+                           available=replay.available)
+    if sampler.skipped:
+        report(f"{sampler.skipped:,} of the store's {len(replay):,} images are skipped in epoch 0: "
+               "they or their partner are not in the data")
+    return Epochs(cfg, replay, sampler, batch_size, epoch_of)
+
+
+def check_store(cfg) -> str:
+    """Everything that can be checked before the first batch, for one process to do; returns a line about the store, "" without one."""
+    if not reads_store(cfg):
+        return ""
+    dataset = build_dataset(cfg, "train")
+    store = open_store(cfg, dataset.get_keys())
+    wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS)
+    epochs = store.epochs()
+    if cfg.DISTILL.REUSE_EPOCHS:
+        wanted = sorted({store_epoch(epoch, len(epochs)) for epoch in wanted})
+    store.check_epochs(wanted)
+    if isinstance(store, LogitsStoreReader):
+        local = local_positions(cfg, store, dataset)
+        check_proof(store.manifest["proof"], dataset, AugmentDecoder.from_config(cfg), str(store.root), local)
+    return f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,} images, epochs {_ranges(epochs)}"
+
+
+def val_epochs(cfg, rank: int) -> Epochs:
+    """The validation images of one rank, every image once over all ranks, as (image, label)."""
+    dataset = TransformedDataset(build_dataset(cfg, "val"), eval_transform(cfg))
+    sampler = EpochSampler(len(dataset), cfg.WORLD_SIZE, rank, shuffle=False)
+    return Epochs(cfg, dataset, sampler, cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
+
+
+def local_positions(cfg, store, dataset) -> np.ndarray | None:
+    """For each position of the store the data set's index, -1 where it has none; None when they are the same."""
+    return map_positions(store, dataset.get_keys(), cache=cfg.DATA.INDEX_DIR or None)
+
+
+class TransformedDataset(Dataset):
+    """(image, label) of a data set, by the (epoch, position) that samplers here deal."""
+
+    def __init__(self, dataset, transform: Callable) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        image, label = self.dataset[index[1]]
+        return self.transform(image), int(label)
+
+
+def _replay_store(cfg, dataset, decoder: AugmentDecoder) -> tuple[ReplayDataset, Callable[[int], int]]:
+    store = open_store(cfg, dataset.get_keys())
+    replay = ReplayDataset(dataset, decoder, store, cfg.DATA.SEED, topk=cfg.DISTILL.LOGITS_TOPK, local=local_positions(cfg, store, dataset))
+    if not cfg.DISTILL.REUSE_EPOCHS:
+        return replay, int
+    count = len(store.epochs())
+    return replay, lambda epoch: store_epoch(epoch, count)
+
+
+def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:
+    """What `resolve` sets, by key."""
+    if cfg.THROUGHPUT_MODE:
+        return {"MODEL.NUM_CLASSES": model_classes or cfg.MODEL.NUM_CLASSES or 1000}
+    dataset = build_dataset(cfg, "val" if cfg.EVAL_MODE else "train")
+    values: dict[str, Any] = {"MODEL.NUM_CLASSES": model_classes or cfg.MODEL.NUM_CLASSES or dataset.num_classes}
+    if reads_store(cfg):
+        store = open_store(cfg, dataset.get_keys())
+        if isinstance(store, LogitsStoreReader):
+            values |= adopted_values(cfg, store.manifest["identity"], str(store.root))
+        else:
+            topk = cfg.DISTILL.LOGITS_TOPK
+            if topk > store.k:
+                raise ValueError(f"DISTILL.LOGITS_TOPK = {topk}, but the store {store.root} holds top-{store.k}: set {store.k} or less")
+            values |= {"MODEL.NUM_CLASSES": store.num_classes, "DISTILL.LOGITS_TOPK": topk or store.k, "DATA.SEED": 0}
+    classes = values["MODEL.NUM_CLASSES"]
+    if classes < 1:
+        raise ValueError(f"DATA.DATASET = {cfg.DATA.DATASET}: no labels tell the number of classes: set MODEL.NUM_CLASSES")
+    if classes < dataset.num_classes:
+        raise ValueError(f"{classes} classes are fewer than the {dataset.num_classes} of the data {cfg.DATA.DATA_PATH}: "
+                         "set MODEL.NUM_CLASSES, or give the data that these weights or this store belong to")
+    if cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.DISTILL.ONLINE:
+        values["DISTILL.LOGITS_TOPK"] = min(cfg.DISTILL.LOGITS_TOPK or (100 if classes > 1000 else 10), classes)
+    if not list(values.get("AUG.FILL", cfg.AUG.FILL)):
+        values["AUG.FILL"] = [min(255, round(255 * value)) for value in mean_and_std(cfg)[0]]
+    return values
+
+
+def _upstream_classes(cfg) -> int:
+    return cfg.MODEL.NUM_CLASSES or UPSTREAM_CLASSES.get(cfg.DATA.DATASET, 1000)
+
+
+def _loader_options(cfg) -> dict[str, Any]:
+    """DataLoader options that follow from the configuration."""
+    options: dict[str, Any] = {"num_workers": cfg.DATA.NUM_WORKERS}
+    options["pin_memory"] = cfg.DATA.PIN_MEMORY and cfg.DEVICE in ("auto", "cuda") and torch.cuda.is_available()
+    if cfg.DATA.NUM_WORKERS:
+        start = None if cfg.DATA.WORKER_START == "auto" else cfg.DATA.WORKER_START
+        options |= {"persistent_workers": True, "prefetch_factor": cfg.DATA.PREFETCH, "multiprocessing_context": start}
+    return options
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts) or "none"
+
+
+__all__ = ["Epochs", "Sample", "check_store", "local_positions", "open_store", "reads_store", "resolve", "train_epochs", "val_epochs"]
