@@ -1,0 +1,294 @@
+"""Weights in and out: reading checkpoints safely, naming schemes, fitting weights to a model, the model zoo.
+
+Checkpoints of the official release, of this project and of timm are read, as .pth or .safetensors. No file can run code: only
+tensors, plain containers and the configuration node that some official files hold are accepted.
+"""
+
+import http.client
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import urllib.parse
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from math import isqrt
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from models.class_map import map_22k_to_1k
+
+StateDict = dict[str, torch.Tensor]
+
+ZOO_NAMES = ("22k_distill", "22kto1k_distill", "1k")
+CLIP_VARIANT = "clip_vit_large14_224"
+_ZOO_URL = "https://github.com/wkcn/TinyViT-model-zoo/releases/download"
+_SIZES = ("5m", "11m", "21m")
+_WEIGHT_KEYS = ("model", "state_dict", "model_state_dict")
+_EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
+_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+_OPTIONAL = "num_batches_tracked"  # a counter that no output depends on; files of old have none
+_RECOMPUTED = "attention_bias_idxs"  # a buffer of official checkpoints that follows from the window size
+_TIMEOUT = 30  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint's weights in a model."""
+
+    source: str
+    loaded: int  # tensors taken as they are
+    adapted: tuple[str, ...] = ()  # tensors taken in another shape, each with what was done
+    zeroed: tuple[str, ...] = ()  # tensors of the head that the file could not give, each with the reason
+    missing: tuple[str, ...] = ()  # counters that the file lacks; they keep their values
+    unexpected: tuple[str, ...] = ()  # tensors of the file that have no place in the model
+
+    def __str__(self) -> str:
+        lines = [f"weights of {self.source}: {self.loaded} tensors loaded"]
+        kinds = {"adapted": self.adapted, "head set to zero": self.zeroed, "not in the file": self.missing,
+                 "not in the model": self.unexpected}
+        return "\n".join(lines + [f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names])
+
+
+def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
+    """The weights in a checkpoint file or behind a URL, without wrappers; `ema` asks for the averaged ones.
+
+    Without `ema` averaged weights are taken only where there are no others.
+    """
+    path = cached_download(source) if _is_url(source) else Path(source).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such checkpoint file")
+    try:
+        content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_plain(path)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {found[1]}" if found else "it is no checkpoint, or a damaged one"
+        raise ValueError(f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is run. If you trust it, load it "
+                         "elsewhere and save model.state_dict() alone") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError,
+            safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from None
+    return _unwrap(content, path, ema)
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, torch.Tensor], *, exact: bool = False, log: Callable[[str], None] = print
+) -> LoadReport:
+    """Load weights from a file, a URL or a state dict into a model, and say what was done.
+
+    The naming (ours or timm's) is converted as needed. Unless `exact`, attention biases are interpolated to the model's windows, a
+    22k head becomes a 1k head through the class map, and a head of any other size is set to zero. A tensor that
+    the model needs and cannot get is an error; with `exact` so is one that it has no place for.
+    """
+    named = isinstance(source, (str, Path))
+    state = read_state_dict(source) if named else _without_wrappers(source)
+    label = str(source) if named else "the given state dict"
+    targets = model.state_dict()
+    state = _in_naming_of(targets, {key: value for key, value in state.items() if not key.endswith(_RECOMPUTED)})
+    head = () if exact else tuple(f"{name}." for name in classifier_names(model))
+
+    fitting: StateDict = {}
+    adapted, zeroed, missing, misfits = [], [], [], []
+    for key, target in targets.items():
+        value = state.get(key)
+        if value is not None and value.shape == target.shape:
+            fitting[key] = value
+        elif key.startswith(head):
+            fitting[key], note = _head_rows(value, target)
+            (adapted if fitting[key].any() else zeroed).append(f"{key} ({note})")
+        elif value is None and key.endswith(_OPTIONAL):
+            missing.append(key)
+        elif value is None:
+            misfits.append(f"{key} is missing")
+        elif not exact and key.endswith("attention_biases") and value.shape[0] == target.shape[0]:
+            fitting[key] = resize_attention_biases(value, target.shape[1])
+            adapted.append(f"{key} (window {isqrt(value.shape[1])} to {isqrt(target.shape[1])})")
+        else:
+            misfits.append(f"{key} is {list(value.shape)}, the model's {list(target.shape)}")
+    unexpected = [key for key in state if key not in targets]
+    if exact:
+        misfits += [f"{key} has no place" for key in unexpected]
+    if misfits:
+        shown = "; ".join(misfits[:6]) + (f"; and {len(misfits) - 6} more" if len(misfits) > 6 else "")
+        raise ValueError(f"{label} does not fit {type(model).__name__}: {shown}. Check that the model's configuration is the weights' own")
+
+    model.load_state_dict(fitting, strict=False)
+    loaded = len(fitting) - len(adapted) - len(zeroed)
+    report = LoadReport(label, loaded, tuple(adapted), tuple(zeroed), tuple(missing), tuple(unexpected))
+    log(str(report))
+    return report
+
+
+def load_pretrained(model: nn.Module, variant: str, which: str, log: Callable[[str], None] = print) -> LoadReport:
+    """Download official weights once and load them: variant as in TinyViT.from_config, `which` one of ZOO_NAMES."""
+    return load_weights(model, zoo_url(variant, which), log=log)
+
+
+def zoo_url(variant: str, which: str) -> str:
+    """Where the model zoo keeps a variant's weights; the environment variable TINYVIT_ZOO_URL names a mirror.
+
+    21m_384 and 21m_512 have weights of their own for 22kto1k_distill, else they start from 21m's. The teacher is
+    ("clip_vit_large14_224", "22k").
+    """
+    base = os.environ.get("TINYVIT_ZOO_URL", _ZOO_URL).rstrip("/")
+    if (variant, which) == (CLIP_VARIANT, "22k"):
+        return f"{base}/pretrained_teacher/clip_vit_large_patch14_22k.pth"
+    size, _, resolution = variant.partition("_")
+    if size not in _SIZES or resolution not in (("", "384", "512") if size == "21m" else ("",)) or which not in ZOO_NAMES:
+        raise ValueError(f"the model zoo has no {which!r} weights for {variant!r}: it has {', '.join(ZOO_NAMES)} for "
+                         f"{', '.join((*_SIZES, '21m_384', '21m_512'))}, and 22k for {CLIP_VARIANT}")
+    if resolution and which == "22kto1k_distill":
+        return f"{base}/checkpoints/tiny_vit_21m_22kto1k_{resolution}_distill.pth"
+    return f"{base}/checkpoints/tiny_vit_{size}_{which}.pth"
+
+
+def cached_download(url: str | Path) -> Path:
+    """The local copy of a URL's file, fetched on first use into TINYVIT_CACHE or torch.hub's folder; it is whole or not there."""
+    url = str(url)
+    folder = Path(os.environ.get("TINYVIT_CACHE") or Path(torch.hub.get_dir()) / "checkpoints")
+    name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name or "weights"
+    if not name.startswith(("tiny_vit_", "clip_vit_large_patch14_22k")):  # other sites' names may coincide
+        name = f"{Path(name).stem}-{sha256(url.encode()).hexdigest()[:8]}{Path(name).suffix}"
+    target = folder / name
+    if target.is_file():
+        return target
+    partial = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, \
+                tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", delete=False) as file:
+            partial = Path(file.name)
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(response, "read", total=size or None, desc=name, disable=None) as stream:
+                shutil.copyfileobj(stream, file, 1 << 20)
+            if size and file.tell() != size:
+                raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
+        os.replace(partial, target)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ValueError(f"{url} could not be fetched ({error}). Fetch it by other means and save it as {target}, or give its path, or "
+                         "set TINYVIT_ZOO_URL to a mirror of the model zoo") from None
+    finally:
+        if partial:
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def to_timm(state: Mapping[str, torch.Tensor]) -> StateDict:
+    """Official names to those of timm.models.tiny_vit."""
+    return {_to_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)}
+
+
+def from_timm(state: Mapping[str, torch.Tensor]) -> StateDict:
+    """The names of timm.models.tiny_vit to the official ones."""
+    return {_from_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)}
+
+
+def resize_attention_biases(biases: torch.Tensor, positions: int) -> torch.Tensor:
+    """Attention biases [heads, side^2] for another window of `positions` offsets: bicubic, head by head."""
+    old, new = isqrt(biases.shape[1]), isqrt(positions)
+    grid = biases.float().view(1, -1, old, old)
+    return functional.interpolate(grid, size=(new, new), mode="bicubic").view(-1, positions).to(biases.dtype)
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that turn features into classes, as far as they have parameters."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else \
+        next((getattr(model, name) for name in ("head", "fc", "classifier") if isinstance(getattr(model, name, None), nn.Module)), None)
+    heads = found if isinstance(found, (tuple, list)) else (found,)
+    return tuple(name for name, module in model.named_modules()
+                 if any(module is head for head in heads) and next(module.parameters(), None) is not None)
+
+
+def _to_timm_name(key: str) -> str:
+    if key.startswith("patch_embed.seq."):
+        key = re.sub(r"seq\.(\d)", lambda match: f"conv{int(match[1]) // 2 + 1}", key)
+    elif key.startswith("layers."):  # timm counts a merging layer to the stage after it
+        key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
+        key = key.replace("layers.", "stages.", 1)
+    elif key.startswith("norm_head."):
+        return key.replace("norm_head.", "head.norm.", 1)
+    elif key.startswith("head."):
+        return key.replace("head.", "head.fc.", 1)
+    return re.sub(r"\.c\.(weight|bias)$", r".conv.\1", key)
+
+
+def _from_timm_name(key: str) -> str:
+    if key.startswith("patch_embed."):
+        key = re.sub(r"conv(\d)\.", lambda match: f"seq.{(int(match[1]) - 1) * 2}.", key)
+    elif key.startswith("stages."):
+        key = re.sub(r"^stages\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key)
+        key = key.replace("stages.", "layers.", 1)
+    elif key.startswith("head.norm."):
+        return key.replace("head.norm.", "norm_head.", 1)
+    elif key.startswith("head.fc."):
+        return key.replace("head.fc.", "head.", 1)
+    return re.sub(r"\.conv\.(weight|bias)$", r".c.\1", key)
+
+
+def _in_naming_of(targets: Mapping[str, torch.Tensor], state: StateDict) -> StateDict:
+    ours, timms = "patch_embed.seq.0.c.weight", "patch_embed.conv1.conv.weight"
+    if ours in targets and timms in state:
+        return from_timm(state)
+    if timms in targets and ours in state:
+        return to_timm(state)
+    return state
+
+
+def _head_rows(value: torch.Tensor | None, target: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """A head's tensor for the model's classes, and what was done to get it."""
+    if value is None:
+        return torch.zeros_like(target), "not in the file"
+    if value.shape[1:] != target.shape[1:] or (len(value), len(target)) != (21841, 1000):
+        return torch.zeros_like(target), f"{list(value.shape)} in the file, {list(target.shape)} here"
+    mapping = torch.from_numpy(map_22k_to_1k())
+    rows = value[mapping.clamp(min=0)]
+    rows[mapping < 0] = rows[mapping >= 0].mean(0)
+    return rows, "22k to 1k by the class map"
+
+
+def _load_plain(path: Path) -> object:
+    """Unpickle tensors and plain containers; the configuration nodes of official checkpoints are read as dictionaries."""
+    stand_ins = [type(name, (), {"__module__": module, "__qualname__": name, "__new__": lambda cls: OrderedDict()})
+                 for module, name in (("yacs.config", "CfgNode"), ("argparse", "Namespace"))]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _unwrap(content: object, path: Path, ema: bool) -> StateDict:
+    """The state dict inside a checkpoint's content."""
+    if isinstance(content, Mapping):
+        for key in (*_EMA_KEYS, *(() if ema else _WEIGHT_KEYS))[::-1]:
+            if isinstance(content.get(key), Mapping):
+                return _unwrap(content[key], path, ema=False)
+        if ema:
+            raise ValueError(f"{path}: it holds no averaged weights (TRAIN.EMA_DECAY was 0)")
+        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+            return _without_wrappers(content)
+    held = f"keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    raise ValueError(f"{path}: no weights found, only {held}: expected a state dict, alone or under {' or '.join(_WEIGHT_KEYS)}")
+
+
+def _without_wrappers(state: Mapping[str, torch.Tensor]) -> StateDict:
+    state = {key: value for key, value in state.items() if key != "n_averaged"}  # torch.optim.swa_utils.AveragedModel's counter
+    for prefix in _WRAPPERS * 2:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _is_url(source: str | Path) -> bool:
+    return isinstance(source, str) and re.match(r"[a-z]+://", source) is not None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
