@@ -1,0 +1,662 @@
+"""Processes, devices, checkpoints, meters and evaluation: on real gloo processes and real files."""
+
+import errno
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections import OrderedDict
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from configs.defaults import get_defaults
+from tests.helpers import free_port, run_ranks, torchrun
+from utils import (
+    Distributed,
+    Meter,
+    StopRequest,
+    accuracy,
+    amp_dtype,
+    autocast,
+    choose_device,
+    evaluate,
+    grad_scaler,
+    init_distributed,
+    load_checkpoint,
+    newest_valid,
+    save_atomic,
+    seed_everything,
+)
+
+CPU = torch.device("cpu")
+TORCHRUN_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for key in TORCHRUN_KEYS:
+        monkeypatch.delenv(key, raising=False)
+
+
+# ---- processes and devices
+
+
+def test_without_torchrun_a_run_is_alone_and_every_exchange_is_the_identity():
+    world = init_distributed("cpu")
+    assert world == Distributed(0, 1, 0, CPU) and world.is_main
+    tensor, obj = torch.ones(2), {"a": 1}
+    assert world.all_reduce_sum(tensor) is tensor and world.broadcast_object(obj) is obj and world.gather_objects(obj) == [obj]
+    world.broadcast_tensors([tensor])
+    world.barrier()
+    world.destroy()
+    assert not torch.distributed.is_initialized()
+
+
+def exchange():
+    world = init_distributed("cpu", join_timeout=timedelta(seconds=30))
+    tensor = torch.tensor([world.rank + 1.0, 10.0], dtype=torch.float64)
+    total = world.all_reduce_sum(tensor)
+    kept = tensor.tolist()
+    world.broadcast_tensors([tensor])
+    world.barrier()
+    result = {
+        "world": (world.rank, world.world_size, world.local_rank, str(world.device), world.is_main),
+        "sum": total.tolist(),
+        "kept": kept,
+        "broadcast": tensor.tolist(),
+        "object": world.broadcast_object({"chosen": Path("x")} if world.is_main else None),
+        "gathered": world.gather_objects(("from", world.rank)),
+        "backend": torch.distributed.get_backend(),
+    }
+    world.destroy()
+    world.destroy()  # a second time does nothing
+    return result, torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_exchange_tensors_and_objects(world_size):
+    if world_size == 1:
+        (result, _), *_ = run_ranks(exchange_alone, 1)
+        assert result == ((0, 1, 0, "cpu", True), False)
+        return
+    for rank, (result, left) in enumerate(run_ranks(exchange, world_size)):
+        assert not left
+        assert result == {
+            "world": (rank, world_size, rank, "cpu", rank == 0),
+            "sum": [sum(range(1, world_size + 1)), 10.0 * world_size],
+            "kept": [rank + 1.0, 10.0],
+            "broadcast": [1.0, 10.0],
+            "object": {"chosen": Path("x")},
+            "gathered": [("from", r) for r in range(world_size)],
+            "backend": "gloo",
+        }
+
+
+def exchange_alone():
+    world = init_distributed("cpu")  # one process under torchrun needs no group
+    return ((world.rank, world.world_size, world.local_rank, str(world.device), world.is_main), torch.distributed.is_initialized()), 0
+
+
+def test_torchrun_itself_is_understood(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import os, pathlib, torch, utils\n"
+        "world = utils.init_distributed('auto')\n"
+        "total = world.all_reduce_sum(torch.ones(1)).item()\n"
+        "line = f'{world.rank} {world.world_size} {world.local_rank} {total}'\n"
+        "pathlib.Path(f'rank{world.rank}.txt').write_text(line)\n"
+        "world.destroy()\n"
+    )
+    done = torchrun(["program.py"], 2, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank{r}.txt").read_text() for r in (0, 1)] == ["0 2 0 2.0", "1 2 1 2.0"]
+
+
+def test_a_port_in_use_is_a_clear_error(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for key, value in zip(TORCHRUN_KEYS, ("0", "2", "0", "127.0.0.1", str(port))):
+            monkeypatch.setenv(key, value)
+        with pytest.raises(ValueError, match=rf"process 0 of 2 can't join the others at 127.0.0.1:{port}: .*another --master-port"):
+            init_distributed("cpu", join_timeout=timedelta(seconds=2))
+
+
+def test_processes_that_never_come_are_a_clear_error(monkeypatch):
+    for key, value in zip(TORCHRUN_KEYS, ("0", "2", "0", "127.0.0.1", str(free_port()))):
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="see that every process was started"):
+        init_distributed("cpu", join_timeout=timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK and WORLD_SIZE only one is set"),
+        ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE only one is set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK 2 is not in \[0, WORLD_SIZE = 2\)"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 is not in"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "the environment variable RANK is 'first', not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, r"at \(MASTER_ADDR is not set\):\(MASTER_PORT is not set\)"),
+    ],
+)
+def test_a_wrong_environment_is_a_clear_error(environment, message, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match=message):
+        init_distributed("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretends that a machine has so many GPUs and perhaps MPS; returns the list of devices made current."""
+
+    def pretend(gpus: int, mps: bool = False) -> list[int]:
+        chosen: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        return chosen
+
+    return pretend
+
+
+def test_devices_are_chosen_by_name_and_local_rank(machine):
+    current = machine(gpus=2, mps=True)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)
+    assert choose_device("cuda", 1) == torch.device("cuda", 1)
+    assert current == [0, 0, 1]
+    assert choose_device("cpu", 1) == CPU and choose_device("mps") == torch.device("mps")
+    machine(gpus=0, mps=True)
+    assert choose_device("auto", 3) == CPU  # MPS only on request
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "visible", "message"),
+    [
+        ("cuda", 0, None, r"DEVICE cuda: no GPU for LOCAL_RANK 2: no GPU is visible to PyTorch; use --device cpu"),
+        ("cuda", 0, "", r"no GPU is visible to PyTorch \(CUDA_VISIBLE_DEVICES is ''\)"),
+        ("cuda", 1, None, "no GPU for LOCAL_RANK 2: 1 GPU is visible; start at most 1 processes on this machine"),
+        ("auto", 2, "0,1", r"DEVICE auto: no GPU for LOCAL_RANK 2: 2 GPUs are visible \(CUDA_VISIBLE_DEVICES is '0,1'\); start at most 2"),
+        ("mps", 0, None, "DEVICE mps: this machine or this PyTorch has no MPS device"),
+        ("tpu", 0, None, "DEVICE 'tpu' is none of auto, cuda, mps, cpu"),
+    ],
+)
+def test_a_missing_device_is_a_clear_error(name, gpus, visible, message, machine, monkeypatch):
+    machine(gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=message):
+        choose_device(name, 2)
+
+
+def test_mps_runs_alone(machine, monkeypatch):
+    machine(gpus=0, mps=True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="DEVICE mps runs on a single process, not on 2"):
+        init_distributed("mps")
+
+
+def test_seeding_covers_every_global_generator():
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+    def draws():
+        return random.random(), np.random.random(), torch.rand(1).item()  # noqa: NPY002
+
+    try:
+        seed_everything(2**40 + 3)
+        first = draws()
+        assert draws() != first
+        seed_everything(2**40 + 3)
+        assert draws() == first
+        seed_everything(4)
+        assert all(a != b for a, b in zip(draws(), first))
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+# ---- stopping
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_is_noted_and_the_former_handler_comes_back(name):
+    world, number = Distributed(), getattr(signal, name)
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.agreed(world)
+        os.kill(os.getpid(), number)
+        assert stop.agreed(world) and stop.received == name
+    assert signal.getsignal(number) is before
+
+
+def test_signals_a_system_lacks_are_left_out():
+    with StopRequest(("SIGTERM", "SIGNOSUCH")) as stop:
+        assert not stop.agreed(Distributed())
+
+
+def stop_on_rank_1():
+    world = init_distributed("cpu")
+    with StopRequest() as stop:
+        before = stop.agreed(world)
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after = stop.agreed(world)
+    world.destroy()
+    return before, after, stop.received
+
+
+def test_all_ranks_stop_when_one_is_asked():
+    assert run_ranks(stop_on_rank_1, 2) == [(False, True, None), (False, True, "SIGTERM")]
+
+
+# ---- precision
+
+
+def amp(device: str, *options) -> torch.dtype | None:
+    cfg = get_defaults()
+    cfg.merge_from_list(list(options))
+    return amp_dtype(cfg, torch.device(device))
+
+
+def test_mixed_precision_is_what_the_device_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert amp("cuda") is torch.bfloat16
+    assert amp("cuda", "AMP_DTYPE", "fp16") is torch.float16
+    assert amp("cuda", "AMP_DTYPE", "off") is amp("cuda", "AMP_ENABLE", False) is None
+    assert amp("cuda", "AMP_ENABLE", False, "AMP_DTYPE", "bf16") is None
+    assert amp("cpu") is amp("mps") is None
+    assert amp("cpu", "AMP_DTYPE", "bf16") is torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    assert amp("cuda") is torch.float16
+    with pytest.raises(ValueError, match="AMP_DTYPE bf16: Tesla V100 has no bfloat16; use AMP_DTYPE fp16 or auto"):
+        amp("cuda", "AMP_DTYPE", "bf16")
+    with pytest.raises(ValueError, match="AMP_DTYPE 'fp8' is none of"):
+        amp("cpu", "AMP_DTYPE", "fp8")
+
+
+def test_autocast_and_scaler_follow_the_type():
+    layer, x = nn.Linear(4, 4), torch.ones(2, 4)
+    with autocast(CPU, None):
+        assert layer(x).dtype is torch.float32
+    with autocast(CPU, torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    for dtype, scale in ((None, 1.0), (torch.bfloat16, 1.0), (torch.float16, 65536.0)):
+        assert grad_scaler(CPU, dtype).scale(torch.ones(())).item() == scale
+
+
+# ---- checkpoints
+
+
+def state(step: int = 3) -> dict:
+    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 40)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": grad_scaler(CPU, torch.float16).state_dict(),
+        "step": step,
+        "note": ["text", 1.5, None, True, (1, 2), b"bytes"],
+    }
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert type(a) is type(b) and len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_equal(one, other)
+    else:
+        assert a == b and type(a) is type(b)
+
+
+def test_a_checkpoint_comes_back_equal_and_leaves_nothing_else(tmp_path):
+    saved, path = state(), tmp_path / "a b.pth"
+    save_atomic(saved, path)
+    assert_equal(saved, load_checkpoint(path))
+    save_atomic({"step": 4}, path)
+    assert load_checkpoint(path) == {"step": 4}
+    assert os.listdir(tmp_path) == ["a b.pth"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"model": nn.Linear(2, 2)}, r"state\['model'\] is a torch.nn.modules.linear.Linear"),
+        ({"lr": [0.1, np.float64(0.1)]}, r"state\['lr'\]\[1\] is a numpy.float64"),
+        ({"a": {"b": nn.Parameter(torch.ones(1))}}, r"state\['a'\]\['b'\] is a torch.nn.parameter.Parameter"),
+        ({"path": Path("x")}, r"state\['path'\] is a pathlib"),
+        ({(1, 2): 3}, r"state has the key \(1, 2\)"),
+    ],
+)
+def test_only_plain_values_are_saved(value, message, tmp_path):
+    with pytest.raises(AssertionError, match=message):
+        save_atomic(value, tmp_path / "c.pth")
+    assert os.listdir(tmp_path) == []
+
+
+FULL_DISK = """
+import os, resource, signal, sys, torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import utils
+utils.save_atomic({"step": 1, "w": torch.zeros(1000)}, "c.pth")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for name in ("c.pth", "d.pth"):
+    try:
+        utils.save_atomic({"step": 2, "w": torch.zeros(1_000_000)}, name)
+    except OSError as error:
+        print(error.errno, error, sep="|")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
+def test_a_failed_write_keeps_the_old_file_and_no_temporary(tmp_path, root):
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", FULL_DISK], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    message = f"{errno.EFBIG}|[Errno {errno.EFBIG}] can't write the checkpoint (File too large)"
+    assert done.stdout.splitlines() == [f"{message}; the file that was there is unchanged: 'c.pth'", f"{message}: 'd.pth'"], done.stderr
+    assert os.listdir(tmp_path) == ["c.pth"]
+    assert load_checkpoint(tmp_path / "c.pth")["step"] == 1
+
+
+def test_a_full_disk_and_a_missing_folder_say_so(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="can't write the checkpoint .No such file or directory"):
+        save_atomic({"step": 1}, tmp_path / "no" / "c.pth")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="can't write the checkpoint .No space left on device") as raised:
+        save_atomic({"step": 1}, tmp_path / "c.pth")
+    assert raised.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []
+
+
+def test_other_failures_while_saving_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        save_atomic({"step": 1}, tmp_path / "c.pth")
+    assert os.listdir(tmp_path) == []
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_damaged_and_foreign_files_are_errors_that_name_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_atomic(state(), "good.pth")
+    whole = Path("good.pth").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(load_checkpoint("good.pth")["model"]["0.weight"].numpy().tobytes()) + 17] ^= 1
+    damaged = {
+        "empty": b"",
+        "short": whole[: len(whole) // 2],
+        "almost": whole[:-3],
+        "text": b"not a checkpoint at all",
+        "flipped": bytes(flipped),
+    }
+    for name, content in damaged.items():
+        Path(f"{name}.pth").write_bytes(content)
+    torch.save({"step": Evil()}, "evil.pth")
+    torch.save([1, 2], "list.pth")
+    for name in (*damaged, "evil"):
+        with pytest.raises(ValueError, match=rf"the checkpoint {name}\.pth is damaged or of another kind \(.+\): use another one"):
+            load_checkpoint(f"{name}.pth")
+    assert not Path("executed").exists()
+    with pytest.raises(ValueError, match=r"the checkpoint list\.pth holds a list instead of a training state"):
+        load_checkpoint("list.pth")
+    with pytest.raises(ValueError, match=r"there is no checkpoint none\.pth"):
+        load_checkpoint("none.pth")
+
+
+def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path):
+    lines: list[str] = []
+    assert newest_valid(tmp_path / "no such folder", lines.append) is None
+    assert newest_valid(tmp_path, lines.append) is None
+    for number, step in (("9", 90), ("10", 100), ("2", 20)):  # written, so dated, in another order than that of the steps
+        save_atomic(state(step), tmp_path / f"epoch_{number}.pth")
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
+    save_atomic(state(100), tmp_path / "a_copy.pth")
+    os.utime(tmp_path / "a_copy.pth", (1, 1))
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
+    (tmp_path / "a_copy.pth").unlink()
+    assert lines == []
+    whole = (tmp_path / "epoch_10.pth").read_bytes()
+    (tmp_path / "epoch_10.pth").write_bytes(whole[:-1])
+    (tmp_path / "epoch_11.pth").write_bytes(b"")
+    save_atomic({"model": {}}, tmp_path / "weights.pth")
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_9.pth"
+    assert {line.split(".pth")[0].split("/")[-1] for line in lines} == {"epoch_10", "epoch_11", "weights"}
+    assert all(line.startswith("skipped: ") for line in lines)
+    for name in ("epoch_9", "epoch_2"):
+        (tmp_path / f"{name}.pth").write_bytes(whole[:100])
+    assert newest_valid(tmp_path, lines.append) is None
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(tmp_path):
+    save_atomic({"step": 1, "w": torch.arange(10_000)}, tmp_path / "old.pth")
+    save_atomic({"step": 2, "w": torch.arange(10_000)}, tmp_path / "new.pth")
+    content = bytearray((tmp_path / "new.pth").read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "new.pth").write_bytes(content)
+    lines: list[str] = []
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "old.pth"
+    assert len(lines) == 1 and "new.pth" in lines[0] and "checksum" in lines[0]
+
+
+def test_old_safe_containers_are_read_too(tmp_path):
+    save_atomic({"model": OrderedDict(a=torch.ones(2))}, tmp_path / "c.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "c.pth")["model"]["a"], torch.ones(2))
+
+
+# ---- meters and evaluation
+
+
+def test_a_meter_is_a_weighted_mean_in_float64():
+    meter = Meter()
+    assert np.isnan(meter.value())
+    values, counts = torch.rand(50), torch.randint(1, 9, (50,)).tolist()
+    for value, n in zip(values, counts):
+        meter.update(value.requires_grad_(), n)
+    meter.update(2.5, 4)
+    expected = (sum(float(v) * n for v, n in zip(values, counts)) + 10) / (sum(counts) + 4)
+    assert meter.value() == meter.value(Distributed()) == pytest.approx(expected, rel=1e-14)
+    meter.reset()
+    meter.update(torch.tensor(16777216.0))
+    meter.update(torch.tensor(1.0))
+    assert meter.value() * 2 == 16777217  # float32 would lose the last one
+
+
+def test_a_meter_never_waits_for_the_device_before_value(monkeypatch):
+    meter = Meter()
+
+    def waits(*args):
+        raise AssertionError("the device was waited for")
+
+    for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, waits)
+    meter.update(torch.ones(()), 3)
+    with pytest.raises(AssertionError, match="waited for"):
+        meter.value()
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_accuracy_counts_against_sorting(classes):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.permutation(50 * classes).reshape(50, classes).astype(np.float32), rng.integers(-1, classes, 50)
+    ranked = np.argsort(-logits, axis=1)
+    expected = [sum(label in ranked[i, :k] for i, label in enumerate(labels)) for k in (1, 5, 2)]
+    found = accuracy(torch.from_numpy(logits), torch.from_numpy(labels), (1, 5, 2))
+    assert found.tolist() == expected and found.dtype == torch.int64
+    assert (labels < 0).any() and expected[1] <= (labels >= 0).sum()
+
+
+def test_accuracy_of_labels_that_are_none_is_zero():
+    assert accuracy(torch.rand(6, 4), torch.full((6,), -1)).tolist() == [0, 0]
+
+
+def evaluation(seed: int = 0, classes: int = 7):
+    """A model with running statistics, images and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, classes), nn.BatchNorm1d(classes))
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5, generator=generator)
+        model[1].weight.normal_(generator=generator)
+    return model, torch.randn(41, 3, 2, 2, generator=generator), torch.randint(0, classes, (41,), generator=generator)
+
+
+def batches(images, labels, size):
+    return list(zip(images.split(size), labels.split(size)))
+
+
+def naive(model, images, labels, classes=7):
+    model = model.eval()
+    with torch.no_grad():
+        logits = model(images).double().numpy()
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ranked = np.argsort(-logits, axis=1)
+    known = [i for i, label in enumerate(labels.tolist()) if label >= 0]
+    return {
+        "count": len(labels),
+        "loss": -np.mean([log_p[i, labels[i]] for i in known]),
+        "top1": 100 * sum(int(ranked[i, 0] == labels[i]) for i in known) / len(labels),
+        "top5": 100 * sum(int(labels[i]) in ranked[i, :5] for i in known) / len(labels),
+        "class_count": [sum(int(label == c) for label in labels) for c in range(classes)],
+        "class_top1": [sum(int(labels[i] == c == ranked[i, 0]) for i in known) for c in range(classes)],
+    }
+
+
+def assert_results(found, expected):
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert np.allclose(found[key], value, rtol=1e-6), key
+
+
+@pytest.mark.parametrize("size", [1, 8, 41])
+@pytest.mark.parametrize("missing", [0, 5])
+def test_evaluate_against_a_naive_loop(size, missing):
+    model, images, labels = evaluation()
+    labels[:missing] = -1
+    model.train()
+    found = evaluate(model, batches(images, labels, size), CPU, num_classes=7)
+    assert model.training  # and the running statistics did not move:
+    assert_results(found, naive(model, images, labels))
+    without = evaluate(model.eval(), batches(images, labels, size), CPU)
+    assert not model.training and set(without) == {"count", "loss", "top1", "top5"}
+
+
+def test_evaluate_without_labels_gives_the_count_alone():
+    model, images, labels = evaluation()
+    assert evaluate(model, batches(images, torch.full_like(labels, -1), 8), CPU, num_classes=7) == {"count": 41}
+
+
+def test_evaluate_restores_the_mode_after_an_error_and_builds_no_graph():
+    model, images, labels = evaluation()
+    model.train()
+    seen = []
+
+    def look(logits):
+        seen.append(logits.requires_grad)
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        evaluate(model, batches(images, labels, 8), CPU, map_outputs=look)
+    assert model.training and seen == [False]
+
+
+def test_evaluate_maps_outputs_and_labels():
+    model, images, labels = evaluation()
+    places = torch.tensor([3, -1, 0, 6])  # output that stands for each of the data's 4 classes
+    labels %= 4
+
+    def map_outputs(logits):
+        return torch.where(places < 0, logits.amin(1, keepdim=True), logits[:, places.clamp(min=0)])
+
+    def map_labels(labels):
+        return torch.where(places[labels] < 0, -1, labels)
+
+    found = evaluate(model, batches(images, labels, 8), CPU, map_outputs=map_outputs, map_labels=map_labels, num_classes=4)
+    wrapped = nn.Sequential(model, nn.Module())
+    wrapped[1].forward = map_outputs
+    expected = naive(wrapped, images, map_labels(labels), classes=4)
+    expected["class_count"] = [int((labels == c).sum()) for c in range(4)]
+    assert_results(found, expected)
+    assert found["class_top1"][1] == 0 and found["class_count"][1] > 0
+
+
+def test_evaluate_runs_under_autocast_and_counts_in_float32():
+    model, images, labels = evaluation()
+    kinds = set()
+
+    def look(logits):
+        kinds.add(logits.dtype)
+        return logits
+
+    rough = evaluate(model, batches(images, labels, 8), CPU, torch.bfloat16, map_outputs=look)
+    exact = evaluate(model, batches(images, labels, 8), CPU)
+    assert kinds == {torch.float32} and rough["loss"] != exact["loss"]
+    assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)
+
+
+def test_evaluate_takes_longer_batches_and_narrow_labels():
+    model, images, labels = evaluation()
+    loader = [(i, label.to(torch.int32), "seed", "position") for i, label in batches(images, labels, 8)]
+    assert_results(evaluate(model, loader, CPU, num_classes=7), naive(model, images, labels))
+
+
+def evaluate_part(counts):
+    """Evaluate this rank's share, of another size than the others', with a wrapped model whose statistics differ by rank."""
+    world = init_distributed("cpu")
+    model, images, labels = evaluation()
+    model = nn.parallel.DistributedDataParallel(model)
+    model.module[2].running_mean += world.rank
+    start = sum(counts[: world.rank])
+    part = slice(start, start + counts[world.rank])
+    loader = batches(images[part], labels[part], 4) if counts[world.rank] else []
+    result = evaluate(model, loader, world.device, world=world, num_classes=7)
+    meter = Meter()
+    for _ in range(world.rank):
+        meter.update(torch.tensor(float(world.rank)), 2)
+    mean = meter.value(world)
+    world.destroy()
+    return result, mean
+
+
+@pytest.mark.parametrize("counts", [(41, 0), (14, 20, 7)])
+def test_ranks_with_different_counts_evaluate_each_image_once(counts):
+    expected = naive(*evaluation())
+    for result, mean in run_ranks(evaluate_part, len(counts), counts):
+        assert_results(result, expected)
+        assert mean == pytest.approx(1.0 if len(counts) == 2 else 10 / 6)
+
+
+def test_a_failing_rank_fails_the_test_with_its_traceback():
+    with pytest.raises(AssertionError, match=r"(?s)rank 0 failed.*ValueError: DEVICE 'tpu'"):
+        run_ranks(choose_device, 1, "tpu")

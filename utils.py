@@ -1,0 +1,394 @@
+"""What every program needs around a model: processes and devices, autocast, checkpoints, meters and evaluation."""
+
+import errno
+import math
+import os
+import random
+import signal
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# ---- processes and devices
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among all of a run; on a single process every reduction is the identity."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # rank on this machine: the number of its GPU
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and talks to people."""
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes, as a new tensor where there are several."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """Rank 0's `obj`, on every process."""
+        if self.world_size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """Every process's `obj` in the order of ranks, on every process."""
+        if self.world_size == 1:
+            return [obj]
+        objects: list[Any] = [None] * self.world_size
+        dist.all_gather_object(objects, obj)
+        return objects
+
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors on this process's device with rank 0's."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def destroy(self) -> None:
+        """Leave the group of processes."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_distributed(
+    device: str = "auto", join_timeout: timedelta = timedelta(minutes=5), timeout: timedelta = timedelta(minutes=30)
+) -> Distributed:
+    """Join the processes that torchrun's environment names, or run alone without one.
+
+    `join_timeout` is how long to wait for the others at the start, `timeout` how long for any later exchange: rank 0 may be
+    listing millions of images meanwhile.
+    """
+    rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
+    local_rank = _environment("LOCAL_RANK", rank)
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise ValueError("of the environment variables RANK and WORLD_SIZE only one is set: start with torchrun, or set both or none")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK {rank} is not in [0, WORLD_SIZE = {world_size}): start with torchrun, or correct the environment")
+    chosen = choose_device(device, local_rank)
+    if world_size == 1:
+        return Distributed(device=chosen)
+    if chosen.type == "mps":
+        raise ValueError(f"DEVICE mps runs on a single process, not on {world_size}: use --device cpu, or start without torchrun")
+    on_gpu = chosen.type == "cuda"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=join_timeout))
+        dist.init_process_group(
+            "nccl" if on_gpu and dist.is_nccl_available() else "gloo",
+            store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=chosen if on_gpu else None,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT is not set)')}"
+        raise ValueError(
+            f"process {rank} of {world_size} can't join the others at {address}: {str(error).splitlines()[0]}. If the port is in use, give "
+            "torchrun another --master-port; else see that every process was started and that this address is reachable"
+        ) from error
+    return Distributed(rank, world_size, local_rank, chosen)
+
+
+def _environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"the environment variable {name} is {text!r}, not a number: start with torchrun, or correct it") from None
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called auto (CUDA, else CPU), cuda, mps or cpu; on CUDA the GPU numbered `local_rank`, made the current one."""
+    if name not in ("auto", "cuda", "mps", "cpu"):
+        raise ValueError(f"DEVICE {name!r} is none of auto, cuda, mps, cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("DEVICE mps: this machine or this PyTorch has no MPS device; use --device cpu")
+        return torch.device("mps")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= visible:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        restriction = "" if named is None else f" (CUDA_VISIBLE_DEVICES is {named!r})"
+        what = {0: "no GPU is visible to PyTorch", 1: "1 GPU is visible"}.get(visible, f"{visible} GPUs are visible")
+        way_out = f"start at most {visible} processes on this machine" if visible else "use --device cpu, or a CUDA build of PyTorch"
+        raise ValueError(f"DEVICE {name}: no GPU for LOCAL_RANK {local_rank}: {what}{restriction}; {way_out}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch (all devices): for initial weights and for others' code."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+class StopRequest:
+    """Notes that the process was asked to stop (SIGTERM, or SIGUSR1 as batch systems send before the time is up).
+
+    A context manager: on leaving it, the handlers from before are back.
+    """
+
+    def __init__(self, names: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> None:
+        self.received: str | None = None  # name of the signal
+        self._signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in self._signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number).name
+
+    def agreed(self, world: Distributed) -> bool:
+        """Whether any process was asked, the same answer on all; with several processes this waits for the device."""
+        if world.world_size == 1:
+            return self.received is not None
+        return bool(world.all_reduce_sum(torch.tensor(float(self.received is not None), device=world.device)) > 0)
+
+
+# ---- precision
+
+
+def amp_dtype(cfg, device: torch.device) -> torch.dtype | None:
+    """The type of mixed precision that AMP_ENABLE and AMP_DTYPE mean on a device; None is float32 throughout."""
+    name = cfg.AMP_DTYPE if cfg.AMP_ENABLE else "off"
+    if name not in ("auto", "bf16", "fp16", "off"):
+        raise ValueError(f"AMP_DTYPE {name!r} is none of auto, bf16, fp16, off")
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "off" or (name == "auto" and device.type != "cuda"):
+        return None
+    if name == "bf16" and not has_bf16:
+        raise ValueError(f"AMP_DTYPE bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use AMP_DTYPE fp16 or auto")
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and has_bf16) else torch.float16
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """The context in which the model runs; None is float32."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def grad_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
+    """A loss scaler that works for float16 and is the identity for every other type."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+# ---- checkpoints
+
+
+def save_atomic(state: dict[str, Any], path: str | Path) -> None:
+    """Write tensors and plain values so that `path` is at any time either the old file or the whole new one."""
+    path = Path(path)
+    _assert_plain(state, "state")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError in whose context the system's error is.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        kept = "; the file that was there is unchanged" if path.exists() else ""
+        raise OSError(cause.errno or errno.EIO, f"can't write the checkpoint ({cause.strerror}){kept}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _assert_plain(value: Any, name: str) -> None:
+    """Only what `torch.load(weights_only=True)` reads in any version may be saved."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            assert type(key) in (str, int), f"{name} has the key {key!r}, which is neither text nor a number"
+            _assert_plain(item, f"{name}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            _assert_plain(item, f"{name}[{i}]")
+    else:
+        plain = type(value) in (Tensor, int, float, bool, str, bytes, type(None))
+        assert plain, f"{name} is a {type(value).__module__}.{type(value).__qualname__}: save plain values and tensors"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder outlast a power cut, where the system can (Windows can't)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that `save_atomic` wrote, on the CPU; no code in it is ever run, and a damaged file is a ValueError."""
+    try:
+        # torch does not compare checksums: without this a flipped bit would become a weight.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}") from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the checkpoint {path} is damaged or of another kind ({reason}): use another one") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"the checkpoint {path} holds a {type(state).__name__} instead of a training state: use another one")
+    return state
+
+
+def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date; damaged ones are named and skipped."""
+
+    def progress(path: Path) -> tuple[float, int]:
+        try:
+            step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+        except Exception:
+            step = math.inf  # it comes first, to be reported
+        return step, path.stat().st_mtime_ns
+
+    for path in sorted(Path(folder).glob("*.pth"), key=progress, reverse=True):
+        try:
+            if "step" not in load_checkpoint(path):
+                raise ValueError(f"{path} is no training state of this program: it has no 'step'")
+        except ValueError as error:
+            log(f"skipped: {error}")
+        else:
+            return path
+    return None
+
+
+# ---- meters and evaluation
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+class Meter:
+    """A weighted mean that is summed up on the values' own device; only `value` waits for it."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def update(self, value: Tensor | float, n: int = 1) -> None:
+        """Count a mean over `n` items."""
+        if isinstance(value, Tensor):
+            value = value.detach().to(_wide(value.device))
+        self._sum = self._sum + value * n
+        self._count += n
+
+    def value(self, world: Distributed | None = None) -> float:
+        """The mean so far (not a number if there is none), over all processes if `world` is given."""
+        if world is None or world.world_size == 1:
+            return float(self._sum) / self._count if self._count else float("nan")
+        total = torch.tensor([float(self._sum), self._count], dtype=torch.float64)
+        total_sum, count = world.all_reduce_sum(total).tolist()
+        return total_sum / count if count else float("nan")
+
+
+def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
+    """How many rows have their label among the k highest outputs, for each k, as int64 [len(topk)]; negative labels never do."""
+    right = _right(logits, labels, max(topk))
+    return torch.stack([right[:, :k].sum() for k in topk])
+
+
+def _right(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether the label is the highest output, the second highest, ..., as bool [B, k] (or [B, C] with fewer classes)."""
+    return logits.topk(min(k, logits.shape[1]), dim=1).indices == labels[:, None]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    world: Distributed | None = None,
+    map_outputs: Callable[[Tensor], Tensor] | None = None,
+    map_labels: Callable[[Tensor], Tensor] | None = None,
+    num_classes: int = 0,
+) -> dict[str, Any]:
+    """Loss, accuracies in percent and image count over all processes, each image once; batches begin with (images, labels).
+
+    `map_outputs` brings outputs into the data's numbering of classes, and `map_labels` makes labels negative that no output
+    stands for: such images are left out of the loss and count as wrong. Where no image has a label, only `count` is given. With
+    `num_classes` (the data's) the result also has `class_count` and `class_top1`: each class's images and how many are right.
+    """
+    world = world or Distributed(device=device)
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # its forward waits for the other processes, which may have another number of batches
+    world.broadcast_tensors(model.buffers())  # running statistics differ between ranks after a step: rank 0's are the ones saved
+    training = model.training
+    model.eval()
+    sums = torch.zeros(5, dtype=_wide(device), device=device)  # loss, labels, images, top-1, top-5
+    by_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)
+    try:
+        for images, labels, *_ in loader:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True).long()
+            with autocast(device, dtype):
+                logits = model(images)
+            logits = logits.float() if map_outputs is None else map_outputs(logits.float())
+            known = labels if map_labels is None else map_labels(labels)
+            loss = F.cross_entropy(logits, known.clamp(min=-1), ignore_index=-1, reduction="none").to(sums.dtype).sum()
+            right = _right(logits, known, 5)
+            counts = torch.stack([(known >= 0).sum(), torch.ones_like(known).sum(), right[:, 0].sum(), right.sum()])
+            sums += torch.cat([loss[None], counts.to(sums.dtype)])
+            if num_classes:
+                by_class.index_add_(1, labels.clamp(min=0), torch.stack([labels >= 0, right[:, 0]]).long())
+    finally:
+        model.train(training)
+    loss, labelled, count, top1, top5 = world.all_reduce_sum(sums).tolist()
+    result: dict[str, Any] = {"count": int(count)}
+    if labelled:
+        result |= {"loss": loss / labelled, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+        if num_classes:
+            class_count, class_top1 = world.all_reduce_sum(by_class).cpu().numpy()
+            result |= {"class_count": class_count, "class_top1": class_top1}
+    return result
