@@ -16,6 +16,8 @@ from data.identity import adopted_values, check_proof, is_paired
 from data.logits_store import LogitsStoreReader, map_positions, store_epoch
 from data.replay import ReplayDataset, Sample
 from data.sampler import EpochBatches, EpochSampler
+from data.store_format import ranges
+from data.store_stage import EpochStager
 from data.upstream_store import UpstreamStoreReader
 
 UPSTREAM_CLASSES = {"imagenet": 1000, "imagenet22k": 21841}  # an original's store does not say how many there are
@@ -57,14 +59,18 @@ def open_store(cfg, keys) -> LogitsStoreReader | UpstreamStoreReader:
 class Epochs:
     """Batches of a data set, epoch by epoch, from loader processes that live as long as this object."""
 
-    def __init__(self, cfg, dataset: Dataset, sampler: EpochSampler, batch_size: int, epoch_of: Callable[[int], int] = int) -> None:
+    def __init__(self, cfg, dataset: Dataset, sampler: EpochSampler, batch_size: int, epoch_of: Callable[[int], int] = int,
+                 stager: EpochStager | None = None) -> None:
         """`epoch_of` says which epoch of the store (and of its order) serves an epoch of the run."""
         self.sampler, self._epoch_of = sampler, epoch_of
+        self._stager, self._end = stager, cfg.TRAIN.EPOCHS
         self._batches = EpochBatches(sampler, batch_size)
         self._loader = DataLoader(dataset, batch_sampler=self._batches, generator=torch.Generator(), **_loader_options(cfg))
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of an epoch for this rank, without its first `start` positions."""
+        if self._stager:
+            self._stager.advance(self._epoch_of(epoch), self._epoch_of(epoch + 1) if epoch + 1 < self._end else None)
         self._batches.set_epoch(self._epoch_of(epoch), start)
         return iter(self._loader)
 
@@ -81,16 +87,15 @@ def train_epochs(cfg, rank: int, batch_size: int, step_images: int, report: Call
     """The training data of one rank; `step_images` are those of an update over all ranks (1 keeps every image, for saving)."""
     dataset = build_dataset(cfg, "train")
     decoder = AugmentDecoder.from_config(cfg)
-    if not reads_store(cfg):
-        replay, epoch_of = ReplayDataset(dataset, decoder, seed=cfg.DATA.SEED), int
-    else:
-        replay, epoch_of = _replay_store(cfg, dataset, decoder)
+    store, epoch_of, stager = _opened_store(cfg, dataset) if reads_store(cfg) else (None, int, None)
+    local = local_positions(cfg, store, dataset) if store else None
+    replay = ReplayDataset(dataset, decoder, store, cfg.DATA.SEED, topk=cfg.DISTILL.LOGITS_TOPK, local=local)
     sampler = EpochSampler(len(replay), cfg.WORLD_SIZE, rank, cfg.DATA.SEED, paired=is_paired(cfg), step_images=step_images,
                            available=replay.available)
     if sampler.skipped:
         report(f"{sampler.skipped:,} of the store's {len(replay):,} images are skipped in epoch 0: "
                "they or their partner are not in the data")
-    return Epochs(cfg, replay, sampler, batch_size, epoch_of)
+    return Epochs(cfg, replay, sampler, batch_size, epoch_of, stager)
 
 
 def check_store(cfg) -> str:
@@ -107,7 +112,7 @@ def check_store(cfg) -> str:
     if isinstance(store, LogitsStoreReader):
         local = local_positions(cfg, store, dataset)
         check_proof(store.manifest["proof"], dataset, AugmentDecoder.from_config(cfg), str(store.root), local)
-    return f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,} images, epochs {_ranges(epochs)}"
+    return f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,} images, epochs {ranges(epochs)}"
 
 
 def val_epochs(cfg, rank: int) -> Epochs:
@@ -136,13 +141,12 @@ class TransformedDataset(Dataset):
         return self.transform(image), int(label)
 
 
-def _replay_store(cfg, dataset, decoder: AugmentDecoder) -> tuple[ReplayDataset, Callable[[int], int]]:
+def _opened_store(cfg, dataset) -> tuple[LogitsStoreReader | UpstreamStoreReader, Callable[[int], int], EpochStager | None]:
+    """The store to read, which of its epochs serves an epoch of the run, and what copies epochs to local disk."""
     store = open_store(cfg, dataset.get_keys())
-    replay = ReplayDataset(dataset, decoder, store, cfg.DATA.SEED, topk=cfg.DISTILL.LOGITS_TOPK, local=local_positions(cfg, store, dataset))
-    if not cfg.DISTILL.REUSE_EPOCHS:
-        return replay, int
     count = len(store.epochs())
-    return replay, lambda epoch: store_epoch(epoch, count)
+    stager = EpochStager(store, cfg.DISTILL.STAGE_DIR) if cfg.DISTILL.STAGE_DIR and isinstance(store, LogitsStoreReader) else None
+    return stager.reader if stager else store, (lambda epoch: store_epoch(epoch, count)) if cfg.DISTILL.REUSE_EPOCHS else int, stager
 
 
 def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:
@@ -185,17 +189,6 @@ def _loader_options(cfg) -> dict[str, Any]:
         start = None if cfg.DATA.WORKER_START == "auto" else cfg.DATA.WORKER_START
         options |= {"persistent_workers": True, "prefetch_factor": cfg.DATA.PREFETCH, "multiprocessing_context": start}
     return options
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
-        else:
-            parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts) or "none"
 
 
 __all__ = ["Epochs", "Sample", "check_store", "local_positions", "open_store", "reads_store", "resolve", "train_epochs", "val_epochs"]

@@ -42,7 +42,7 @@ class ReplayDataset(Dataset[Sample]):
                  local: np.ndarray | None = None) -> None:
         """`local` maps the store's positions to the data set's, -1 where it has none (None: they are equal); `topk` columns are read."""
         self.dataset, self.decoder, self.store, self.seed, self.local = dataset, decoder, store, seed, local
-        self.topk = store.k if store is not None and topk is None else topk or 0
+        self.topk = 0 if store is None else topk or store.k
         if store is not None and self.topk > store.k:
             raise ValueError(f"store {store.root} holds top-{store.k}, {self.topk} are asked for: "
                              f"set DISTILL.LOGITS_TOPK {store.k} or less")
