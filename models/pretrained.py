@@ -9,9 +9,9 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 import urllib.parse
 import urllib.request
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -104,8 +104,10 @@ def load_weights(
         if value is not None and value.shape == target.shape:
             fitting[key] = value
         elif key.startswith(head):
-            fitting[key], note = _head_rows(value, target)
-            (adapted if fitting[key].any() else zeroed).append(f"{key} ({note})")
+            rows = _head_rows(value, target)
+            fitting[key] = torch.zeros_like(target) if rows is None else rows
+            given = "not in the file" if value is None else f"{list(value.shape)} in the file"
+            (zeroed if rows is None else adapted).append(f"{key} ({given}, {list(target.shape)} here)")
         elif value is None and key.endswith(_OPTIONAL):
             missing.append(key)
         elif value is None:
@@ -155,19 +157,17 @@ def zoo_url(variant: str, which: str) -> str:
 def cached_download(url: str | Path) -> Path:
     """The local copy of a URL's file, fetched on first use into TINYVIT_CACHE or torch.hub's folder; it is whole or not there."""
     url = str(url)
-    folder = Path(os.environ.get("TINYVIT_CACHE") or Path(torch.hub.get_dir()) / "checkpoints")
+    folder = Path(os.environ.get("TINYVIT_CACHE") or Path(torch.hub.get_dir()) / "checkpoints").expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name or "weights"
     if not name.startswith(("tiny_vit_", "clip_vit_large_patch14_22k")):  # other sites' names may coincide
         name = f"{Path(name).stem}-{sha256(url.encode()).hexdigest()[:8]}{Path(name).suffix}"
     target = folder / name
     if target.is_file():
         return target
-    partial = None
+    partial = folder / f"{name}.{uuid.uuid4().hex}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, \
-                tempfile.NamedTemporaryFile(dir=folder, prefix=f"{name}.", delete=False) as file:
-            partial = Path(file.name)
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, partial.open("xb") as file:
             size = int(response.headers.get("Content-Length") or 0)
             with tqdm.wrapattr(response, "read", total=size or None, desc=name, disable=None) as stream:
                 shutil.copyfileobj(stream, file, 1 << 20)
@@ -178,8 +178,7 @@ def cached_download(url: str | Path) -> Path:
         raise ValueError(f"{url} could not be fetched ({error}). Fetch it by other means and save it as {target}, or give its path, or "
                          "set TINYVIT_ZOO_URL to a mirror of the model zoo") from None
     finally:
-        if partial:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return target
 
 
@@ -244,16 +243,14 @@ def _in_naming_of(targets: Mapping[str, torch.Tensor], state: StateDict) -> Stat
     return state
 
 
-def _head_rows(value: torch.Tensor | None, target: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """A head's tensor for the model's classes, and what was done to get it."""
-    if value is None:
-        return torch.zeros_like(target), "not in the file"
-    if value.shape[1:] != target.shape[1:] or (len(value), len(target)) != (21841, 1000):
-        return torch.zeros_like(target), f"{list(value.shape)} in the file, {list(target.shape)} here"
+def _head_rows(value: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor | None:
+    """A head of 21,841 classes cut to 1,000 by the class map; an absent class gets the mean of the others."""
+    if value is None or value.shape[1:] != target.shape[1:] or (len(value), len(target)) != (21841, 1000):
+        return None
     mapping = torch.from_numpy(map_22k_to_1k())
     rows = value[mapping.clamp(min=0)]
     rows[mapping < 0] = rows[mapping >= 0].mean(0)
-    return rows, "22k to 1k by the class map"
+    return rows
 
 
 def _load_plain(path: Path) -> object:
