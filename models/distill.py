@@ -6,9 +6,14 @@ student), whatever autocast says, and are means over the batch.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional
+
+from models.pretrained import classifier_names
 
 _LOW_BITS = 0xFFFFFFFF
 
@@ -28,6 +33,43 @@ def encode(logits: torch.Tensor, k: int, temperature: float = 1.0) -> tuple[torc
     keys = probs.view(torch.int32).to(torch.int64).mul_(_LOW_BITS + 1).add_(reversed_class)
     indices = num_classes - 1 - (torch.topk(keys, min(k, num_classes), dim=-1).values & _LOW_BITS)
     return indices, probs.gather(-1, indices).half()
+
+
+def as_teacher(model: nn.Module) -> nn.Module:
+    """The model, frozen and in evaluation mode, with a head that computes in float32 whatever autocast says."""
+    model.eval().requires_grad_(False)
+    for name in classifier_names(model):
+        head = model.get_submodule(name)
+        head.forward = partial(_in_float32, head.forward)
+    return model
+
+
+def teacher_dtype(cfg, device: torch.device) -> torch.dtype | None:
+    """The autocast type of a teacher: float16 on CUDA, else None (float32). bfloat16's ties and errors would end up in the records."""
+    return torch.float16 if device.type == "cuda" and cfg.AMP_ENABLE and cfg.AMP_DTYPE != "off" else None
+
+
+@torch.no_grad()
+def teacher_logits(
+    teacher: nn.Module, images: torch.Tensor, classes: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Float32 outputs [B, C] of a teacher for images [B, 3, H, W], of the given classes alone if `classes` is not None."""
+    with nullcontext() if dtype is None else torch.autocast(images.device.type, dtype):
+        logits = teacher(images.contiguous())
+    logits = logits.float()
+    return logits if classes is None else class_subset(logits, classes)
+
+
+def teacher_targets(
+    teacher: nn.Module,
+    images: torch.Tensor,
+    k: int,
+    temperature: float = 1.0,
+    class_subset: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a store keeps of a teacher's output for images: `encode`'s classes and probabilities, the same whether stored or online."""
+    return encode(teacher_logits(teacher, images, class_subset, dtype), k, temperature)
 
 
 def class_subset(logits: torch.Tensor, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -86,6 +128,11 @@ def _split(probs: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.T
     others = num_classes - probs.shape[-1]
     rest = (1 - total).clamp(min=0) / others if others > 0 else torch.zeros_like(total)
     return probs / total.clamp(min=1), rest
+
+
+def _in_float32(forward, features: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(features.device.type, enabled=False):
+        return forward(features.float())
 
 
 def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
