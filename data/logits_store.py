@@ -4,7 +4,6 @@ A folder of `manifest.json` (what the store is), `keys.txt` (line i names the im
 `epoch_0000.npy` (N records) and `epoch_0000.json` (its seal, written last). An epoch being written is a folder of parts.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from data.store_format import (
     FORMAT,
     SEAL_RECORDS,
     again,
+    block_digests,
     data_path,
     decoded,
     disk_need,
@@ -26,7 +26,6 @@ from data.store_format import (
     identity_digest,
     pack_records,
     ranges,
-    raw_bytes,
     record_dtype,
     seal_path,
 )  # fmt: skip
@@ -127,7 +126,7 @@ class LogitsStoreReader:
             seal = json.loads(path.read_bytes())
             return seal if isinstance(seal["sha256"], list) else {}["sha256"]
         except FileNotFoundError:
-            sealed = ranges(self.epochs()) or "none"
+            sealed = ranges(self.epochs())
             raise StoreError(f"{self.root}: epoch {epoch} is not sealed (sealed: {sealed}): run save_logits.py until it is") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise StoreError(f"{path}: can't be understood ({error!r}): {again(epoch)}") from None
@@ -137,7 +136,7 @@ class LogitsStoreReader:
         wanted, sealed = set(epochs), set(self.epochs())
         if wanted - sealed:
             raise StoreError(
-                f"{self.root}: epochs {ranges(wanted - sealed)} are missing (sealed: {ranges(sealed) or 'none'}): "
+                f"{self.root}: epochs {ranges(wanted - sealed)} are missing (sealed: {ranges(sealed)}): "
                 "save them with save_logits.py, set DISTILL.REUSE_EPOCHS True, or train fewer epochs"
             )
         for epoch in sorted(wanted):
@@ -151,11 +150,11 @@ class LogitsStoreReader:
     def damaged_blocks(self, epoch: int, progress: Callable[[int], None] = lambda size: None) -> Iterator[str]:
         """One line for each block of an epoch whose bytes are not the sealed ones; `progress` is told the bytes read."""
         records, digests = self.open_epoch(epoch), self.seal(epoch)["sha256"]
-        for number, low in enumerate(range(0, len(records), SEAL_RECORDS)):
-            block = np.ascontiguousarray(records[low : low + SEAL_RECORDS])
-            if hashlib.sha256(raw_bytes(block)).hexdigest() != digests[number]:
-                yield f"{records.filename}: block {number} is damaged (records {low:,} to {low + len(block) - 1:,}): {again(epoch)}"
-            progress(block.nbytes)
+        for number, digest in enumerate(block_digests(records)):
+            low, high = number * SEAL_RECORDS, min((number + 1) * SEAL_RECORDS, len(records))
+            if digest != digests[number]:
+                yield f"{records.filename}: block {number} is damaged (records {low:,} to {high - 1:,}): {again(epoch)}"
+            progress((high - low) * self.dtype.itemsize)
 
     def _check_seal(self, epoch: int, seal: Mapping[str, Any]) -> None:
         path = seal_path(self.root, epoch)

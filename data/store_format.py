@@ -38,6 +38,12 @@ def disk_need(num_images: int, k: int, num_classes: int, epochs: int) -> int:
     return epochs * size + (size + num_images * 8 if epochs else 0)
 
 
+def block_digests(records: np.ndarray) -> Iterator[str]:
+    """The sha256 of each SEAL_RECORDS records, in hex."""
+    for low in range(0, len(records), SEAL_RECORDS):
+        yield hashlib.sha256(raw_bytes(np.asarray(records[low : low + SEAL_RECORDS]))).hexdigest()
+
+
 def normalised(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest as it would be read back from its file (tuples become lists), with all sections present."""
     plain = json.loads(json.dumps(manifest, default=lambda value: value.item()))  # numpy's scalars
@@ -138,7 +144,7 @@ def ranges(numbers: Iterable[int]) -> str:
             parts[-1] = [parts[-1][0], number]
         else:
             parts.append([number])
-    return ", ".join("-".join(map(str, part)) for part in parts)
+    return ", ".join("-".join(map(str, part)) for part in parts) or "none"
 
 
 def _image_digests(manifest: Mapping[str, Any]) -> dict[int, str]:

@@ -1,6 +1,5 @@
 """Writing a store: parts that survive a crash, and their sealing into one file an epoch."""
 
-import hashlib
 import json
 import os
 import secrets
@@ -20,6 +19,7 @@ from data.store_format import (
     FORMAT,
     SEAL_RECORDS,
     again,
+    block_digests,
     check_same,
     data_path,
     decoded,
@@ -236,8 +236,7 @@ class LogitsStoreWriter:
                 header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (len(self),)}
                 np.lib.format.write_array_header_1_0(file, header)
                 for records in self._assembled(epoch):
-                    for low in range(0, len(records), SEAL_RECORDS):
-                        digests.append(hashlib.sha256(raw_bytes(records[low : low + SEAL_RECORDS])).hexdigest())
+                    digests += block_digests(records)
                     file.write(raw_bytes(records))
                 file.flush()
                 os.fsync(file.fileno())
