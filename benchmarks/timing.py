@@ -12,7 +12,7 @@ import torch
 
 
 def alternate(sides: dict[str, Callable[[], object]], repeats: int = 10, warmup: int = 2) -> dict[str, dict[str, float]]:
-    """Run each side once per round and return {side: {"median", "spread"}} in seconds.
+    """Run each side once per round and return {side: {"median", "spread", "best"}} in seconds.
 
     The first `warmup` rounds are not counted; every second round goes in reverse, so that no side always follows the same
     one. The spread is the distance between the quartiles. Work queued on CUDA is waited for on both ends of a turn.
@@ -27,7 +27,7 @@ def alternate(sides: dict[str, Callable[[], object]], repeats: int = 10, warmup:
             _wait()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: {"median": statistics.median(times), "spread": _spread(times)} for name, times in seconds.items()}
+    return {name: {"median": statistics.median(times), "spread": _spread(times), "best": min(times)} for name, times in seconds.items()}
 
 
 def machine() -> dict[str, object]:

@@ -1,0 +1,500 @@
+"""The TinyViT family: four stages, MBConv blocks first, then attention in windows; parameter names of the official checkpoints.
+
+Between modules a map is [B, C, H, W] in channels-last memory, so that blocks see it as [B, H, W, C] without a copy.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import register_model
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+SMALLEST_IMAGE = 32  # pixels a side: the last stage's map is then a single point
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "5m": {"embed_dims": (64, 128, 160, 320), "num_heads": (2, 4, 5, 10), "drop_path_rate": 0.0},
+    "11m": {"embed_dims": (64, 128, 256, 448), "num_heads": (2, 4, 8, 14), "drop_path_rate": 0.1},
+    "21m": {"embed_dims": (96, 192, 384, 576), "num_heads": (3, 6, 12, 18), "drop_path_rate": 0.2},
+}
+VARIANTS["21m_384"] = {**VARIANTS["21m"], "drop_path_rate": 0.1, "img_size": 384, "window_sizes": (12, 12, 24, 12)}
+VARIANTS["21m_512"] = {**VARIANTS["21m"], "drop_path_rate": 0.1, "img_size": 512, "window_sizes": (16, 16, 32, 16)}
+WEIGHTS = ("22kto1k_distill", "22k_distill", "1k")  # official checkpoints; at 384 and 512 pixels only the first exists
+WEIGHT_ALIASES = {"in1k": "22kto1k_distill", "in22k": "22k_distill"}
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of a map in channels-last memory, seen as the contiguous tensor it is: on a CPU nearly twice as fast."""
+    return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Gelu(nn.Module):
+    """`gelu` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x)
+
+
+class Convolution(nn.Conv2d):
+    """A convolution that computes bfloat16 in float32 on a CPU without bfloat16 kernels, ten times as fast there and no less exact."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if not x.is_cpu or dtype != torch.bfloat16 or cpu_has_bfloat16():
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return self._conv_forward(x.float(), self.weight.float(), bias).to(dtype)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether PyTorch has fast bfloat16 convolutions for this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class ConvBn(nn.Sequential):
+    """A convolution without bias, then batch norm; after `fuse` a convolution with bias alone."""
+
+    def __init__(self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1, groups: int = 1, bn_weight: float = 1.0):
+        super().__init__()
+        self.c = Convolution(in_chans, out_chans, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_chans)
+        nn.init.constant_(self.bn.weight, bn_weight)
+        if kernel > 1 and in_chans > groups:  # other weights are in both layouts at once, and keep the strides that gradients come in
+            self.c.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold the running statistics and the affine part of the batch norm into the convolution."""
+        if isinstance(self.bn, nn.Identity):
+            return
+        mean, variance, weight, bias = (t.double() for t in (self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias))
+        scale = weight / torch.sqrt(variance + self.bn.eps)
+        self.c.bias = nn.Parameter((bias - mean * scale).to(self.c.weight.dtype))
+        self.c.weight.copy_(self.c.weight.double() * scale[:, None, None, None])
+        self.bn = nn.Identity()
+
+
+class PatchEmbed(nn.Module):
+    """Two convolutions of stride 2: [B, in_chans, H, W] -> [B, dim, H/4, W/4]."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.seq = nn.Sequential(ConvBn(in_chans, dim // 2, 3, stride=2), Gelu(), ConvBn(dim // 2, dim, 3, stride=2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.seq(images.contiguous(memory_format=torch.channels_last))
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: 1x1 up, 3x3 depthwise, 1x1 down, with a GELU after the residual sum too."""
+
+    def __init__(self, dim: int, expand_ratio: float, drop_path: float):
+        super().__init__()
+        hidden = int(dim * expand_ratio)
+        self.conv1 = ConvBn(dim, hidden)
+        self.conv2 = ConvBn(hidden, hidden, 3, groups=hidden)
+        self.conv3 = ConvBn(hidden, dim, bn_weight=0.0)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv3(gelu(self.conv2(gelu(self.conv1(x)))))
+        return gelu(x + self.drop_path(y))
+
+
+class PatchMerging(nn.Module):
+    """Halves the sides of the map between two stages and changes its channels."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.conv1 = ConvBn(dim, out_dim)
+        self.conv2 = ConvBn(out_dim, out_dim, 3, stride=2, groups=out_dim)
+        self.conv3 = ConvBn(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv3(gelu(self.conv2(gelu(self.conv1(x)))))
+
+
+def window_offsets(window: int, device: torch.device) -> Tensor:
+    """For every two points of a window, flattened to [N * N], N = window^2, the column of their |dy|, |dx| in `attention_biases`.
+
+    Offsets are numbered in the order first met scanning points row by row, and the first point alone meets them all.
+    """
+    side = torch.arange(window, device=device)
+    distance = (side[:, None] - side).abs()
+    return (distance[:, None, :, None] * window + distance[:, None, :]).flatten()
+
+
+class Attention(nn.Module):
+    """Pre-norm attention among the points of a window, with a learned bias per head and offset: [windows, N, C] -> the same."""
+
+    def __init__(self, dim: int, num_heads: int, window: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, window * window))
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        windows, points, dim = x.shape
+        query, key, value = self.qkv(self.norm(x)).view(windows, points, self.num_heads, -1).transpose(1, 2).chunk(3, dim=-1)
+        # Spread anew each time: a kept copy would go stale, and would hold N^2 values per head.
+        bias = self.attention_biases.to(query.dtype).index_select(1, offsets).view(1, self.num_heads, points, points)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(windows, points, dim))
+
+
+class Mlp(nn.Module):
+    """Pre-norm two-layer perceptron on the last dimension."""
+
+    def __init__(self, dim: int, hidden: int, drop: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm(x))))))
+
+
+class Block(nn.Module):
+    """Attention in windows, a depthwise convolution, an MLP."""
+
+    def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio: float, drop: float, drop_path: float, local_conv_size: int):
+        super().__init__()
+        self.window = window
+        self.attn = Attention(dim, num_heads, window)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.local_conv = ConvBn(dim, dim, local_conv_size, groups=dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = x + self.drop_path(self._attend(x, offsets))
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.mlp(x))
+        return x.permute(0, 3, 1, 2)
+
+    def _attend(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """[B, H, W, C] -> the same; a map that is no multiple of the window is padded with zeros, which are attended to as well."""
+        batch, height, width, dim = x.shape
+        window = self.window
+        below, right = -height % window, -width % window
+        if below or right:
+            x = F.pad(x, (0, 0, 0, right, 0, below))
+        rows, columns = (height + below) // window, (width + right) // window
+        x = x.reshape(batch, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window * window, dim)
+        x = self.attn(x, offsets)
+        x = x.view(batch, rows, columns, window, window, dim).transpose(2, 3).reshape(batch, rows * window, columns * window, dim)
+        return x[:, :height, :width]
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution; `downsample`, the merging that leads to the next stage, is called by the model."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module, window: int | None, use_checkpoint: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.window = window  # None: the blocks are convolutions
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = () if self.window is None else (window_offsets(self.window, x.device),)
+        for block in self.blocks:
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, *shared, use_reentrant=False, **_recompute_options(block))
+            else:
+                x = block(x, *shared)
+        return x
+
+
+def _recompute_options(block: nn.Module) -> dict[str, Callable]:
+    """A recomputed forward pass must not count its batch twice in the running statistics (a compiled one never does)."""
+    return {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _statistics_kept(block))}
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class TinyViT(nn.Module):
+    """TinyViT for images of any size from 32 pixels up; `img_size` only says for which one `flops` counts.
+
+    The first stage is convolutional: the first of `num_heads` and of `window_sizes` is not used.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dims: Sequence[int] = (96, 192, 384, 576),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 18),
+        window_sizes: Sequence[int] = (7, 7, 14, 7),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        use_checkpoint: bool = False,
+        mbconv_expand_ratio: float = 4.0,
+        local_conv_size: int = 3,
+    ):
+        super().__init__()
+        _check_shape(img_size, in_chans, num_classes, embed_dims, depths, num_heads, window_sizes, local_conv_size)
+        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        self.img_size = img_size
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.depths = tuple(depths)
+        self.embed_dims = tuple(embed_dims)
+        self.num_features = embed_dims[-1]
+
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        self.patch_embed = PatchEmbed(in_chans, embed_dims[0])
+        self.layers = nn.ModuleList()
+        for i, (dim, depth, heads, window) in enumerate(zip(embed_dims, depths, num_heads, window_sizes)):
+            if i == 0:
+                blocks = [MBConv(dim, mbconv_expand_ratio, next(rates)) for _ in range(depth)]
+            else:
+                blocks = [Block(dim, heads, window, mlp_ratio, drop_rate, next(rates), local_conv_size) for _ in range(depth)]
+            downsample = PatchMerging(dim, embed_dims[i + 1]) if i + 1 < len(embed_dims) else nn.Identity()
+            self.layers.append(Stage(blocks, downsample, window if i else None, use_checkpoint))
+        self.norm_head = nn.LayerNorm(self.num_features)
+        self.head = _head(self.num_features, num_classes)
+        self.apply(_init_linear)
+
+    @classmethod
+    def from_config(cls, variant: str, pretrained: bool | str = False, **overrides: Any) -> "TinyViT":
+        """Build a variant by name (5m, 11m, 21m, 21m_384, 21m_512), with official weights if asked.
+
+        `pretrained` is True (22kto1k_distill), a name of WEIGHTS, or one of kornia's: in1k, in22k, and for 21m in1k_384, in1k_512.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"no TinyViT variant {variant!r}: there are {', '.join(VARIANTS)}")
+        settings = {**VARIANTS[variant], **overrides}
+        if not pretrained:
+            return cls(**settings)
+        source, which = pretrained_source(variant, pretrained, settings.get("img_size", 224))
+        from models.pretrained import load_pretrained
+
+        model = cls(**settings)
+        load_pretrained(model, source, which)
+        return model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> logits [B, num_classes], or normalised features [B, C] if there are no classes."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The mean over the points of the last map: [B, C]."""
+        return self.forward_intermediates(images)[-1].mean((2, 3))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Features [B, C] -> logits."""
+        return self.head(self.norm_head(features))
+
+    def forward_intermediates(self, images: Tensor) -> list[Tensor]:
+        """The map of each stage, before it is merged for the next: [B, C_i, H / s, W / s] at strides s = 4, 8, 16, 32."""
+        self._check_images(images)
+        x = self.patch_embed(images)
+        maps = []
+        for layer in self.layers:
+            maps.append(layer(x))
+            x = layer.downsample(maps[-1])
+        return maps
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            shape = f"[batch, {self.in_chans}, height, width]"
+            raise ValueError(f"images of shape {list(images.shape)}: this model takes {shape}; in_chans=... builds it for other channels")
+        if images.shape[2] < SMALLEST_IMAGE or images.shape[3] < SMALLEST_IMAGE:
+            raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} pixels: {SMALLEST_IMAGE} a side is the least, resize them")
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new one; 0 classes leave the features."""
+        _check_classes(num_classes)
+        self.num_classes = num_classes
+        weight = self.norm_head.weight
+        self.head = _head(self.num_features, num_classes).to(weight.device, weight.dtype)
+        self.head.apply(_init_linear)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each block in the backward pass, or stop doing so."""
+        for layer in self.layers:
+            layer.use_checkpoint = enable
+
+    def fuse(self) -> "TinyViT":
+        """Fold every batch norm into its convolution, in place, for inference: the outputs are those of eval mode."""
+        for module in self.modules():
+            if isinstance(module, ConvBn):
+                module.fuse()
+        return self
+
+    def flops(self) -> int:
+        """Multiply-accumulates of one image of `img_size` pixels a side."""
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            deepcopy(self).to("meta").eval()(torch.empty(1, self.in_chans, self.img_size, self.img_size, device="meta"))
+        return counter.get_total_flops() // 2
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of the names of parameters, beside biases and norms, that weight decay should leave alone."""
+        return {"attention_biases"}
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return sum(self.depths)
+
+    def layer_depths(self) -> dict[str, int]:
+        """For each parameter the block it goes with: mergings with the block before, the stem with the first, the head with the last."""
+        first = (0, *accumulate(self.depths))
+
+        def depth(name: str) -> int:
+            match name.split("."):
+                case ["patch_embed", *_]:
+                    return 0
+                case ["layers", stage, "blocks", block, *_]:
+                    return first[int(stage)] + int(block)
+                case ["layers", stage, "downsample", *_]:
+                    return first[int(stage) + 1] - 1
+                case _:
+                    return self.num_layers - 1
+
+        return {name: depth(name) for name, _ in self.named_parameters()}
+
+    def lr_scales(self, decay: float) -> dict[str, float]:
+        """For each parameter the factor of its learning rate: `decay` to the power of the blocks above its own."""
+        return {name: decay ** (self.num_layers - depth - 1) for name, depth in self.layer_depths().items()}
+
+
+def pretrained_source(variant: str, pretrained: bool | str, img_size: int) -> tuple[str, str]:
+    """The variant whose official checkpoint is meant, and the checkpoint's name among WEIGHTS."""
+    name = "22kto1k_distill" if pretrained is True else WEIGHT_ALIASES.get(pretrained, pretrained)
+    if variant == "21m" and pretrained is True and img_size >= 384:
+        return ("21m_512" if img_size >= 512 else "21m_384"), name
+    if variant.startswith("21m") and name in ("in1k_384", "in1k_512"):
+        return name.replace("in1k", "21m"), "22kto1k_distill"
+    known = WEIGHTS if variant in ("5m", "11m", "21m") else WEIGHTS[:1]
+    if name not in known:
+        names = (*known, *WEIGHT_ALIASES, "in1k_384", "in1k_512") if variant == "21m" else known
+        raise ValueError(f"no pretrained weights {pretrained!r} for TinyViT {variant}: there are {', '.join(names)}, or True (the first)")
+    return variant, name
+
+
+def _head(dim: int, num_classes: int) -> nn.Module:
+    return nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _check_shape(
+    img_size: int,
+    in_chans: int,
+    num_classes: int,
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    window_sizes: Sequence[int],
+    local_conv_size: int,
+) -> None:
+    stages = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads, "window_sizes": window_sizes}
+    if len({len(values) for values in stages.values()}) != 1:
+        raise ValueError(f"one value per stage each: {', '.join(f'{name} has {len(values)}' for name, values in stages.items())}")
+    for name, values in stages.items():
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} {list(values)}: each must be 1 or more")
+    for stage, (dim, heads) in enumerate(zip(embed_dims, num_heads)):
+        if stage > 0 and dim % heads:
+            raise ValueError(f"num_heads {heads} does not divide embed_dims {dim} of stage {stage}: heads get an equal share of channels")
+    if embed_dims[0] % 2:
+        raise ValueError(f"embed_dims {embed_dims[0]} of stage 0 is odd: the patch embedding's first convolution has half of it")
+    if img_size < SMALLEST_IMAGE:
+        raise ValueError(f"img_size {img_size}: {SMALLEST_IMAGE} pixels is the least")
+    if in_chans < 1:
+        raise ValueError(f"in_chans {in_chans}: images have 1 channel or more")
+    if local_conv_size < 1 or local_conv_size % 2 == 0:
+        raise ValueError(f"local_conv_size {local_conv_size}: an odd number keeps the size of the map")
+    _check_classes(num_classes)
+
+
+def _check_classes(num_classes: int) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes {num_classes}: 0 (features) or more")
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} {rate}: a probability in [0, 1)")
+
+
+def tiny_vit_5m_224(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+    """TinyViT-5M: 5.4 M parameters, 1.3 G multiply-accumulates."""
+    return TinyViT.from_config("5m", pretrained, num_classes=num_classes, **overrides)
+
+
+def tiny_vit_11m_224(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+    """TinyViT-11M: 11 M parameters, 2.0 G multiply-accumulates."""
+    return TinyViT.from_config("11m", pretrained, num_classes=num_classes, **overrides)
+
+
+def tiny_vit_21m_224(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+    """TinyViT-21M: 21 M parameters, 4.3 G multiply-accumulates."""
+    return TinyViT.from_config("21m", pretrained, num_classes=num_classes, **overrides)
+
+
+def tiny_vit_21m_384(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+    """TinyViT-21M for 384-pixel images: 13.7 G multiply-accumulates."""
+    return TinyViT.from_config("21m_384", pretrained, num_classes=num_classes, **overrides)
+
+
+def tiny_vit_21m_512(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+    """TinyViT-21M for 512-pixel images: 26.9 G multiply-accumulates."""
+    return TinyViT.from_config("21m_512", pretrained, num_classes=num_classes, **overrides)
+
+
+def _registered(build: Callable[..., TinyViT]) -> Callable[..., TinyViT]:
+    """Make `build` known to timm under a name that timm does not have."""
+
+    def entry(pretrained: bool | str = False, **options: Any) -> TinyViT:
+        for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            options.pop(unused, None)
+        return build(pretrained, **options)
+
+    entry.__name__ = entry.__qualname__ = build.__name__.replace("tiny_vit", "tinyvit")
+    entry.__doc__ = build.__doc__
+    return register_model(entry)
+
+
+tinyvit_5m_224, tinyvit_11m_224, tinyvit_21m_224, tinyvit_21m_384, tinyvit_21m_512 = map(
+    _registered, (tiny_vit_5m_224, tiny_vit_11m_224, tiny_vit_21m_224, tiny_vit_21m_384, tiny_vit_21m_512)
+)
