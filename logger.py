@@ -1,0 +1,215 @@
+"""Where a run writes what it says: a log for people, metrics for programs, and progress of long loops."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from termcolor import colored
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
+
+
+class _Console(logging.Handler):
+    """Writes to the standard output of the moment, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except Exception:
+            self.handleError(record)  # a closed terminal must not end a training
+
+
+class _Coloured(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        when, message = colored(self.formatTime(record, "%H:%M:%S"), "green"), super().format(record)
+        return f"{when} {colored(message, COLOURS[record.levelno]) if record.levelno in COLOURS else message}"
+
+
+def create_logger(folder: str | Path | None, rank: int = 0, name: str = "tinyvit") -> logging.Logger:
+    """The logger called `name`: rank 0 speaks on the console, every rank to log_rank<r>.txt in `folder` (None: no file).
+
+    Calling it again replaces its handlers, so that a line is never written twice.
+    """
+    log = logging.getLogger(name)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.addHandler(logging.NullHandler())
+    if rank == 0:
+        console = _Console()
+        console.setFormatter(_Coloured("%(message)s"))
+        log.addHandler(console)
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(Path(folder) / f"log_rank{rank}.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(file)
+    return log
+
+
+class NullWriter:
+    """Takes metrics and keeps none: what all processes but the first have."""
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Note the values of a step."""
+
+    def cut_back(self, step: float) -> None:
+        """Forget what was noted after a step."""
+
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class MetricWriter(NullWriter):
+    """Metrics as lines of JSON in metrics.jsonl, each on disk at once, and on to a wandb run if there is one."""
+
+    def __init__(self, folder: str | Path, wandb_run: Any = None, warn: Callable[[str], object] = print) -> None:
+        self.path = Path(folder) / "metrics.jsonl"
+        self._wandb_run, self._warn = wandb_run, warn
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.cut_back(math.inf)
+
+    def write(self, step: int, epoch: float, **values: float) -> None:
+        """Add a line of numbers (one-element tensors are read); JSON has no infinite ones, so those become null."""
+        numbers = {key: _number(value) for key, value in values.items()}
+        line = {"step": step, "epoch": epoch, "time": time.time()}
+        line |= {key: number if math.isfinite(number) else None for key, number in numbers.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._wandb_run is not None:
+            try:
+                self._wandb_run.log({"step": step, "epoch": epoch, **numbers})
+            except Exception as error:
+                self._warn(f"wandb has failed ({_first_line(error)}): metrics go to {self.path} alone from now on")
+                self._wandb_run = None
+
+    def cut_back(self, step: float) -> None:
+        """Remove the lines after a checkpoint's step, and any that a crash cut short, so that a resumed run has no step twice."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if kept != lines:
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+
+    def close(self) -> None:
+        """Finish the wandb run."""
+        if self._wandb_run is not None:
+            try:
+                self._wandb_run.finish()
+            except Exception as error:
+                self._warn(f"wandb could not finish ({_first_line(error)}): {self.path} has all metrics")
+            self._wandb_run = None
+
+
+def _number(value: Any) -> float:
+    """A plain number out of a number, a numpy scalar or a one-element tensor."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) else float(value)
+
+
+def _step_of(line: str) -> float:
+    """The step of a whole line; one that is cut short lies behind every step, infinity included."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.nan
+    except (ValueError, KeyError, TypeError):
+        return math.nan
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def create_metric_writer(
+    folder: str | Path,
+    rank: int = 0,
+    wandb_project: str = "",
+    name: str = "",
+    config: Mapping[str, Any] | None = None,
+    warn: Callable[[str], object] = print,
+) -> NullWriter:
+    """The writer of a run: of rank 0 a real one, with a wandb run as well if a project is named and wandb can be reached."""
+    if rank != 0:
+        return NullWriter()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    run = _start_wandb(Path(folder), wandb_project, name, config or {}, warn) if wandb_project else None
+    return MetricWriter(folder, run, warn)
+
+
+def _start_wandb(folder: Path, project: str, name: str, config: Mapping[str, Any], warn: Callable[[str], object]) -> Any:
+    """A wandb run, continued if the folder knows its id; None with a warning if there can be none."""
+    remembered = folder / "wandb_id.txt"
+    run_id = (remembered.read_text().strip() if remembered.exists() else "") or uuid.uuid4().hex[:12]
+    instead = f"metrics go to {folder / 'metrics.jsonl'} alone"
+    try:
+        import wandb  # optional, and slow to import
+
+        settings = wandb.Settings(init_timeout=60, console="off")
+        run = wandb.init(
+            project=project, name=name or None, config=dict(config), dir=str(folder), id=run_id, resume="allow", settings=settings
+        )
+        run.define_metric("*", step_metric="step")  # wandb's own count only rises, a resumed run's step may go back
+        remembered.write_text(run_id)
+    except ImportError as error:
+        warn(f"wandb can't be imported ({_first_line(error)}): {instead}; pip install wandb")
+        return None
+    except Exception as error:
+        warn(f"wandb could not start ({_first_line(error)}): {instead}; `wandb login`, or WANDB_MODE=offline to upload later")
+        return None
+    return run
+
+
+def progress(
+    items: Iterable[Item],
+    total: int | None = None,
+    description: str = "",
+    unit: str = "it",
+    log: Callable[[str], object] = print,
+    interval: float = 30.0,
+    enabled: bool = True,
+) -> Iterator[Item]:
+    """The items, with a bar on a terminal, else with a line through `log` every `interval` seconds."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if not enabled:
+        yield from items
+    elif sys.stderr.isatty():
+        with tqdm(items, total=total, desc=description, unit=unit, dynamic_ncols=True, leave=False) as bar:
+            yield from bar
+    else:
+        start = last = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - last >= interval:
+                last = now
+                log(_progress_line(description, done, total, unit, now - start))
+
+
+def _progress_line(description: str, done: int, total: int | None, unit: str, seconds: float) -> str:
+    """How far a loop is after so many seconds, and how long it will take."""
+    rate = done / max(seconds, 1e-9)
+    text = f"{description}: {done}" if description else f"{done}"
+    if total:
+        left = timedelta(seconds=round((total - done) / rate))
+        return f"{text} of {total} {unit} ({done / total:.0%}), {rate:.1f} {unit}/s, {left} left"
+    return f"{text} {unit}, {rate:.1f} {unit}/s"
