@@ -149,6 +149,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_step(run_seed: int) -> None:
+    """Seed torch (all devices) for one step's dropout and drop path, so that there is no generator state to save."""
+    torch.manual_seed(run_seed)
+
+
 class StopRequest:
     """Notes that the process was asked to stop (SIGTERM, or SIGUSR1 as batch systems send before the time is up).
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import utils
 from configs.defaults import get_defaults
 from tests.helpers import free_port, run_ranks, torchrun
 from utils import (
@@ -221,6 +222,12 @@ def test_seeding_covers_every_global_generator():
         assert draws() == first
         seed_everything(4)
         assert all(a != b for a, b in zip(draws(), first))
+        utils.seed_step(2**62 + 1)
+        dropped = nn.functional.dropout(torch.ones(64))
+        utils.seed_step(2**62)
+        assert not torch.equal(nn.functional.dropout(torch.ones(64)), dropped)
+        utils.seed_step(2**62 + 1)
+        assert torch.equal(nn.functional.dropout(torch.ones(64)), dropped)
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
