@@ -82,17 +82,23 @@ def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
 
 
 def load_weights(
-    model: nn.Module, source: str | Path | Mapping[str, torch.Tensor], *, exact: bool = False, log: Callable[[str], None] = print
+    model: nn.Module,
+    source: str | Path | Mapping[str, torch.Tensor],
+    *,
+    exact: bool = False,
+    label: str = "",
+    log: Callable[[str], None] = print,
 ) -> LoadReport:
     """Load weights from a file, a URL or a state dict into a model, and say what was done.
 
     The naming (ours or timm's) is converted as needed. Unless `exact`, attention biases are interpolated to the model's windows, a
     22k head becomes a 1k head through the class map, and a head of any other size is set to zero. A tensor that
-    the model needs and cannot get is an error; with `exact` so is one that it has no place for.
+    the model needs and cannot get is an error; with `exact` so is one that it has no place for. `label` names the
+    weights in messages.
     """
     named = isinstance(source, (str, Path))
     state = read_state_dict(source) if named else _without_wrappers(source)
-    label = str(source) if named else "the given state dict"
+    label = label or (str(source) if named else "the given state dict")
     targets = model.state_dict()
     state = _in_naming_of(targets, {key: value for key, value in state.items() if not key.endswith(_RECOMPUTED)})
     head = () if exact else tuple(f"{name}." for name in classifier_names(model))
@@ -206,6 +212,12 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     heads = found if isinstance(found, (tuple, list)) else (found,)
     return tuple(name for name, module in model.named_modules()
                  if any(module is head for head in heads) and next(module.parameters(), None) is not None)
+
+
+def head_classes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
+    """The number of classes that a state dict's head has, for a model of its kind; 0 if it has none."""
+    state = _in_naming_of(model.state_dict(), dict(state))
+    return next((len(state[f"{name}.weight"]) for name in classifier_names(model) if f"{name}.weight" in state), 0)
 
 
 def _to_timm_name(key: str) -> str:
