@@ -38,6 +38,12 @@ def disk_need(num_images: int, k: int, num_classes: int, epochs: int) -> int:
     return epochs * size + (size + num_images * 8 if epochs else 0)
 
 
+def size_text(size: int) -> str:
+    """A number of bytes for people."""
+    unit, scale = next(((unit, scale) for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)) if size >= scale), ("kB", 1e3))
+    return f"{size / scale:.2f} {unit}"
+
+
 def block_digests(records: np.ndarray) -> Iterator[str]:
     """The sha256 of each SEAL_RECORDS records, in hex."""
     for low in range(0, len(records), SEAL_RECORDS):

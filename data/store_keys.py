@@ -29,7 +29,7 @@ class Keys(Sequence[str]):
     def __init__(self, blob: np.ndarray) -> None:
         self.blob = blob  # uint8, each key as utf-8 followed by a newline
         if len(blob) and blob[-1] != NEWLINE:
-            raise StoreError(f"the last key, {bytes(blob[-80:]).splitlines()[-1]!r}, has no end of line: the list is cut off")
+            raise StoreError(f"the last key {bytes(blob[-80:]).splitlines()[-1]!r} has no end of line: the list is cut off; copy it again")
         self.ends = np.flatnonzero(blob == NEWLINE)  # of each key without its newline
 
     @classmethod

@@ -13,7 +13,7 @@ import numpy as np
 
 from data.logits_store import LogitsStoreReader
 from data.store_files import FileLock, LockedError, StoreError, write_atomic, write_error
-from data.store_format import block_digests, data_path, epoch_bytes, identity_digest, lock_path, seal_path
+from data.store_format import block_digests, data_path, epoch_bytes, identity_digest, lock_path, seal_path, size_text
 
 CHUNK_BYTES = 1 << 23
 POLL_SECONDS = 0.2
@@ -95,7 +95,7 @@ class EpochStager:
         need, free = epoch_bytes(len(self.reader), self.reader.k, self.reader.num_classes), shutil.disk_usage(self.folder).free
         if need > free:
             raise StoreError(
-                f"{self.folder}: an epoch of the store takes {need / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free (two epochs are kept): "
+                f"{self.folder}: an epoch of the store takes {size_text(need)}, {size_text(free)} are free (two epochs are kept): "
                 "free some space, or give another DISTILL.STAGE_DIR"
             )
         temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")

@@ -32,6 +32,7 @@ from data.store_format import (
     raw_bytes,
     record_dtype,
     seal_path,
+    size_text,
 )  # fmt: skip
 from data.store_keys import Keys, check_unique, compare_listings
 from data.store_parts import Block, PartWriter, part_files, read_blocks
@@ -75,7 +76,7 @@ class LogitsStoreWriter:
     def missing(self, epoch: int) -> np.ndarray:
         """The positions that no whole block of the epoch's parts holds, ascending; none for a sealed epoch."""
         if self.is_sealed(epoch):
-            shutil.rmtree(parts_path(self.root, epoch), ignore_errors=True)  # a crash may have come between seal and clean-up
+            self._clean_up(epoch)  # a crash may have come between seal and clean-up
             return np.empty(0, np.int64)
         is_missing = np.ones(len(self), bool)
         for block in self._blocks(epoch):
@@ -90,8 +91,8 @@ class LogitsStoreWriter:
         free = shutil.disk_usage(self.root).free
         if unsealed and need > free:
             raise StoreError(
-                f"{self.root}: writing {len(unsealed)} epochs of {len(self):,} images with top-{self.k} needs {need / 1e9:,.3f} GB, "
-                f"{free / 1e9:,.3f} GB are free: free some space, choose another folder, a smaller DISTILL.LOGITS_TOPK or fewer epochs"
+                f"{self.root}: writing {len(unsealed)} epochs of {len(self):,} images with top-{self.k} needs {size_text(need)}, "
+                f"{size_text(free)} are free: free some space, choose another folder, a smaller DISTILL.LOGITS_TOPK or fewer epochs"
             )
 
     def begin_epoch(self, epoch: int, rank: int = 0) -> None:
@@ -153,8 +154,7 @@ class LogitsStoreWriter:
                 self._write_sealed(epoch, dict(teacher or {}))
             except OSError as error:
                 raise write_error(data_path(self.root, epoch), error) from error
-        shutil.rmtree(parts_path(self.root, epoch), ignore_errors=True)
-        self._release(epoch)
+        self._clean_up(epoch)
 
     def seal_in_background(self, epoch: int, teacher: Mapping[str, Any] | None = None) -> Future:
         """Seal while the next epoch runs; an error surfaces at the next call of this writer, at the latest at `close`."""
@@ -284,6 +284,12 @@ class LogitsStoreWriter:
         except OSError as error:
             raise write_error(lock.path, error) from error
         self._locks[epoch] = lock
+
+    def _clean_up(self, epoch: int) -> None:
+        """Remove what a sealed epoch needs no more."""
+        shutil.rmtree(parts_path(self.root, epoch), ignore_errors=True)
+        self._locks.pop(epoch, None)
+        lock_path(self.root, epoch).unlink(missing_ok=True)
 
     def _release(self, epoch: int) -> None:
         lock = self._locks.pop(epoch, None)
