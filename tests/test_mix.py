@@ -206,6 +206,14 @@ def test_mixing_that_is_off_leaves_images_alone_and_smooths_labels():
             assert torch.allclose(targets, smooth_targets(labels, 10, 0.1))
 
 
+def test_an_unmixed_pair_keeps_every_bit():
+    images = torch.tensor([-0.0, float("inf"), 1.0, float("nan")]).reshape(2, 1, 1, 2).repeat(1, 3, 4, 4)
+    mixer = pair_mix("AUG.MIXUP_PROB", 0.5)
+    seeds = next([seed, 0] for seed in range(99) if mixer.draw([seed, 0], 4, 8) == [UNMIXED])
+    mixed, _ = mixer(images, None, seeds)
+    assert mixed.numpy().tobytes() == images.numpy().tobytes()
+
+
 def test_probability_and_switch_are_honoured():
     seeds = np.random.default_rng(0).integers(0, 2**31, 4000).tolist()
     drawn = pair_mix("AUG.MIXUP_PROB", 0.7, "AUG.MIXUP_SWITCH_PROB", 0.2).draw(seeds, 224, 224)
