@@ -64,11 +64,13 @@ def create_logger(folder: str | Path | None, rank: int = 0, name: str = "tinyvit
 class NullWriter:
     """Takes metrics and keeps none: what all processes but the first have."""
 
-    def write(self, step: int, epoch: float, **values: float) -> None:
+    lines = 0  # how many there are by now
+
+    def write(self, step: int, epoch: float, speeds: Mapping[str, float] | None = None, **values: float) -> None:
         """Note the values of a step."""
 
-    def cut_back(self, step: float) -> None:
-        """Forget what was noted after a step."""
+    def cut_back(self, step: float, lines: int | None = None) -> None:
+        """Forget what was noted after a step, and after so many lines."""
 
     def close(self) -> None:
         """Finish writing."""
@@ -83,27 +85,38 @@ class MetricWriter(NullWriter):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.cut_back(math.inf)
 
-    def write(self, step: int, epoch: float, **values: float) -> None:
-        """Add a line of numbers (one-element tensors are read); JSON has no infinite ones, so those become null."""
+    def write(self, step: int, epoch: float, speeds: Mapping[str, float] | None = None, **values: float) -> None:
+        """Add a line of numbers (one-element tensors are read); JSON has no infinite ones, so those become null.
+
+        What depends on the machine's mood, `speeds`, goes to wandb alone: equal runs have equal files.
+        """
         numbers = {key: _number(value) for key, value in values.items()}
-        line = {"step": step, "epoch": epoch, "time": time.time()}
+        line = {"step": step, "epoch": epoch}
         line |= {key: number if math.isfinite(number) else None for key, number in numbers.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+            self.lines += 1
+        except OSError as error:  # no reason to end a training
+            self._warn(f"the metrics of step {step} could not be written: {error}")
         if self._wandb_run is not None:
             try:
-                self._wandb_run.log({"step": step, "epoch": epoch, **numbers})
+                self._wandb_run.log({"step": step, "epoch": epoch, **numbers, **(speeds or {})})
             except Exception as error:
                 self._warn(f"wandb has failed ({_first_line(error)}): metrics go to {self.path} alone from now on")
                 self._wandb_run = None
 
-    def cut_back(self, step: float) -> None:
-        """Remove the lines after a checkpoint's step, and any that a crash cut short, so that a resumed run has no step twice."""
+    def cut_back(self, step: float, lines: int | None = None) -> None:
+        """Remove the lines after a checkpoint's step, and any that a crash cut short, so that a resumed run has no step twice.
+
+        `lines`, how many there were, parts an epoch's last update from its evaluation, which has the same step.
+        """
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= step]
-        if kept != lines:
+        found = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in found[:lines] if _step_of(line) <= step]
+        self.lines = len(kept)
+        if kept != found:
             temporary = self.path.with_name(f".{self.path.name}.tmp")
             with open(temporary, "w", encoding="utf-8") as file:
                 file.writelines(kept)

@@ -23,6 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 # ---- processes and devices
 
 
+class ElsewhereError(ValueError):
+    """A fault of another process, which reports it."""
+
+
 @dataclass(frozen=True)
 class Distributed:
     """This process among all of a run; on a single process every reduction is the identity."""
@@ -38,12 +42,16 @@ class Distributed:
         return self.rank == 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all processes, as a new tensor where there are several."""
+        """The sum of `tensor` over all processes, as a new tensor where there are several; of one on the CPU no GPU is waited for."""
         if self.world_size == 1:
             return tensor
-        total = tensor.to(self.device, copy=True)
+        total = tensor.clone()
         dist.all_reduce(total)
-        return total.to(tensor.device)
+        return total
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """For each flag whether it is set on any process, the same answer on all."""
+        return [count > 0 for count in self.all_reduce_sum(torch.tensor(flags, dtype=torch.float32)).tolist()]
 
     def broadcast_object(self, obj: Any) -> Any:
         """Rank 0's `obj`, on every process."""
@@ -60,6 +68,21 @@ class Distributed:
         objects: list[Any] = [None] * self.world_size
         dist.all_gather_object(objects, obj)
         return objects
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns on rank 0, on every process; a ValueError or OSError of rank 0 is an ElsewhereError on the others."""
+        result = fault = None
+        if self.is_main:
+            try:
+                result = function()
+            except (ValueError, OSError) as error:
+                fault = error
+        result, message = self.broadcast_object((result, None if fault is None else str(fault)))
+        if fault is not None:
+            raise fault
+        if message is not None:
+            raise ElsewhereError(message)
+        return result
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors on this process's device with rank 0's."""
@@ -101,7 +124,7 @@ def init_distributed(
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=join_timeout))
         dist.init_process_group(
-            "nccl" if on_gpu and dist.is_nccl_available() else "gloo",
+            "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo",
             store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=chosen if on_gpu else None,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:

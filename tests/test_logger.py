@@ -41,10 +41,13 @@ def test_rank_0_speaks_on_the_console_and_every_rank_in_its_file(tmp_path, name,
 
 
 def test_a_logger_made_again_writes_each_line_once_and_appends(tmp_path, name, capsys):
-    create_logger(tmp_path, 0, name).info("first")
+    former = create_logger(tmp_path, 0, name)
+    former.info("first")
+    files = [handler for handler in former.handlers if isinstance(handler, logging.FileHandler)]
     log = create_logger(tmp_path, 0, name)
     log.warning("second")
     log.debug("not shown")
+    assert [file.stream for file in files] == [None]  # closed
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["first", "second"]
     assert [line.split(" ", 2)[2] for line in (tmp_path / "log_rank0.txt").read_text().splitlines()] == ["INFO first", "WARNING second"]
 
@@ -93,13 +96,12 @@ def read(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_line_is_there_at_once_with_step_epoch_and_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(logger.time, "time", lambda: 1234.5)
+def test_each_line_is_there_at_once_with_step_and_epoch_and_nothing_that_the_clock_says(tmp_path):
     writer = MetricWriter(tmp_path)
-    writer.write(1, 0, loss=0.25, images=7)
-    assert read(tmp_path) == [{"step": 1, "epoch": 0, "time": 1234.5, "loss": 0.25, "images": 7}]
+    writer.write(1, 0, {"images_per_second": 3.0}, loss=0.25, images=7)
+    assert read(tmp_path) == [{"step": 1, "epoch": 0, "loss": 0.25, "images": 7}]
     writer.write(2, 0.5, a=torch.tensor(2.5), b=np.float32(1.5), c=np.int64(3), d=float("nan"), e=-math.inf)
-    assert read(tmp_path)[1] == {"step": 2, "epoch": 0.5, "time": 1234.5, "a": 2.5, "b": 1.5, "c": 3, "d": None, "e": None}
+    assert read(tmp_path)[1] == {"step": 2, "epoch": 0.5, "a": 2.5, "b": 1.5, "c": 3, "d": None, "e": None}
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     writer.close()
 
@@ -118,6 +120,30 @@ def test_a_resumed_run_has_no_step_twice(tmp_path):
     writer.close()
     assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [(s, s) for s in range(1, 6)] + [(6, 60), (7, 70)]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_metrics_that_cannot_be_written_are_a_warning(tmp_path):
+    said = []
+    writer = MetricWriter(tmp_path, warn=said.append)
+    (tmp_path / "metrics.jsonl").mkdir()
+    writer.write(7, 0, loss=1.0)
+    assert len(said) == 1 and said[0].startswith("the metrics of step 7 could not be written: ") and writer.lines == 0
+
+
+def test_cutting_back_by_lines_parts_an_update_from_the_evaluation_at_the_same_step(tmp_path):
+    writer = MetricWriter(tmp_path)
+    assert writer.lines == 0
+    writer.write(5, 0, loss=1.0)
+    lines = writer.lines
+    writer.write(5, 1, top1=50.0)
+    assert (lines, writer.lines) == (1, 2)
+    writer.close()
+    writer = MetricWriter(tmp_path)
+    assert writer.lines == 2
+    writer.cut_back(5, lines)
+    writer.cut_back(5, 10)
+    assert read(tmp_path) == [{"step": 5, "epoch": 0, "loss": 1.0}] and writer.lines == 1
+    writer.close()
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "ep', '{"step": 3, "epoch": 0}', "\x00\x00\x00", "[1]\n", '{"epoch": 1}\n', "\udcff"])
@@ -162,7 +188,7 @@ def test_only_rank_0_writes_and_the_others_have_the_same_methods(tmp_path, monke
     writer.close()
     assert os.listdir(tmp_path) == []
     public = {key for key in vars(MetricWriter) if not key.startswith("_")}
-    assert public == {key for key in vars(NullWriter) if not key.startswith("_")}
+    assert public | {"lines"} == {key for key in vars(NullWriter) if not key.startswith("_")}
     writer = create_metric_writer(tmp_path / "run")
     writer.write(1, 0)
     writer.close()

@@ -53,11 +53,19 @@ def test_without_torchrun_a_run_is_alone_and_every_exchange_is_the_identity():
     world = init_distributed("cpu")
     assert world == Distributed(0, 1, 0, CPU) and world.is_main
     tensor, obj = torch.ones(2), {"a": 1}
+    assert world.any_of(True, False) == [True, False] and world.on_main(lambda: 3) == 3
     assert world.all_reduce_sum(tensor) is tensor and world.broadcast_object(obj) is obj and world.gather_objects(obj) == [obj]
     world.broadcast_tensors([tensor])
     world.barrier()
     world.destroy()
     assert not torch.distributed.is_initialized()
+
+
+def fault_of(function):
+    try:
+        function()
+    except ValueError as error:
+        return type(error).__name__, str(error)
 
 
 def exchange():
@@ -75,6 +83,9 @@ def exchange():
         "object": world.broadcast_object({"chosen": Path("x")} if world.is_main else None),
         "gathered": world.gather_objects(("from", world.rank)),
         "backend": torch.distributed.get_backend(),
+        "any": world.any_of(world.rank == 1, False, True),
+        "on main": world.on_main(lambda: world.rank),
+        "fault": fault_of(lambda: world.on_main(lambda: int(f"not {world.rank}"))),
     }
     world.destroy()
     world.destroy()  # a second time does nothing
@@ -97,6 +108,9 @@ def test_processes_exchange_tensors_and_objects(world_size):
             "object": {"chosen": Path("x")},
             "gathered": [("from", r) for r in range(world_size)],
             "backend": "gloo",
+            "any": [True, False, True],
+            "on main": 0,
+            "fault": ("ElsewhereError" if rank else "ValueError", "invalid literal for int() with base 10: 'not 0'"),
         }
 
 
@@ -397,6 +411,19 @@ def test_a_full_disk_and_a_missing_folder_say_so(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="can't write the checkpoint .No space left on device") as raised:
         save_atomic({"step": 1}, tmp_path / "c.pth")
     assert raised.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []
+
+
+def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    save_atomic({"step": 1}, tmp_path / "c.pth")
+
+    def fails(source, target):
+        assert load_checkpoint(source) == {"step": 2}  # whole before it takes the name
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="Permission denied.*; the file that was there is unchanged"):
+        save_atomic({"step": 2}, tmp_path / "c.pth")
+    assert os.listdir(tmp_path) == ["c.pth"] and load_checkpoint(tmp_path / "c.pth") == {"step": 1}
 
 
 def test_other_failures_while_saving_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
