@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from data.decoder import AugmentDecoder, eval_transform, mean_and_std
 from data.identity import adopted_values, check_proof, is_paired
 from data.logits_store import LogitsStoreReader, map_positions, store_epoch
 from data.replay import ReplayDataset, Sample
-from data.sampler import EpochBatches, EpochSampler
+from data.sampler import EpochBatches, EpochSampler, Wanted
 from data.store_format import ranges
 from data.store_stage import EpochStager
 from data.upstream_store import UpstreamStoreReader
@@ -67,12 +67,15 @@ class Epochs:
         self._batches = EpochBatches(sampler, batch_size)
         self._loader = DataLoader(dataset, batch_sampler=self._batches, generator=torch.Generator(), **_loader_options(cfg))
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of an epoch for this rank, without its first `start` positions."""
+    def batches(self, epoch: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Any]:
+        """The batches of an epoch for this rank, without its first `start` positions; of the rest those that are `wanted`.
+
+        A fault in a loader process is a ValueError of one line here.
+        """
         if self._stager:
             self._stager.advance(self._epoch_of(epoch), self._epoch_of(epoch + 1) if epoch + 1 < self._end else None)
-        self._batches.set_epoch(self._epoch_of(epoch), start)
-        return iter(self._loader)
+        self._batches.set_epoch(self._epoch_of(epoch), start, wanted)
+        return _with_plain_errors(iter(self._loader))
 
     def count(self, epoch: int = 0) -> int:
         """Number of batches of a whole epoch for this rank."""
@@ -98,13 +101,16 @@ def train_epochs(cfg, rank: int, batch_size: int, step_images: int, report: Call
     return Epochs(cfg, replay, sampler, batch_size, epoch_of, stager)
 
 
-def check_store(cfg) -> str:
-    """Everything that can be checked before the first batch, for one process to do; returns a line about the store, "" without one."""
+def check_store(cfg, wanted: Iterable[int] | None = None) -> str:
+    """Everything that can be checked before the first batch, for one process to do; returns a line about the store, "" without one.
+
+    `wanted` are the epochs to be read, by default all of the run.
+    """
     if not reads_store(cfg):
         return ""
     dataset = build_dataset(cfg, "train")
     store = open_store(cfg, dataset.get_keys())
-    wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS)
+    wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS) if wanted is None else wanted
     epochs = store.epochs()
     if cfg.DISTILL.REUSE_EPOCHS:
         wanted = sorted({store_epoch(epoch, len(epochs)) for epoch in wanted})
@@ -179,6 +185,22 @@ def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:
 
 def _upstream_classes(cfg) -> int:
     return cfg.MODEL.NUM_CLASSES or UPSTREAM_CLASSES.get(cfg.DATA.DATASET, 1000)
+
+
+def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches; an error that a loader process met is raised as it was there, without the traceback that PyTorch puts in its text."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        text = str(error).rstrip()
+        if "Original Traceback" not in text:
+            raise
+        raise ValueError(text.splitlines()[-1].partition(": ")[2]) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a loader process has died ({str(error).splitlines()[0].rstrip('.')}): was the memory used up? "
+                         "Try fewer DATA.NUM_WORKERS") from error
 
 
 def _loader_options(cfg) -> dict[str, Any]:

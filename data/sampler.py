@@ -5,12 +5,14 @@ or a single image), and rank r of W takes the units r, r + W, r + 2W, ... So the
 the first n * W units of the epoch: for every split of the same number of images the steps hold the same images in the same pairs.
 """
 
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+Wanted = Callable[[int, list[int]], bool]
 
 CHUNK_UNITS = 1 << 14  # units turned into Python integers at a time
 
@@ -142,17 +144,26 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         if batch_size % sampler.unit:
             raise ValueError(f"a batch of {batch_size} images splits a pair: use an even batch size when images are mixed in pairs")
         self.sampler, self.batch_size = sampler, batch_size
+        self.wanted: Wanted | None = None
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and skip the first `start` positions of this rank (`len` goes on counting their batches)."""
+    def set_epoch(self, epoch: int, start: int = 0, wanted: Wanted | None = None) -> None:
+        """Choose the epoch, and skip the first `start` positions of this rank (`len` goes on counting their batches).
+
+        Of the rest only those batches are dealt, composed as ever, for which `wanted(number, positions)` holds.
+        """
         self.sampler.set_epoch(epoch, start)
+        self.wanted = wanted
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._batches(self.sampler.epoch, iter(self.sampler))
+        return self._batches(self.sampler.epoch, iter(self.sampler), self.wanted)
 
-    def _batches(self, epoch: int, positions: Iterator[int]) -> Iterator[list[tuple[int, int]]]:
-        while batch := [(epoch, position) for position in islice(positions, self.batch_size)]:
-            yield batch
+    def _batches(self, epoch: int, positions: Iterator[int], wanted: Wanted | None) -> Iterator[list[tuple[int, int]]]:
+        for number in count():
+            batch = list(islice(positions, self.batch_size))
+            if not batch:
+                return
+            if wanted is None or wanted(number, batch):
+                yield [(epoch, position) for position in batch]
