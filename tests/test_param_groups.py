@@ -27,6 +27,8 @@ class Plain(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
         self.table = nn.Parameter(torch.ones(3, 4))
+        self.grid = nn.Module()
+        self.grid.bias = nn.Parameter(torch.ones(2, 2))
         self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
         self.fc = nn.Linear(4, 2)
 
@@ -58,13 +60,13 @@ def test_without_layer_decay_there_are_two_groups_of_scale_one():
 def test_any_module_has_groups():
     decayed, spared = parameter_groups(Plain(), 0.1)
     assert decayed["names"] == ["table", "body.0.weight", "fc.weight"]
-    assert spared["names"] == ["scale", "body.0.bias", "body.1.weight", "body.1.bias", "fc.bias"]
+    assert spared["names"] == ["scale", "grid.bias", "body.0.bias", "body.1.weight", "body.1.bias", "fc.bias"]
     _, spared = parameter_groups(timm.create_model("vit_tiny_patch16_224"), 0.1)
     assert {"pos_embed", "cls_token"} <= set(spared["names"])  # what timm's model itself exempts
 
 
 def test_zero_weight_decay_keeps_the_groups():
-    assert [len(group["names"]) for group in parameter_groups(Plain(), 0.0)] == [3, 5]
+    assert [len(group["names"]) for group in parameter_groups(Plain(), 0.0)] == [3, 6]
 
 
 def test_freezing_the_backbone_leaves_the_head():
