@@ -202,6 +202,25 @@ def test_a_running_iteration_keeps_its_epoch():
     assert [e for batch in batches for e, _ in batch] == [1] * 16
 
 
+def test_only_wanted_batches_are_dealt_and_they_are_composed_as_ever():
+    batches = EpochBatches(EpochSampler(30, 2, 1, paired=True), 4)
+    batches.set_epoch(3)
+    every = list(batches)
+    asked = []
+
+    def wanted(number, positions):
+        asked.append((number, positions))
+        return number % 2 == 1
+
+    batches.set_epoch(3, 0, wanted)
+    assert list(batches) == every[1::2]
+    assert asked == [(number, [position for _, position in batch]) for number, batch in enumerate(every)]
+    batches.set_epoch(3, 4, wanted)
+    assert list(batches) == every[2::2]  # counted from where it starts
+    batches.set_epoch(3)
+    assert list(batches) == every
+
+
 def test_a_sampler_survives_pickling():
     sampler = EpochSampler(50, 2, 1, seed=3, paired=True, step_images=8)
     sampler.set_epoch(4, 6)
