@@ -13,10 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import register_model
+from timm.models import get_pretrained_cfg, register_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["TinyViT", "tiny_vit_5m_224", "tiny_vit_11m_224", "tiny_vit_21m_224", "tiny_vit_21m_384", "tiny_vit_21m_512"]
 
 SMALLEST_IMAGE = 32  # pixels a side: the last stage's map is then a single point
 
@@ -27,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 VARIANTS["21m_384"] = {**VARIANTS["21m"], "drop_path_rate": 0.1, "img_size": 384, "window_sizes": (12, 12, 24, 12)}
 VARIANTS["21m_512"] = {**VARIANTS["21m"], "drop_path_rate": 0.1, "img_size": 512, "window_sizes": (16, 16, 32, 16)}
-WEIGHTS = ("22kto1k_distill", "22k_distill", "1k")  # official checkpoints; at 384 and 512 pixels only the first exists
+WEIGHTS = ("22kto1k_distill", "22k_distill", "1k")  # names of official checkpoints
 WEIGHT_ALIASES = {"in1k": "22kto1k_distill", "in22k": "22k_distill"}
 
 
@@ -260,8 +262,13 @@ class TinyViT(nn.Module):
         local_conv_size: int = 3,
     ):
         super().__init__()
-        _check_shape(img_size, in_chans, num_classes, embed_dims, depths, num_heads, window_sizes, local_conv_size)
-        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        _check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, window_sizes=window_sizes)
+        _check_least(SMALLEST_IMAGE, img_size=img_size)
+        _check_least(1, in_chans=in_chans)
+        _check_least(0, num_classes=num_classes)
+        _check_probabilities(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        if local_conv_size % 2 == 0:
+            raise ValueError(f"local_conv_size {local_conv_size}: an odd number keeps the size of the map")
         self.img_size = img_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -336,7 +343,7 @@ class TinyViT(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one; 0 classes leave the features."""
-        _check_classes(num_classes)
+        _check_least(0, num_classes=num_classes)
         self.num_classes = num_classes
         weight = self.norm_head.weight
         self.head = _head(self.num_features, num_classes).to(weight.device, weight.dtype)
@@ -394,15 +401,14 @@ class TinyViT(nn.Module):
 
 def pretrained_source(variant: str, pretrained: bool | str, img_size: int) -> tuple[str, str]:
     """The variant whose official checkpoint is meant, and the checkpoint's name among WEIGHTS."""
-    name = "22kto1k_distill" if pretrained is True else WEIGHT_ALIASES.get(pretrained, pretrained)
     if variant == "21m" and pretrained is True and img_size >= 384:
-        return ("21m_512" if img_size >= 512 else "21m_384"), name
-    if variant.startswith("21m") and name in ("in1k_384", "in1k_512"):
-        return name.replace("in1k", "21m"), "22kto1k_distill"
-    known = WEIGHTS if variant in ("5m", "11m", "21m") else WEIGHTS[:1]
-    if name not in known:
-        names = (*known, *WEIGHT_ALIASES, "in1k_384", "in1k_512") if variant == "21m" else known
-        raise ValueError(f"no pretrained weights {pretrained!r} for TinyViT {variant}: there are {', '.join(names)}, or True (the first)")
+        return ("21m_512" if img_size >= 512 else "21m_384"), WEIGHTS[0]
+    if variant.startswith("21m") and pretrained in ("in1k_384", "in1k_512"):
+        return f"21m{pretrained.removeprefix('in1k')}", WEIGHTS[0]
+    name = WEIGHTS[0] if pretrained is True else WEIGHT_ALIASES.get(pretrained, pretrained)
+    if name not in WEIGHTS:
+        names = (*WEIGHTS, *WEIGHT_ALIASES, *(("in1k_384", "in1k_512") if variant.startswith("21m") else ()))
+        raise ValueError(f"no pretrained weights {pretrained!r} for TinyViT {variant}: there are {', '.join(names)}; True means the first")
     return variant, name
 
 
@@ -416,45 +422,31 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _check_shape(
-    img_size: int,
-    in_chans: int,
-    num_classes: int,
-    embed_dims: Sequence[int],
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    window_sizes: Sequence[int],
-    local_conv_size: int,
-) -> None:
-    stages = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads, "window_sizes": window_sizes}
-    if len({len(values) for values in stages.values()}) != 1:
-        raise ValueError(f"one value per stage each: {', '.join(f'{name} has {len(values)}' for name, values in stages.items())}")
+def _check_stages(**stages: Sequence[int]) -> None:
+    """One value per stage and setting, all positive, and heads that share the channels."""
+    if len({len(values) for values in stages.values()}) > 1:
+        raise ValueError(f"each stage needs one value of each: {', '.join(f'{name} has {len(values)}' for name, values in stages.items())}")
     for name, values in stages.items():
         if not values or min(values) < 1:
-            raise ValueError(f"{name} {list(values)}: each must be 1 or more")
-    for stage, (dim, heads) in enumerate(zip(embed_dims, num_heads)):
-        if stage > 0 and dim % heads:
-            raise ValueError(f"num_heads {heads} does not divide embed_dims {dim} of stage {stage}: heads get an equal share of channels")
-    if embed_dims[0] % 2:
-        raise ValueError(f"embed_dims {embed_dims[0]} of stage 0 is odd: the patch embedding's first convolution has half of it")
-    if img_size < SMALLEST_IMAGE:
-        raise ValueError(f"img_size {img_size}: {SMALLEST_IMAGE} pixels is the least")
-    if in_chans < 1:
-        raise ValueError(f"in_chans {in_chans}: images have 1 channel or more")
-    if local_conv_size < 1 or local_conv_size % 2 == 0:
-        raise ValueError(f"local_conv_size {local_conv_size}: an odd number keeps the size of the map")
-    _check_classes(num_classes)
+            raise ValueError(f"{name} {list(values)}: each stage's is 1 or more")
+    dims, heads = stages["embed_dims"], stages["num_heads"]
+    for stage in range(1, len(dims)):
+        if dims[stage] % heads[stage]:
+            raise ValueError(f"num_heads {heads[stage]} of stage {stage} does not divide its embed_dims {dims[stage]}")
+    if dims[0] % 2:
+        raise ValueError(f"embed_dims {dims[0]} of stage 0 is odd: the first convolution of the patch embedding has half of it")
 
 
-def _check_classes(num_classes: int) -> None:
-    if num_classes < 0:
-        raise ValueError(f"num_classes {num_classes}: 0 (features) or more")
+def _check_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} {value}: {least} is the least")
 
 
-def _check_rates(**rates: float) -> None:
-    for name, rate in rates.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} {rate}: a probability in [0, 1)")
+def _check_probabilities(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} {value}: a probability in [0, 1)")
 
 
 def tiny_vit_5m_224(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
@@ -482,19 +474,27 @@ def tiny_vit_21m_512(pretrained: bool | str = False, num_classes: int = 1000, **
     return TinyViT.from_config("21m_512", pretrained, num_classes=num_classes, **overrides)
 
 
+default_cfgs = {f"tinyvit_{name}": {} for name in ("5m_224", "11m_224", "21m_224")}  # timm reads what data its models take under this name
+default_cfgs |= {f"tinyvit_21m_{size}": {"input_size": (3, size, size), "crop_pct": 1.0} for size in (384, 512)}
+
+
 def _registered(build: Callable[..., TinyViT]) -> Callable[..., TinyViT]:
-    """Make `build` known to timm under a name that timm does not have."""
+    """Make `build` known to timm, under a name that timm does not have."""
 
     def entry(pretrained: bool | str = False, **options: Any) -> TinyViT:
-        for unused in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            options.pop(unused, None)
-        return build(pretrained, **options)
+        for handled_by_timm in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            options.pop(handled_by_timm, None)
+        model = build(pretrained, **options)
+        model.pretrained_cfg = get_pretrained_cfg(entry.__name__).to_dict()
+        return model
 
     entry.__name__ = entry.__qualname__ = build.__name__.replace("tiny_vit", "tinyvit")
     entry.__doc__ = build.__doc__
     return register_model(entry)
 
 
-tinyvit_5m_224, tinyvit_11m_224, tinyvit_21m_224, tinyvit_21m_384, tinyvit_21m_512 = map(
-    _registered, (tiny_vit_5m_224, tiny_vit_11m_224, tiny_vit_21m_224, tiny_vit_21m_384, tiny_vit_21m_512)
-)
+tinyvit_5m_224 = _registered(tiny_vit_5m_224)
+tinyvit_11m_224 = _registered(tiny_vit_11m_224)
+tinyvit_21m_224 = _registered(tiny_vit_21m_224)
+tinyvit_21m_384 = _registered(tiny_vit_21m_384)
+tinyvit_21m_512 = _registered(tiny_vit_21m_512)
