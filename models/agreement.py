@@ -39,7 +39,7 @@ def compare(indices: Tensor, probs: Tensor, logits: Tensor, temperature: float =
     is_class = indices < num_classes
     indices = indices.clamp(max=num_classes - 1)
     at_stored = now.gather(1, indices)
-    value_error = (at_stored - probs).abs().amax(1)
+    value_error = (at_stored.half().float() - probs).abs().amax(1)  # rounded as the record is
     # A class that the record does not name has at most its last probability there.
     is_named = torch.zeros_like(now, dtype=torch.bool).scatter_(1, indices, True).gather(1, new_indices)
     excess = (new_probs.float() - probs[:, -1:]).clamp(min=0).masked_fill(is_named, 0).amax(1)
