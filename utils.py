@@ -5,11 +5,14 @@ import math
 import os
 import random
 import signal
+import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -333,31 +336,106 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-class Meter:
-    """A weighted mean that is summed up on the values' own device; only `value` waits for it."""
+class Measurements:
+    """What updates measure, kept on their device until `collect`; an update whose first column is not finite counts as skipped.
 
-    def __init__(self) -> None:
-        self.reset()
+    `state` is plain values: with it a resumed run goes on exactly.
+    """
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self._sum: Tensor | float = 0.0
-        self._count = 0
+    def __init__(self, columns: Sequence[str], world: Distributed, state: dict[str, Any] | None = None) -> None:
+        self.columns, self.world = tuple(columns), world
+        self.state = state or {"window": [], "epoch": [], "skipped": 0, "skipped_in_a_row": 0}
+        self._pending: list[Tensor] = []
 
-    def update(self, value: Tensor | float, n: int = 1) -> None:
-        """Count a mean over `n` items."""
-        if isinstance(value, Tensor):
-            value = value.detach().to(_wide(value.device))
-        self._sum = self._sum + value * n
-        self._count += n
+    def add(self, row: Tensor) -> None:
+        """Take one update's columns; nothing waits for the device."""
+        self._pending.append(row)
 
-    def value(self, world: Distributed | None = None) -> float:
-        """The mean so far (not a number if there is none), over all processes if `world` is given."""
-        if world is None or world.world_size == 1:
-            return float(self._sum) / self._count if self._count else float("nan")
-        total = torch.tensor([float(self._sum), self._count], dtype=torch.float64)
-        total_sum, count = world.all_reduce_sum(total).tolist()
-        return total_sum / count if count else float("nan")
+    def collect(self) -> int:
+        """Wait for the pending rows, as means over all processes; returns the largest number of updates skipped in a row by now."""
+        longest = self.state["skipped_in_a_row"]
+        if not self._pending:
+            return longest
+        rows = self.world.all_reduce_sum(torch.stack(self._pending).detach().cpu().double()) / self.world.world_size
+        for row in rows.tolist():
+            if math.isfinite(row[0]):
+                self.state["window"].append(row)
+                self.state["epoch"] = [total + value for total, value in zip(self.state["epoch"] or [0.0] * (len(row) + 1), (*row, 1.0))]
+                self.state["skipped_in_a_row"] = 0
+            else:
+                self.state["skipped"] += 1
+                self.state["skipped_in_a_row"] += 1
+                longest = max(longest, self.state["skipped_in_a_row"])
+        self._pending.clear()
+        return longest
+
+    def take_window(self) -> dict[str, float]:
+        """The means over what was collected since this was last called."""
+        rows, self.state["window"] = self.state["window"], []
+        return {name: sum(column) / len(rows) for name, column in zip(self.columns, zip(*rows))}
+
+    def take_epoch(self) -> dict[str, float]:
+        """The means over the epoch, which ends here."""
+        sums, self.state["epoch"] = self.state["epoch"], []
+        return {name: total / sums[-1] for name, total in zip(self.columns, sums)}
+
+
+class Waiting:
+    """An iterator that adds up how long it was waited for."""
+
+    def __init__(self, items: Iterable) -> None:
+        self._items, self.seconds = iter(items), 0.0
+
+    def __iter__(self) -> "Waiting":
+        return self
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far in GB: on the GPU, else by this process (not a number where the system does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def time_calls(function: Callable[[], Any], device: torch.device, calls: int = 30, warmup: int = 10, limit: float = 60.0) -> list[float]:
+    """Seconds of each of several calls, after some that are not counted; on CUDA by events on the device.
+
+    Elsewhere calls end early, after three at least, when warm-up or counting has taken `limit` seconds.
+    """
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        for _ in range(warmup):
+            function()
+        marks[0].record()
+        for mark in marks[1:]:
+            function()
+            mark.record()
+        marks[-1].synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
+
+    def timed(count: int) -> list[float]:
+        seconds: list[float] = []
+        while len(seconds) < count and (len(seconds) < 3 or sum(seconds) < limit):
+            start = time.perf_counter()
+            function()
+            if device.type == "mps":
+                torch.mps.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    timed(warmup)
+    return timed(calls)
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:

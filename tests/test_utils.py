@@ -1,6 +1,7 @@
 """Processes, devices, checkpoints, meters and evaluation: on real gloo processes and real files."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -21,8 +22,9 @@ from configs.defaults import get_defaults
 from tests.helpers import free_port, run_ranks, torchrun
 from utils import (
     Distributed,
-    Meter,
+    Measurements,
     StopRequest,
+    Waiting,
     accuracy,
     amp_dtype,
     autocast,
@@ -32,8 +34,10 @@ from utils import (
     init_distributed,
     load_checkpoint,
     newest_valid,
+    peak_memory,
     save_atomic,
     seed_everything,
+    time_calls,
 )
 
 CPU = torch.device("cpu")
@@ -511,32 +515,58 @@ def test_old_safe_containers_are_read_too(tmp_path):
 # ---- meters and evaluation
 
 
-def test_a_meter_is_a_weighted_mean_in_float64():
-    meter = Meter()
-    assert np.isnan(meter.value())
-    values, counts = torch.rand(50), torch.randint(1, 9, (50,)).tolist()
-    for value, n in zip(values, counts):
-        meter.update(value.requires_grad_(), n)
-    meter.update(2.5, 4)
-    expected = (sum(float(v) * n for v, n in zip(values, counts)) + 10) / (sum(counts) + 4)
-    assert meter.value() == meter.value(Distributed()) == pytest.approx(expected, rel=1e-14)
-    meter.reset()
-    meter.update(torch.tensor(16777216.0))
-    meter.update(torch.tensor(1.0))
-    assert meter.value() * 2 == 16777217  # float32 would lose the last one
+def test_measurements_are_means_in_float64_over_windows_and_epochs():
+    rows = torch.rand(7, 3)
+    rows[2, 0], rows[3, 0] = float("nan"), float("inf")
+    good = [row.tolist() for i, row in enumerate(rows) if i not in (2, 3)]
+    mean = {name: sum(row[i] for row in good) / 5 for i, name in enumerate("abc")}
+    part = {name: (good[0][i] + good[1][i]) / 2 for i, name in enumerate("abc")}
+    measured = Measurements("abc", Distributed())
+    assert measured.collect() == 0 and measured.take_window() == {} and measured.take_epoch() == {}
+    for row in rows[:4]:
+        measured.add(row.requires_grad_())
+    assert measured.collect() == 2 and measured.take_window() == pytest.approx(part, rel=1e-14)
+    again = Measurements("abc", Distributed(), json.loads(json.dumps(measured.state)))  # as through a checkpoint
+    for row in rows[4:]:
+        again.add(row)
+    assert again.collect() == 2 and again.collect() == 0 and again.state["skipped"] == 2
+    assert again.take_epoch() == pytest.approx(mean, rel=1e-14)
+    assert list(again.take_window()) == list("abc") and again.take_window() == {} and again.take_epoch() == {}
+    big = Measurements("a", Distributed())
+    big.add(torch.tensor([16777216.0]))
+    big.add(torch.tensor([1.0]))
+    big.collect()
+    assert big.take_window()["a"] * 2 == 16777217  # float32 would lose the last one
 
 
-def test_a_meter_never_waits_for_the_device_before_value(monkeypatch):
-    meter = Meter()
+def test_measurements_do_not_wait_for_the_device_before_they_are_collected(monkeypatch):
+    measured = Measurements("a", Distributed())
 
     def waits(*args):
         raise AssertionError("the device was waited for")
 
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    meter.update(torch.ones(()), 3)
+    measured.add(torch.ones(1))
     with pytest.raises(AssertionError, match="waited for"):
-        meter.value()
+        measured.collect()
+
+
+def test_waiting_counts_the_time_until_an_item_is_there(monkeypatch):
+    clock = iter([1.0, 3.0, 10.0, 10.5, 20.0, 20.25])
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
+    items = Waiting("ab")
+    assert list(items) == ["a", "b"] and items.seconds == 2.75
+
+
+def test_calls_are_timed_after_a_warm_up_and_end_early_on_a_slow_machine(monkeypatch):
+    calls = []
+    clock = iter(range(1000))
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
+    assert time_calls(lambda: calls.append(1), CPU, calls=6, warmup=2) == [1.0] * 6 and len(calls) == 8
+    calls.clear()
+    assert time_calls(lambda: calls.append(1), CPU, calls=30, warmup=10, limit=4.0) == [1.0] * 4 and len(calls) == 8
+    assert 0 < peak_memory(CPU) < 1000
 
 
 @pytest.mark.parametrize("classes", [3, 12])
@@ -675,12 +705,11 @@ def evaluate_part(counts):
     part = slice(start, start + counts[world.rank])
     loader = batches(images[part], labels[part], 4) if counts[world.rank] else []
     result = evaluate(model, loader, world.device, world=world, num_classes=7)
-    meter = Meter()
-    for _ in range(world.rank):
-        meter.update(torch.tensor(float(world.rank)), 2)
-    mean = meter.value(world)
+    measured = Measurements("ab", world)
+    measured.add(torch.tensor([1.0, world.rank]))
+    measured.collect()
     world.destroy()
-    return result, mean
+    return result, measured.take_window()
 
 
 @pytest.mark.parametrize("counts", [(41, 0), (14, 20, 7)])
@@ -688,7 +717,7 @@ def test_ranks_with_different_counts_evaluate_each_image_once(counts):
     expected = naive(*evaluation())
     for result, mean in run_ranks(evaluate_part, len(counts), counts):
         assert_results(result, expected)
-        assert mean == pytest.approx(1.0 if len(counts) == 2 else 10 / 6)
+        assert mean == {"a": 1.0, "b": (len(counts) - 1) / 2}
 
 
 def test_a_failing_rank_fails_the_test_with_its_traceback():
