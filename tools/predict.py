@@ -1,0 +1,142 @@
+"""Top classes of images, for any checkpoint: ours, the official ones, or a timm model's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from math import isqrt
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from configs import load_config
+from data.datasets import IMAGE_SUFFIXES, read_rgb
+from data.decoder import eval_transform
+from models.pretrained import from_timm, load_weights, read_state_dict
+from models.tiny_vit import TinyViT
+
+STRIDE = 16  # pixels a point of the third stage's map stands for, which official models cover with one window
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.predict", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("images", metavar="IMAGE|FOLDER", nargs="+", type=Path, help="image files, or folders that are searched for images")
+    add("--weights", required=True, metavar="FILE|URL", help="a checkpoint; the TinyViT it belongs to is read from its shapes")
+    add("--timm", metavar="NAME", help="the weights are of this timm model")
+    add("--cfg", metavar="FILE", help="take image size, mean and std from this recipe or a run's config.yaml")
+    add("--image-size", type=int, metavar="PIXELS", help="default: the size the model was built for")
+    add("--classes", metavar="FILE", type=Path, help="class names, one a line; default: ImageNet's for 1,000 or 21,841 classes")
+    add("--topk", type=int, default=5, metavar="K", help="classes to show of each image (default 5)")
+    add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
+    add("--json", action="store_true", help="one JSON object a line instead of a table")
+    args = parser.parse_args(argv)
+    try:
+        for path, classes in predictions(args):
+            print(json.dumps({"image": str(path), "classes": classes}) if args.json else _rows(path, classes), flush=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def predictions(args: argparse.Namespace) -> Iterator[tuple[Path, list[dict]]]:
+    """Each image's path and its classes, most probable first: {"class", "name", "probability"}."""
+    paths = list(_image_files(args.images))
+    model, size = build_model(args.weights, args.timm)
+    options = ["--cfg", args.cfg] if args.cfg else ["--opts", *(("MODEL.TYPE", "timm", "MODEL.NAME", args.timm) if args.timm else ())]
+    sizes = args.image_size or (None if args.cfg or args.timm else size)
+    cfg = load_config([*options, *(["--opts", "DATA.IMG_SIZE", str(sizes)] if sizes else []), "--eval"])
+    transform, names = eval_transform(cfg), None
+    for start in range(0, len(paths), args.batch_size):
+        batch = paths[start : start + args.batch_size]
+        with torch.inference_mode():
+            probs = model(torch.stack([transform(read_rgb(path, cfg.DATA.MAX_PIXELS)) for path in batch])).float().softmax(-1)
+        names = names or class_names(probs.shape[1], args.classes)
+        values, indices = probs.topk(min(args.topk, probs.shape[1]))
+        for path, row, classes in zip(batch, values.tolist(), indices.tolist()):
+            yield path, [{"class": i, "name": names[i], "probability": round(p, 6)} for p, i in zip(row, classes)]
+
+
+def build_model(weights: str, timm_name: str | None = None) -> tuple[nn.Module, int]:
+    """The model of a checkpoint, in eval mode, and its image size in pixels."""
+    state = read_state_dict(weights)
+    if timm_name:
+        import timm
+
+        model = timm.create_model(timm_name, num_classes=_head_rows(state))
+        size = model.pretrained_cfg["input_size"][-1]
+    else:
+        state = from_timm(state) if "patch_embed.conv1.conv.weight" in state else state
+        settings = tiny_vit_settings(state, weights)
+        model, size = TinyViT(**settings), settings["img_size"]
+    load_weights(model, state, exact=True, log=lambda text: None)
+    return model.eval(), size
+
+
+def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
+    """The TinyViT a state dict belongs to, read from the shapes of its tensors."""
+    if "patch_embed.seq.0.c.weight" not in state or "head.weight" not in state:
+        raise ValueError(f"{name}: these are not the weights of a TinyViT classifier; for a timm model name it with --timm")
+    blocks = sorted({tuple(map(int, found.groups())) for key in state if (found := re.match(r"layers\.(\d)\.blocks\.(\d+)\.", key))})
+    depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
+    biases = [state[f"layers.{i}.blocks.0.attn.attention_biases"].shape for i in range(1, 4)]
+    dims = [state["patch_embed.seq.2.c.weight"].shape[0], *(state[f"layers.{i}.blocks.0.attn.proj.weight"].shape[0] for i in range(1, 4))]
+    windows = [isqrt(points) for _, points in biases]
+    return {
+        "embed_dims": dims,
+        "depths": depths,
+        "num_heads": [1, *(heads for heads, _ in biases)],
+        "window_sizes": [windows[0], *windows],
+        "num_classes": state["head.weight"].shape[0],
+        "in_chans": state["patch_embed.seq.0.c.weight"].shape[1],
+        "mbconv_expand_ratio": state["layers.0.blocks.0.conv1.c.weight"].shape[0] / dims[0],
+        "mlp_ratio": state["layers.1.blocks.0.mlp.fc1.weight"].shape[0] / dims[1],
+        "local_conv_size": state["layers.1.blocks.0.local_conv.c.weight"].shape[-1],
+        "img_size": max(32, windows[1] * STRIDE),
+    }
+
+
+def class_names(count: int, file: Path | None) -> Sequence[str]:
+    """The names of so many classes: a file's, ImageNet's, or their numbers."""
+    if file:
+        names = file.read_text(encoding="utf-8").splitlines()
+        if len(names) != count:
+            raise ValueError(f"{file}: holds {len(names)} names, the model has {count} classes")
+        return names
+    if count not in (1000, 21841):
+        return [f"class {i}" for i in range(count)]
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k" if count == 1000 else "imagenet-22k")
+    return [info.index_to_description(i) for i in range(count)]
+
+
+def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise ValueError(f"{path}: no images in this folder")
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"{path}: no such file or folder")
+
+
+def _head_rows(state: Mapping[str, torch.Tensor]) -> int:
+    return [value for key, value in state.items() if key.endswith("weight") and value.ndim == 2][-1].shape[0]
+
+
+def _rows(path: Path, classes: Sequence[dict]) -> str:
+    return "\n".join([str(path), *(f"  {100 * entry['probability']:6.2f} %  {entry['class']:>5}  {entry['name']}" for entry in classes)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
