@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import subprocess
 import sys
 import time
 import uuid
@@ -59,6 +60,15 @@ def create_logger(folder: str | Path | None, rank: int = 0, name: str = "tinyvit
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
     return log
+
+
+def git_state(folder: str | Path) -> str:
+    """The commit that is checked out in a folder, marked if files differ from it; "unknown" without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 class NullWriter:

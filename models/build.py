@@ -4,12 +4,16 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import timm
+import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
+from models.clip_vit import clip_vit_large14_224
 from models.pretrained import (
     CLIP_VARIANT,
     ZOO_NAMES,
@@ -78,6 +82,16 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
 
 
+def count_multiply_adds(model: nn.Module, image_size: int) -> int | None:
+    """Multiply-accumulates of one image of so many pixels a side; None for a model that can't be run without values."""
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            deepcopy(model).to("meta").eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except Exception:  # whatever a user's model does in its forward pass
+        return None
+    return counter.get_total_flops() // 2
+
+
 def load_function(spec: str) -> Callable[..., Any]:
     """The function that `package.module:function` names."""
     module_name, _, name = spec.partition(":")
@@ -104,8 +118,6 @@ def _construct(cfg: CfgNode, log: Callable[[str], None]) -> nn.Module:
             return TinyViT(img_size=cfg.DATA.IMG_SIZE, num_classes=cfg.MODEL.NUM_CLASSES or 1000, drop_rate=cfg.MODEL.DROP_RATE,
                            drop_path_rate=cfg.MODEL.DROP_PATH_RATE, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT, **shape)
         case "clip_vit_large14_224":
-            from models.clip_vit import clip_vit_large14_224
-
             model = clip_vit_large14_224(num_classes=cfg.MODEL.NUM_CLASSES or 21841)
         case "timm":
             model = _timm_model(cfg, log, **({"num_classes": cfg.MODEL.NUM_CLASSES} if cfg.MODEL.NUM_CLASSES else {}))
