@@ -39,14 +39,16 @@ from data.mix import PairMix
 from data.replay import Sample
 from data.rng import generator, run_seed, sample_seed
 from data.store_format import ranges
+from data.store_keys import Keys
 from logger import create_logger, progress
 from models.agreement import Agreement, compare
 from models.distill import encode
 from models.teacher import Teacher
-from utils import Distributed, StopRequest, evaluate, init_distributed, seed_everything
+from utils import Distributed, ElsewhereError, StopRequest, evaluate, init_distributed, seed_everything
 
 EXIT_DIFFERENT, EXIT_FAULT, EXIT_STOPPED = 1, 2, 75
-PATIENCE = timedelta(days=7)  # a process may wait while others compute an epoch; one that ends is noticed at once
+PATIENCE = timedelta(days=7)  # one process may wait while another computes a whole epoch
+PEER_ENDED = "another process of this run has ended: see what it says, then run the same again"
 
 Result = TypeVar("Result")
 
@@ -55,30 +57,18 @@ class Stopped(Exception):
     """The process was asked to stop."""
 
 
-class ElsewhereError(ValueError):
-    """A fault of another process, which says itself what it is."""
-
-
 class Group:
-    """The processes of a run as a group that shares its faults: where one fails, none is left waiting.
-
-    Exchanges go over gloo, on GPUs too: it notices at once when a process ends.
-    """
+    """The processes of a run as a group that shares its faults: where one fails, none is left waiting."""
 
     def __init__(self, world: Distributed) -> None:
         self.world = world
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world.world_size > 1 else None
 
     def gather(self, obj: Any) -> list[Any]:
-        """Every process's object, in the order of ranks."""
-        if self._group is None:
-            return [obj]
-        objects: list[Any] = [None] * self.world.world_size
+        """Every process's object, in the order of ranks; a process that has ended is noticed at once."""
         try:
-            dist.all_gather_object(objects, obj, group=self._group)
+            return self.world.gather_objects(obj)
         except RuntimeError as error:
-            raise ElsewhereError("another process of this run has ended") from error
-        return objects
+            raise ElsewhereError(PEER_ENDED) from error
 
     def everywhere(self, function: Callable[[], Result]) -> Result:
         """What `function` gives here, once it has succeeded on all processes."""
@@ -102,12 +92,13 @@ class Group:
         return result
 
     def _share(self, fault: Exception | None) -> None:
-        """Raise the fault of this process, or say that another has one."""
-        is_anywhere = any(self.gather(fault is not None))
+        """Raise the fault of this process, or else the first one of another."""
+        texts = self.gather(None if fault is None else str(fault))
         if fault is not None:
             raise fault
-        if is_anywhere:
-            raise ElsewhereError("another process of this run has failed")
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise ElsewhereError(f"rank {rank} has failed: {text}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +175,7 @@ def main(argv: list[str]) -> int:
     with StopRequest(("SIGTERM", "SIGINT", "SIGUSR1")) as stop:
         try:
             cfg = config_from_args(args, world_size, own)
-            group = Group(init_distributed(cfg.DEVICE))
+            group = Group(init_distributed(cfg.DEVICE, timeout=PATIENCE))
             run = _prepare(cfg, group, stop)
             code = _check(run, args.exact, args.percent) if args.check_saved_logits else _save(run, args.skip_eval)
             group.world.destroy()
@@ -252,7 +243,7 @@ def _prepare(cfg, group: Group, stop: StopRequest) -> Run:
         log.warning("AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in %s", teacher.precision)
     if not is_saving:  # the original's stores do not say how many classes they have
         cfg = replace(cfg, {"MODEL.NUM_CLASSES": teacher.num_classes})
-    cfg = group.main_first(lambda: resolve(cfg, teacher.num_classes))
+    cfg = group.on_main(partial(resolve, cfg, teacher.num_classes))
     label_map = teacher.label_map(build_dataset(cfg, "train").num_classes)
     return Run(cfg, group, stop, log, teacher, PairMix.from_config(cfg), label_map)
 
@@ -363,13 +354,13 @@ def _to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
 def _manifest(run: Run) -> dict[str, Any]:
     """What the store is, as rank 0 tells it."""
     cfg, device = run.cfg, run.world.device
-    dataset, decoder = build_dataset(cfg, "train"), AugmentDecoder.from_config(cfg)
+    dataset = build_dataset(cfg, "train")
     mean, std = mean_and_std(cfg)
     versions = {"python": platform.python_version()} | {module.__name__: module.__version__ for module in (torch, timm, np, PIL)}
     return {
-        "identity": identity_of(cfg, len(dataset), dataset.listing.digest()),
+        "identity": identity_of(cfg, len(dataset), Keys.of(dataset.get_keys()).digest()),
         "teacher": run.teacher.identity(),
-        "proof": proof_of(cfg, dataset, decoder),
+        "proof": proof_of(cfg, dataset, AugmentDecoder.from_config(cfg)),
         "info": {
             "versions": versions,
             "mean": mean,
@@ -424,7 +415,7 @@ def _check(run: Run, exact: bool, percent: float | None) -> int:
         raise ValueError(f"{root}: of the epochs {first} to {end - 1} none is there (there: {ranges(store.epochs()) or 'none'}): "
                          "set TRAIN.START_EPOCH and TRAIN.EPOCHS")  # fmt: skip
     log.info("%s", group.on_main(lambda: check_store(cfg, epochs)))
-    if isinstance(store, LogitsStoreReader) and store.manifest["teacher"] != run.teacher.identity():
+    if run.world.is_main and isinstance(store, LogitsStoreReader) and store.manifest["teacher"] != run.teacher.identity():
         log.warning("the store was written by another teacher, or in another precision: %s", store.manifest["teacher"])
     data = group.everywhere(lambda: train_epochs(cfg, run.world.rank, cfg.DATA.BATCH_SIZE, step_images=1, report=log.info))
     total, left_out = Agreement(), 0
@@ -489,7 +480,7 @@ def _one_line(error: Exception) -> str | None:
     if "DataLoader worker" in text:
         return f"a loader process has died ({text})"
     if "gloo" in text or isinstance(error, dist.DistError):
-        return "another process of this run has ended"
+        return PEER_ENDED
     return None
 
 
