@@ -112,11 +112,21 @@ class UpstreamStoreReader:
             )
         for epoch in sorted(wanted):
             records = self.open_epoch(epoch)
+            self._check_classes(records)
             lacking = np.flatnonzero(np.asarray(records._rows) < 0)
             if len(lacking):
                 raise StoreError(
                     f"{records.folder}: has no record of {len(lacking):,} of {len(self):,} images, the first being "
                     f"{_named(lacking[0], self._keys)}: give the data set it was saved from"
+                )
+
+    def _check_classes(self, records: UpstreamEpoch) -> None:
+        for rank, values in enumerate(records._values):
+            probed = values[:: max(1, len(values) // PROBED_RECORDS)]["index"]
+            if probed.size and probed.max() >= self.num_classes:
+                raise StoreError(
+                    f"{_values_path(records.folder, rank)}: names class {probed.max():,} of {self.num_classes:,}: "
+                    "correct MODEL.NUM_CLASSES, or copy the file again if it is damaged"
                 )
 
     def redundant_ranks(self, epoch: int) -> list[int]:
@@ -194,12 +204,6 @@ class UpstreamStoreReader:
                 raise StoreError(
                     f"{_values_path(folder, rank)}: holds {len(records):,} records of top-{self.k}, {path.name} has {len(lists[-1]):,} "
                     "keys: one of them is truncated, or K is another; copy both again"
-                )
-            probed = records[:: max(1, len(records) // PROBED_RECORDS)]["index"]
-            if probed.size and probed.max() >= self.num_classes:
-                raise StoreError(
-                    f"{_values_path(folder, rank)}: names class {probed.max():,} of {self.num_classes:,}: correct MODEL.NUM_CLASSES, "
-                    "or copy the file again if it is damaged"
                 )
         stored = _joined(lists)
         rows = locate(stored, self.keys)
