@@ -1,28 +1,39 @@
 """Which images there are: keys, labels and places as arrays in files, scanned once, mapped by every process.
 
 A listing is sorted by class, then name. Its folder holds keys.txt (one key a line), ends.npy (offset of each line's end), labels.npy
-(int32, -1 = none), for archives places.npy (int64 [N, 2]: offset and size), and listing.json, which is written last.
+(int32, -1 = none), for archives places.npy (int64 [N, 2]: offset and size), for a selection positions.npy (int64: where its images stand
+in the whole listing), and listing.json. A folder appears whole, by a rename, and is never changed: running jobs may have it mapped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from data.store_keys import Keys, default_cache, locate
+from data.store_keys import CHUNK_KEYS, Keys, default_cache, locate
 
-FORMAT = 1
-REPORT_SECONDS = 5.0
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+Item = TypeVar("Item")
+FORMAT = 2
+REPORT_SECONDS = 2.0
 LEFT_BEHIND_SECONDS = 7 * 24 * 3600  # a listing that is no longer fresh may still be mapped by a running job
 SUBSET_SALT = 11  # of the hash that ranks the images of a class
 SHOWN = 5
@@ -43,7 +54,7 @@ class ListingKeys(Keys):
     """The keys of a listing: their line ends and digest are known, nothing is computed to open them."""
 
     def __init__(self, folder: Path, digest: str) -> None:
-        self.blob = _mapped(folder / "keys.txt")
+        self.blob = np.memmap(folder / "keys.txt", np.uint8, "r")
         self.ends = np.load(folder / "ends.npy", mmap_mode="r")
         self._digest, self._folder = digest, folder
 
@@ -65,6 +76,7 @@ class Listing:
         self.keys = ListingKeys(self.folder, info["keys_sha256"])
         self.labels = np.load(self.folder / "labels.npy", mmap_mode="r")
         self.places = np.load(self.folder / "places.npy", mmap_mode="r") if info["has_places"] else None
+        self._whole = info["whole"]
 
     def __reduce__(self):
         return type(self), (self.folder,)
@@ -77,9 +89,26 @@ class Listing:
         """Number of classes of the numbering, whether or not each has images."""
         return len(self.class_names)
 
+    @cached_property
+    def whole(self) -> Listing:
+        """The listing of all images that this one was selected from: itself, if nothing was left out."""
+        return Listing(self.folder / self._whole) if self._whole else self
+
+    @cached_property
+    def _positions(self) -> np.ndarray:
+        return np.load(self.folder / "positions.npy", mmap_mode="r")
+
+    def position(self, index: int) -> int:
+        """Where an image stands in the whole listing."""
+        return int(self._positions[index]) if self._whole else index
+
     def key(self, index: int) -> str:
         """The stable name of an image."""
         return self.keys[index]
+
+    def label(self, index: int) -> int:
+        """The class id of an image, -1 where there is none."""
+        return int(self.labels[index])
 
     def place(self, index: int) -> tuple[int, int]:
         """Offset and size of an image in its archive, in bytes."""
@@ -91,36 +120,42 @@ class Listing:
         return self.keys.digest()
 
     def select(self, indices: np.ndarray, name: str) -> Listing:
-        """The listing of some images only, in this order, kept beside this one under a name that stands for the selection."""
-        folder = self.folder.with_name(f"{self.folder.name}-{hashlib.sha256(name.encode()).hexdigest()[:16]}")
+        """The listing of some images only, in this order, kept below this one under a name that stands for the selection."""
+        folder = self.folder / "selected" / hashlib.sha256(name.encode()).hexdigest()[:16]
         if not (folder / "listing.json").is_file():
-            _write(folder, Scan(_taken(self.keys, indices), np.asarray(self.labels)[indices], self.class_names,
-                                None if self.places is None else np.asarray(self.places)[indices]))
+            places = None if self.places is None else np.asarray(self.places)[indices]
+            positions = np.asarray(self._positions)[indices] if self._whole else indices
+            _write(folder, Scan(taken(self.keys, indices), np.asarray(self.labels)[indices], self.class_names, places),
+                   os.path.join("..", "..", self._whole), positions)
         return Listing(folder)
 
 
 def cached_listing(source: dict, scan: Callable[[], Scan], cache: str, again: bool = False) -> Listing:
     """The listing of a source (whatever identifies the data), scanned if there is none or the data has changed since.
 
-    Several processes may ask at once: each that finds none scans, and the first to finish is kept.
+    `again` scans once for each process that asks. Of several processes that ask at once, one scans and the others wait for it.
     """
     root = (Path(cache) if cache else default_cache()) / "listings"
     stem = hashlib.sha256(json.dumps([FORMAT, source], sort_keys=True).encode()).hexdigest()[:20]
-    known = sorted(root.glob(f"{stem}.*/listing.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in () if again else known:
-        if _is_fresh(path):
-            return Listing(path.parent)
-    found = scan()
-    folder = root / f"{stem}.{secrets.token_hex(4)}"
+    again = again and (root, stem) not in _SCANNED_HERE
+    if not again and (listing := _fresh(root, stem)):
+        return listing
+    asked = time.time_ns()
     try:
-        _write(folder, found)
+        root.mkdir(parents=True, exist_ok=True)
+        with _one_process(root / f"{stem}.lock"):
+            listing = _fresh(root, stem, since=asked if again else 0)
+            if listing is None:
+                found = _scanned(scan)
+                folder = root / f"{stem}.{secrets.token_hex(4)}"
+                _write(folder, found)
+                _remove_old(root, stem, folder)
+                listing = Listing(folder)
     except OSError as error:
         raise ValueError(f"{root}: the list of images can't be kept there ({error.strerror or error}): "
                          "name a folder in DATA.INDEX_DIR") from error
-    for path in known:
-        if time.time() - path.stat().st_mtime > LEFT_BEHIND_SECONDS:
-            shutil.rmtree(path.parent, ignore_errors=True)
-    return Listing(folder)
+    _SCANNED_HERE.add((root, stem))
+    return listing
 
 
 def subset(listing: Listing, fraction: float) -> Listing:
@@ -137,7 +172,7 @@ def subset(listing: Listing, fraction: float) -> Listing:
         class_id = int(labels[starts[np.argmin(wanted)]])
         name = listing.class_names[class_id] if class_id >= 0 else "the unlabelled images"
         raise ValueError(f"DATA.SUBSET = {fraction}: less than one image of class {name}, which has {counts[np.argmin(wanted)]}: "
-                         f"use at least {1 / counts.min():.4g}")
+                         f"use at least {math.ceil(1e6 / counts.min()) / 1e6}")
     within = np.arange(len(labels)) - np.repeat(starts, counts)
     return listing.select(np.sort(order[within < np.repeat(wanted, counts)]), f"subset {fraction!r}")
 
@@ -147,10 +182,12 @@ def exclude(listing: Listing, path: str) -> Listing:
     if not path:
         return listing
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"DATA.EXCLUDE = {path}: can't be read ({error})") from None
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"DATA.EXCLUDE = {path}: can't be read ({error.strerror}): name a file of keys, one a line") from None
+    names = [line for line in text.replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape").split("\n") if line]
+    if not names:
+        return listing
     found = locate(listing.keys, Keys.of(names))
     unknown = [name for name, place in zip(names, found) if place < 0]
     if unknown:
@@ -160,17 +197,17 @@ def exclude(listing: Listing, path: str) -> Listing:
     kept[found] = False
     if not kept.any():
         raise ValueError(f"DATA.EXCLUDE = {path}: names every image, nothing is left to train on")
-    return listing.select(np.flatnonzero(kept), f"exclude {hashlib.sha256(text.encode()).hexdigest()}")
+    return listing.select(np.flatnonzero(kept), f"exclude {hashlib.sha256(text).hexdigest()}")
 
 
-def reported(items: Iterator, what: str) -> Iterator:
+def reported(items: Iterable[Item], what: str) -> Iterator[Item]:
     """The items, with a line on standard error every few seconds."""
     begun = last = time.monotonic()
-    for count, item in enumerate(items):
+    for count, item in enumerate(items, 1):
         yield item
-        if count % 1024 == 0 and time.monotonic() - last > REPORT_SECONDS:
+        if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
-            print(f"{what}: {count:,} so far ({last - begun:.0f} s)", file=sys.stderr, flush=True)
+            print(f"{what}: {count:,} images so far ({last - begun:.0f} s)", file=sys.stderr, flush=True)
 
 
 def stamp(path: str | Path) -> list:
@@ -179,18 +216,64 @@ def stamp(path: str | Path) -> list:
     return [str(path), status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size]
 
 
-def _is_fresh(path: Path) -> bool:
+_SCANNED_HERE: set[tuple[Path, str]] = set()
+
+
+def _scanned(scan: Callable[[], Scan]) -> Scan:
     try:
-        watched = json.loads((path.parent / "watched.json").read_text(encoding="utf-8"))
-        return all(stamp(name) == [name, *rest] for name, *rest in watched)
-    except (OSError, ValueError):
-        return False
+        return scan()
+    except OSError as error:
+        raise ValueError(f"{error.filename}: can't be read ({error.strerror or error}): see to its permissions, or move it away") from error
 
 
-def _write(folder: Path, scan: Scan) -> None:
+@contextmanager
+def _one_process(path: Path) -> Iterator[None]:
+    """Let one process in at a time; the system frees the lock of one that dies. Where there are no such locks, all enter."""
+    with open(path, "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks: the same list is then made several times over
+                pass
+        yield
+
+
+def _known(root: Path, stem: str) -> list[tuple[int, Path]]:
+    """(time made, folder) of all listings of a source, newest first."""
+    found = []
+    for path in root.glob(f"{stem}.*/listing.json"):
+        try:
+            found.append((path.stat().st_mtime_ns, path.parent))
+        except OSError:  # removed meanwhile
+            pass
+    return sorted(found, reverse=True)
+
+
+def _fresh(root: Path, stem: str, since: int = 0) -> Listing | None:
+    """The newest listing of a source, if the data has not changed since and it is not older than `since`."""
+    for made, folder in _known(root, stem):
+        try:
+            watched = json.loads((folder / "watched.json").read_text(encoding="utf-8"))
+            if made >= since and all(stamp(name) == [name, *rest] for name, *rest in watched):
+                listing = Listing(folder)
+                if len(listing.keys.blob) == listing.keys.ends[-1] + 1 and len(listing.keys) == len(listing):
+                    return listing
+        except (OSError, ValueError, KeyError):  # removed meanwhile, or damaged by a power cut
+            pass
+    return None
+
+
+def _remove_old(root: Path, stem: str, kept: Path) -> None:
+    left_behind = [(path.stat().st_mtime_ns, path) for path in root.glob(f".{stem}.*")]
+    for made, folder in _known(root, stem) + left_behind:
+        if folder != kept and time.time_ns() - made > LEFT_BEHIND_SECONDS * 1e9:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(folder: Path, scan: Scan, whole: str = "", positions: np.ndarray | None = None) -> None:
     """Write a listing's folder so that others see it whole or not at all."""
     keys = Keys.of(scan.keys)
-    temporary = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
         (temporary / "keys.txt").write_bytes(memoryview(np.ascontiguousarray(keys.blob)))
@@ -198,8 +281,10 @@ def _write(folder: Path, scan: Scan) -> None:
         np.save(temporary / "labels.npy", np.asarray(scan.labels, np.int32))
         if scan.places is not None:
             np.save(temporary / "places.npy", np.asarray(scan.places, np.int64))
+        if positions is not None:
+            np.save(temporary / "positions.npy", np.asarray(positions, np.int64))
         (temporary / "watched.json").write_text(json.dumps(scan.watched), encoding="utf-8")
-        info = {"class_names": scan.class_names, "keys_sha256": Keys.digest(keys), "has_places": scan.places is not None}
+        info = {"class_names": scan.class_names, "keys_sha256": Keys.digest(keys), "has_places": scan.places is not None, "whole": whole}
         (temporary / "listing.json").write_text(json.dumps(info), encoding="utf-8")
         try:
             os.rename(temporary, folder)
@@ -210,16 +295,14 @@ def _write(folder: Path, scan: Scan) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _taken(keys: Keys, indices: np.ndarray) -> Keys:
-    """Some of the keys as Keys of their own."""
+def taken(keys: Keys, rows: np.ndarray) -> Keys:
+    """Some of the keys, in the order of `rows`, as Keys of their own."""
     ends = np.asarray(keys.ends)
-    starts = np.r_[0, ends[:-1] + 1][indices]
-    lengths = ends[indices] - starts + 1
-    firsts = np.cumsum(lengths) - lengths
-    return Keys(np.asarray(keys.blob)[np.repeat(starts - firsts, lengths) + np.arange(lengths.sum())])
-
-
-def _mapped(path: Path) -> np.ndarray:
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-
-
+    parts = []
+    for low in range(0, len(rows), CHUNK_KEYS):
+        some = rows[low : low + CHUNK_KEYS]
+        starts = np.where(some > 0, ends[some - 1] + 1, 0)
+        lengths = ends[some] - starts + 1
+        firsts = np.cumsum(lengths) - lengths
+        parts.append(np.asarray(keys.blob)[np.repeat(starts - firsts, lengths) + np.arange(lengths.sum())])
+    return Keys(np.concatenate(parts))
