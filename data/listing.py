@@ -258,7 +258,7 @@ def _fresh(root: Path, stem: str, since: int = 0) -> Listing | None:
                 listing = Listing(folder)
                 if len(listing.keys.blob) == listing.keys.ends[-1] + 1 and len(listing.keys) == len(listing):
                     return listing
-        except (OSError, ValueError, KeyError):  # removed meanwhile, or damaged by a power cut
+        except (OSError, ValueError, KeyError, EOFError):  # removed meanwhile, or damaged by a power cut
             pass
     return None
 
