@@ -69,46 +69,58 @@ KINDS: dict[str, Callable] = {
     "square": _square, "star": _star, "triangle": _triangle,
 }  # fmt: skip
 CLASS_NAMES = list(KINDS)
+REACH = 1.2  # no kind has a point farther than this from its middle
 
 
 def draw(split: str, label: int, number: int, size: int) -> Image.Image:
     """The image `number` of a class: an RGB square of `size` pixels a side."""
     rng = generator(int(SeedSequence(SPLITS.index(split), spawn_key=(label, number)).generate_state(1, "uint64")[0]))
     axis = (np.arange(size) + 0.5) / size * 2 - 1
-    x, y = np.meshgrid(axis, axis)
-    behind = _color(rng)
-    canvas = _background(rng, x, y, behind)
-    for _ in range(integer(rng, 2, 5)):  # clutter: parts of shapes, too small or too cut to be one
-        _paint(rng, canvas, x, y, choice(rng, list(KINDS.values())), uniform(rng, 0.06, 0.16), _color(rng), edge=0.95)
-    _paint(rng, canvas, x, y, KINDS[CLASS_NAMES[label]], uniform(rng, 0.3, 0.62), _color(rng, apart_from=behind), edge=0.4)
-    canvas += uniform(rng, 0.02, 0.16) * (rng.random(canvas.shape) - 0.5)
+    behind = _color(rng, 0.0, 0.6)
+    canvas = _background(rng, axis, behind)
+    _clutter(rng, canvas, axis, integer(rng, 2, 4), largest=0.16)
+    _paint(rng, canvas, axis, KINDS[CLASS_NAMES[label]], uniform(rng, 0.35, 0.65), _color(rng, 0.3, 1.0, above=behind), edge=0.4)
+    _clutter(rng, canvas, axis, integer(rng, 1, 2), largest=0.2)
+    canvas += uniform(rng, 0.02, 0.2) * (rng.random(canvas.shape) - 0.5)
     return Image.fromarray((np.clip(canvas, 0, 1) * 255).astype(np.uint8))
 
 
-def _color(rng: Generator, apart_from: np.ndarray | None = None) -> np.ndarray:
-    """An RGB color in [0, 1]; at least 0.35 apart from another in some channel."""
+def _clutter(rng: Generator, canvas: np.ndarray, axis: np.ndarray, count: int, largest: float) -> None:
+    """Shapes of any kind and color anywhere, too small to be the image's."""
+    for _ in range(count):
+        _paint(rng, canvas, axis, choice(rng, list(KINDS.values())), uniform(rng, 0.06, largest), _color(rng, 0.0, 1.0), edge=0.95)
+
+
+def _color(rng: Generator, low: float, high: float, above: np.ndarray | None = None) -> np.ndarray:
+    """An RGB color of channels in [low, high); lighter than another on the whole, where one is given."""
     while True:
-        color = np.array([rng.random() for _ in range(3)])
-        if apart_from is None or abs(color - apart_from).max() > 0.35:
+        color = np.array([uniform(rng, low, high) for _ in range(3)])
+        if above is None or (color - above).sum() > 0.5:
             return color
 
 
-def _background(rng: Generator, x: np.ndarray, y: np.ndarray, color: np.ndarray) -> np.ndarray:
+def _background(rng: Generator, axis: np.ndarray, color: np.ndarray) -> np.ndarray:
     """A gradient with stripes of a random direction and width: [size, size, 3]."""
+    x, y = axis[None, :], axis[:, None]
     dx, dy = _direction(rng)
     gradient = (x * dx + y * dy)[..., None] * np.array([uniform(rng, -0.25, 0.25) for _ in range(3)])
     stripes = np.floor((x * dy - y * dx) * uniform(rng, 1.0, 6.0)) % 2
     return color + gradient + stripes[..., None] * uniform(rng, 0.0, 0.15)
 
 
-def _paint(rng: Generator, canvas: np.ndarray, x: np.ndarray, y: np.ndarray, kind: Callable, scale: float, color: np.ndarray,
-           edge: float) -> None:
+def _paint(rng: Generator, canvas: np.ndarray, axis: np.ndarray, kind: Callable, scale: float, color: np.ndarray, edge: float) -> None:
     """Fill a kind of shape, turned and stretched at random, with its centre at most `edge` from the middle."""
     dx, dy = _direction(rng)
-    u, v = x - uniform(rng, -edge, edge), y - uniform(rng, -edge, edge)
+    center_x, center_y = uniform(rng, -edge, edge), uniform(rng, -edge, edge)
     stretch = uniform(rng, 0.8, 1.25)
+    tint = uniform(rng, -0.15, 0.15)
+    reach = REACH * scale * max(stretch, 1 / stretch)  # the rest of the canvas need not be looked at
+    columns = slice(*np.searchsorted(axis, (center_x - reach, center_x + reach)))
+    rows = slice(*np.searchsorted(axis, (center_y - reach, center_y + reach)))
+    x, y = axis[None, columns], axis[rows, None]
+    u, v = x - center_x, y - center_y
     inside = kind((u * dx + v * dy) / (scale * stretch), (v * dx - u * dy) * stretch / scale)
-    canvas[inside] = color + uniform(rng, -0.15, 0.15) * (x + y)[inside][:, None]
+    canvas[rows, columns][inside] = color + tint * (x + y)[inside][:, None]
 
 
 def _direction(rng: Generator) -> tuple[float, float]:
