@@ -33,7 +33,7 @@ def resampling(interpolation: Interpolation, rng: Generator, say: Say = silent) 
     if interpolation != "random":
         return RESAMPLING[interpolation]
     name = choice(rng, tuple(RESAMPLING))
-    say("%s", name)
+    say("%s interpolation", name)
     return RESAMPLING[name]
 
 

@@ -181,7 +181,7 @@ class RandAugment:
     @classmethod
     def from_policy(cls, policy: str, fill: Color, interpolation: Interpolation) -> "RandAugment":
         """The op of timm's string: 'rand-m9-n2-mstd0.5-mmax10-w0-inc1', in any order; all but 'rand' may be left out."""
-        option = _options(policy, m=FULL_LEVEL, n=2, mstd=0, mmax=0, w=None, inc=0)
+        option = _options(policy, m=FULL_LEVEL, n=2, mstd=0.0, mmax=0, w=None, inc=0)
         if option["inc"] not in (0, 1):
             raise _fault(policy, "inc is 0 (off) or 1 (on)")
         if option["w"] not in (None, 0):
@@ -216,7 +216,7 @@ class AutoAugment:
     @classmethod
     def from_policy(cls, policy: str, fill: Color, interpolation: Interpolation) -> "AutoAugment":
         """The op of timm's string: 'original' or 'v0', also with a deviation of the magnitudes, as in 'v0-mstd0.5'."""
-        return cls(policy.split("-")[0], _options(policy, mstd=0)["mstd"], FULL_LEVEL, fill, interpolation)
+        return cls(policy.split("-")[0], _options(policy, mstd=0.0)["mstd"], FULL_LEVEL, fill, interpolation)
 
     def __call__(self, image: Image.Image, rng: Generator, say: Say = silent) -> Image.Image:
         for name, probability, magnitude in choice(rng, _sub_policies(self.policy)):

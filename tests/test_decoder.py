@@ -292,7 +292,8 @@ def test_a_seed_is_described_in_words():
     small = decoder("DATA.IMG_SIZE", 32, "AUG.AUTO_AUGMENT", "none", "AUG.REPROB", 0.0, "AUG.HFLIP", 0.0).describe(picture(32, 32), 1)
     assert small[0].startswith("shift by (")
     assert sorted(word.split(" ")[0] for word in small[1:]) == ["brightness", "contrast", "saturation"]
-    assert {"bilinear", "bicubic"} <= {word for seed in range(8) for word in decoder("DATA.INTERPOLATION", "random").describe(image, seed)}
+    told = {word for seed in range(8) for word in decoder("DATA.INTERPOLATION", "random").describe(image, seed)}
+    assert {"bilinear interpolation", "bicubic interpolation"} <= told
 
 
 # ---------------------------------------------------------------- the canary

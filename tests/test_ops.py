@@ -459,7 +459,8 @@ def random_module(rng: Generator) -> SimpleNamespace:
     ],
 )
 def test_policy_strings(policy, expected):
-    assert augment_from_policy(policy, (128, 128, 128), "bicubic") == expected
+    op = augment_from_policy(policy, (128, 128, 128), "bicubic")
+    assert op == expected and repr(op) == repr(expected)
 
 
 @pytest.mark.parametrize(
