@@ -206,8 +206,9 @@ class UpstreamStoreReader:
                     "keys: one of them is truncated, or K is another; copy both again"
                 )
         stored = _joined(lists)
-        rows = locate(stored, self.keys)
         numbers = _decimals(stored)
+        has_names = (numbers < 0).any() or (_decimals(self.keys) >= 0).any()
+        rows = locate(stored, self.keys) if has_names else np.full(len(self), -1)
         if (numbers >= 0).any() and (rows < 0).any():
             if numbers.max() >= len(self):
                 raise StoreError(
@@ -225,7 +226,7 @@ class UpstreamStoreReader:
 
 def natural_order(keys: Sequence[str]) -> np.ndarray:
     """Positions of the keys sorted as timm sorts a tar's members: case folded, runs of digits by value ('_1009' before '_10026')."""
-    parts = [[int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key.lower())] for key in keys]
+    parts = [[int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key.lower())] for key in keys]
     return np.array(sorted(range(len(parts)), key=parts.__getitem__), np.int64)
 
 

@@ -231,13 +231,16 @@ def test_sealing_in_the_background(root, reference):
 
 
 @pytest.mark.parametrize("where", ["append", "begin", "seal", "close"])
-def test_an_error_of_background_sealing_surfaces_at_the_next_call(root, where):
+def test_an_error_of_background_sealing_surfaces_at_the_next_call(root, where, monkeypatch):
     writer = writer_of(root)
     writer.begin_epoch(0)
     writer.append(EVERYONE[:10], records_of(0, EVERYONE[:10]))
+    go, true_seal = threading.Event(), writer.seal
+    monkeypatch.setattr(writer, "seal", lambda *arguments: go.wait(30) and true_seal(*arguments))
     future = writer.seal_in_background(0)
     if where == "append":
         writer.begin_epoch(1)
+    go.set()
     assert isinstance(future.exception(), StoreError)
     calls = {
         "append": lambda: writer.append(EVERYONE[:1], records_of(1, EVERYONE[:1])), "begin": lambda: writer.begin_epoch(1),

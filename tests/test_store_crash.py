@@ -213,7 +213,7 @@ with LogitsStoreWriter(root, manifest(), KEYS) as writer:
         writer.begin_epoch(epoch)
         writer.append(np.arange(IMAGES), fast_records(epoch, np.arange(IMAGES)))
     writer.seal(0)
-subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
+subprocess.run(["mount", "-o", "remount,bind,ro", mount], check=True)
 reader = LogitsStoreReader(root)
 reader.check_epochs([0])
 np.testing.assert_array_equal(reader.open_epoch(0), fast_records(0, np.arange(IMAGES)))
@@ -228,7 +228,7 @@ for call in (other, begin, lambda: writer.begin_epoch(1, 1), lambda: writer.seal
     else:
         raise SystemExit("written to a read-only file system?")
 assert reader.epochs() == [0]
-subprocess.run(["mount", "-o", "remount,rw", mount], check=True)
+subprocess.run(["mount", "-o", "remount,bind,rw", mount], check=True)
 writer.seal(1)
 np.testing.assert_array_equal(reader.open_epoch(1), fast_records(1, np.arange(IMAGES)))
 print("done")
