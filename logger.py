@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,6 +142,34 @@ class MetricWriter(NullWriter):
             except Exception as error:
                 self._warn(f"wandb could not finish ({_first_line(error)}): {self.path} has all metrics")
             self._wandb_run = None
+
+
+class Journal:
+    """Says how a training goes: a line of metrics, and one of the log that also tells the speed and the time that is left."""
+
+    def __init__(self, say: Callable[[str], object], writer: NullWriter, epochs: int, images_per_update: int, update: int) -> None:
+        """`update` is the number of updates done before this process."""
+        self._say, self._writer, self._epochs, self._images = say, writer, epochs, images_per_update
+        self._start = self._last = time.perf_counter(), 0.0, update  # time, seconds of it waiting for data, updates done
+
+    def begin_epoch(self, update: int) -> None:
+        """Leave what was between the epochs out of the speed."""
+        self._last = time.perf_counter(), 0.0, update
+
+    def speak(
+        self, update: int, epoch: int, step: int, steps: int, means: Mapping[str, float], rates: Sequence[float], skipped: int,
+        waited: float, memory_gb: float,
+    ) -> None:  # fmt: skip
+        """Tell the `means` since the last time: `step` of the `steps` updates of `epoch` are done, `waited` seconds of it for data."""
+        (then, before, last_update), self._last = self._last, (time.perf_counter(), waited, update)
+        seconds = self._last[0] - then
+        speed, wait = (update - last_update) * self._images / seconds, 100 * (waited - before) / seconds
+        left = (self._last[0] - self._start[0]) / (update - self._start[2]) * (steps * (self._epochs - epoch) - step)
+        speeds = {"images_per_second": speed, "data_wait_percent": wait, "memory_gb": memory_gb}
+        self._writer.write(update, epoch + step / steps, speeds, **means, lr=max(rates), lr_min=min(rates), skipped=skipped)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in {**means, "lr": max(rates)}.items())
+        self._say(f"epoch {epoch + 1}/{self._epochs}, update {step}/{steps}: {values}{f', {skipped} updates skipped' if skipped else ''}; "
+                  f"{speed:,.1f} images/s, data wait {wait:.0f}%, {memory_gb:.2f} GB, {timedelta(seconds=round(left))} left")
 
 
 def _number(value: Any) -> float:

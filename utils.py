@@ -180,6 +180,24 @@ def seed_step(run_seed: int) -> None:
     torch.manual_seed(run_seed)
 
 
+def wrap(model: nn.Module, world: Distributed, is_compiled: bool, warn: Callable[[str], object]) -> nn.Module:
+    """The model compiled, if that is asked for and possible on all processes, and with gradients averaged over them."""
+    if is_compiled:
+        reason = None
+        try:
+            torch.compile(lambda x: x * 2)(torch.ones(2, device=world.device))
+        except Exception as error:  # compilers fail in many ways
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if world.any_of(reason is not None)[0]:
+            warn(f"torch.compile unavailable ({reason or 'on another process'}): the model runs uncompiled, at some cost in speed")
+        else:
+            model.compile()
+    if world.world_size == 1:
+        return model
+    # Buffers are rank 0's where it counts, in evaluations and checkpoints: sending them every step would change no weight.
+    return DistributedDataParallel(model, [world.device] if world.device.type == "cuda" else None, broadcast_buffers=False)
+
+
 class StopRequest:
     """Notes that the process was asked to stop (SIGTERM, or SIGUSR1 as batch systems send before the time is up).
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,16 +32,7 @@ def resolve(cfg, model_classes: int = 0):
 
     `model_classes` is the class count of a teacher or of weights that are given, where there are such.
     """
-    resolved = cfg.clone()
-    resolved.defrost()
-    for key, value in _resolved_values(cfg, model_classes).items():
-        *groups, name = key.split(".")
-        node = resolved
-        for group in groups:
-            node = node[group]
-        node[name] = value if node[name] is None or value is None else type(node[name])(value)
-    resolved.freeze()
-    return resolved
+    return _replaced(cfg, _resolved_values(cfg, model_classes))
 
 
 def reads_store(cfg) -> bool:
@@ -117,7 +112,8 @@ def check_store(cfg, wanted: Iterable[int] | None = None) -> str:
     store.check_epochs(wanted)
     if isinstance(store, LogitsStoreReader):
         local = local_positions(cfg, store, dataset)
-        check_proof(store.manifest["proof"], dataset, AugmentDecoder.from_config(cfg), str(store.root), local)
+        as_written = _replaced(cfg, {"DATA.IMG_SIZE": store.manifest["identity"]["image_size"]})  # DISTILL.OTHER_SIZE
+        check_proof(store.manifest["proof"], dataset, AugmentDecoder.from_config(as_written), str(store.root), local)
     return f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,} images, epochs {ranges(epochs)}"
 
 
@@ -153,6 +149,20 @@ def _opened_store(cfg, dataset) -> tuple[LogitsStoreReader | UpstreamStoreReader
     count = len(store.epochs())
     stager = EpochStager(store, cfg.DISTILL.STAGE_DIR) if cfg.DISTILL.STAGE_DIR and isinstance(store, LogitsStoreReader) else None
     return stager.reader if stager else store, (lambda epoch: store_epoch(epoch, count)) if cfg.DISTILL.REUSE_EPOCHS else int, stager
+
+
+def _replaced(cfg, values: dict[str, Any]):
+    """A frozen copy with other values under dotted keys, as the types of those that were there."""
+    copy = cfg.clone()
+    copy.defrost()
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        node = copy
+        for group in groups:
+            node = node[group]
+        node[name] = value if node[name] is None or value is None else type(node[name])(value)
+    copy.freeze()
+    return copy
 
 
 def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:
@@ -203,9 +213,26 @@ def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
                          "Try fewer DATA.NUM_WORKERS") from error
 
 
+def _obey_parent_alone(worker: int) -> None:
+    """Make a loader process deaf to signals but its parent's SIGTERM: batch systems and Ctrl-C signal all processes of a job at once,
+    and the parent still needs its batches to come to an orderly end."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 def _loader_options(cfg) -> dict[str, Any]:
     """DataLoader options that follow from the configuration."""
-    options: dict[str, Any] = {"num_workers": cfg.DATA.NUM_WORKERS}
+    options: dict[str, Any] = {"num_workers": cfg.DATA.NUM_WORKERS, "worker_init_fn": _obey_parent_alone}
     options["pin_memory"] = cfg.DATA.PIN_MEMORY and cfg.DEVICE in ("auto", "cuda") and torch.cuda.is_available()
     if cfg.DATA.NUM_WORKERS:
         start = None if cfg.DATA.WORKER_START == "auto" else cfg.DATA.WORKER_START

@@ -35,6 +35,21 @@ def class_map(num_outputs: int, num_data_classes: int) -> np.ndarray | None:
     return np.array([position.get(wnid, -1) for wnid in imagenet_wnids(num_data_classes)], dtype=np.int64)
 
 
+def outputs_of_labels(num_outputs: int, num_labels: int, numbers_own: bool) -> tuple[np.ndarray | None, str]:
+    """For each label of the data the output that stands for it, -1 where none does; None with the reason where labels are of no use.
+
+    With `numbers_own` it is such data that numbers the outputs; else they have a meaning already.
+    """
+    if not num_labels:
+        return None, "it has no labels"
+    mapping = class_map(num_outputs, num_labels)
+    if mapping is None and numbers_own:
+        return np.arange(num_labels), ""
+    return mapping, "" if mapping is not None else (
+        f"it has {num_labels} classes and the model {num_outputs}, and nothing says which is which: "
+        "name the model's classes in DATA.CLASS_LIST, so that the data's get their ids")  # fmt: skip
+
+
 def map_outputs(logits: torch.Tensor, mapping: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Outputs [B, C] in the data's numbering; a class without an output gets its row's minimum, so it never wins."""
     mapping = torch.as_tensor(mapping, device=logits.device)

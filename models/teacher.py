@@ -1,7 +1,7 @@
 """A frozen model whose answers are kept: which of its outputs, in which precision, and how the data's labels are numbered in them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from models.build import build_teacher, num_outputs
 from models.class_map import class_map, map_outputs, read_class_subset
-from models.distill import as_teacher, class_subset, teacher_dtype, teacher_logits
+from models.distill import as_teacher, class_subset, encode, teacher_dtype, teacher_logits
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ class Teacher:
     def logits(self, images: Tensor) -> Tensor:
         """Its kept outputs [B, C] for images [B, 3, H, W], in float32."""
         return teacher_logits(self.model, images, self.classes, self.dtype)
+
+    def in_the_loop(
+        self, k: int, temperature: float, statistics: tuple[Sequence[float], Sequence[float]], own: tuple[Sequence[float], Sequence[float]]
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """A function from a student's images to what a store would hold; their mean and std, `statistics`, give way to its `own`."""
+        device = next(self.model.parameters()).device
+        (mean, std), (own_mean, own_std) = (torch.tensor(pair, device=device)[..., None, None] for pair in (statistics, own))
+        is_same, scale, shift = statistics == own, std / own_std, (mean - own_mean) / own_std
+        return lambda images: encode(self.logits(images if is_same else images * scale + shift), k, temperature)
 
     def label_map(self, num_data_classes: int) -> np.ndarray | None:
         """For each class of the data the kept output that stands for it, -1 where none does; None if the data's labels don't fit."""

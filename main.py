@@ -1,0 +1,536 @@
+"""Training, distillation, fine-tuning and evaluation: build everything, one `train_step`, a loop.
+
+    torchrun --nproc-per-node 8 main.py --cfg configs/1k/tiny_vit_21m.yaml --data-path ImageNet --batch-size 128
+
+Exit codes: 0 done, 2 an error that one line explains, 75 stopped on request (SIGTERM, SIGUSR1) with a checkpoint: start again to go on.
+"""
+
+import csv
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from yacs.config import CfgNode
+
+from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, load_config, run_folder
+from configs.continuation import check_continuation
+from data.build import Epochs, Sample, check_store, resolve, train_epochs, val_epochs
+from data.decoder import mean_and_std
+from data.mix import BatchMix, Mixer, PairMix
+from data.rng import run_seed
+from logger import Journal, NullWriter, create_logger, create_metric_writer, git_state
+from lr_scheduler import LearningRateScheduler, build_scheduler
+from models.build import build_model, build_teacher, count_multiply_adds, count_parameters, load_named_weights, num_outputs
+from models.class_map import map_outputs, outputs_of_labels
+from models.distill import distillation_loss, label_cross_entropy
+from models.param_groups import build_optimizer
+from models.pretrained import load_weights, read_state_dict
+from models.teacher import Teacher
+from models.update import Average, guarded_step, restore_unless, running_statistics, set_training_mode
+from utils import (
+    Distributed,
+    ElsewhereError,
+    Measurements,
+    StopRequest,
+    Waiting,
+    amp_dtype,
+    autocast,
+    evaluate,
+    grad_scaler,
+    init_distributed,
+    load_checkpoint,
+    newest_valid,
+    peak_memory,
+    save_atomic,
+    seed_everything,
+    seed_step,
+    time_calls,
+    wrap,
+)
+
+FAULT = 2
+STOPPED = 75  # EX_TEMPFAIL: the same command goes on from here
+
+
+class Stopped(Exception):
+    """The run was asked to stop."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: with the states of model, average, optimizer and scaler all that an exact continuation needs."""
+
+    epoch: int = 0
+    step: int = 0  # updates of this epoch that are done
+    update: int = 0  # updates that are done in all
+    best: float = -1.0  # highest validation top-1 so far, in percent
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation images, and what their labels mean to the model."""
+
+    epochs: Epochs
+    batches: int  # the largest number of any process
+    outputs: np.ndarray | None  # as of `outputs_of_labels`
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that a training is made of."""
+
+    cfg: CfgNode
+    world: Distributed
+    log: Logger
+    writer: NullWriter
+    stop: StopRequest
+    plan: BatchPlan
+    epochs: Epochs
+    validation: Validation
+    model: nn.Module
+    network: nn.Module  # the model, or the wrapper that averages its gradients over processes
+    average: Average | None
+    teacher: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # run in the loop
+    mixer: Mixer
+    outputs: Tensor | None  # as of `outputs_of_labels`
+    optimizer: torch.optim.Optimizer
+    scheduler: LearningRateScheduler
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype | None  # of autocast; None is float32
+    progress: Progress
+    measured: Measurements  # what `train_step` returns: gradient norm, loss and accuracies
+
+
+# ---- the step and the loop
+
+
+def train_step(run: Training, batches: Iterator[Sample]) -> tuple[Tensor, Tensor]:
+    """One update from as many batches as it accumulates: what it measures, still on the device, and the positions of its images."""
+    epoch, passes = run.progress.epoch, run.plan.accumulation
+    moving = running_statistics(run.model)
+    before = [tensor.clone() for tensor in moving]
+    measured, positions = [], []
+    for index in range(run.progress.step * passes, (run.progress.step + 1) * passes):
+        batch = next(batches)
+        seed_step(run_seed(run.cfg.SEED, epoch, index, run.world.rank))
+        is_last = (index + 1) % passes == 0
+        with nullcontext() if is_last or run.network is run.model else run.network.no_sync():
+            loss, accuracies = forward(run, batch, epoch, index)
+            # A loss that is not finite makes all gradients so, on every process: the norm alone then decides for all.
+            poison = torch.where(torch.isfinite(loss), 1.0, torch.nan)
+            run.scaler.scale(loss / passes * poison).backward()
+        measured.append(torch.stack([loss.detach(), *accuracies]))
+        positions.append(batch.position)
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.TRAIN.CLIP_GRAD or math.inf)
+    is_good = torch.isfinite(norm)
+    guarded_step(run.optimizer, is_good)
+    run.scaler.update()
+    restore_unless(is_good, moving, before)
+    if run.average:
+        run.average.update(run.progress.update, is_good)
+    run.optimizer.zero_grad()
+    return torch.cat([norm[None], torch.stack(measured).mean(0)]), torch.cat(positions)
+
+
+def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tensor, list[Tensor]]:
+    """The loss of one forward pass, and how often student and teacher are right, in percent; only the target depends on the teacher."""
+    cfg, device = run.cfg, run.world.device
+    images, labels = batch.image.to(device, non_blocking=True), None
+    if run.outputs is not None:
+        labels = torch.where(batch.label < 0, -1, run.outputs[batch.label]).to(device, non_blocking=True)
+    seeds = batch.seed if isinstance(run.mixer, PairMix) else run_seed(cfg.DATA.SEED, epoch, index, run.world.rank)
+    images, targets = run.mixer(images, labels, seeds)
+    if cfg.TRAIN.CHANNELS_LAST:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with autocast(device, run.dtype):
+        logits = run.network(images)
+    answers = [logits.argmax(1)]
+    if cfg.DISTILL.ENABLED:
+        stored = batch.indices.to(device, non_blocking=True), batch.probs.to(device, non_blocking=True)
+        indices, probs = run.teacher(images) if run.teacher else stored
+        loss = distillation_loss(logits, indices, probs, targets, cfg.DISTILL.ALPHA, cfg.DISTILL.TEMPERATURE, cfg.DISTILL.HARD)
+        answers.append(indices[:, 0])
+    else:
+        loss = label_cross_entropy(logits, targets)
+    return loss, [] if targets is None else [share_right(targets, answer, cfg.MODEL.LABEL_SMOOTHING) for answer in answers]
+
+
+def share_right(targets: Tensor, answers: Tensor, smoothing: float) -> Tensor:
+    """Percent of the images that show the class answered; of a mixed image, the part that does."""
+    shown = targets.gather(1, answers[:, None]) - smoothing / targets.shape[1]
+    return 100 * (shown.clamp(min=0) / (1 - smoothing)).mean()
+
+
+def train(run: Training) -> None:
+    """Train to the end of the last epoch; Stopped if a request comes first, and what is done is then saved."""
+    cfg, progress, saved = run.cfg, run.progress, time.monotonic()
+    journal = Journal(run.log.info, run.writer, cfg.TRAIN.EPOCHS, run.plan.per_update, progress.update)
+    recent: deque[Tensor] = deque(maxlen=2 * cfg.TRAIN.MAX_BAD_STEPS)  # positions of the last updates' images
+    while progress.epoch < cfg.TRAIN.EPOCHS:
+        set_training_mode(run.model, cfg.TRAIN.FREEZE == "backbone", cfg.TRAIN.EVAL_BN_WHEN_TRAINING)
+        steps = run.epochs.count(progress.epoch) // run.plan.accumulation
+        batches = Waiting(run.epochs.batches(progress.epoch, progress.step * run.plan.per_process * run.plan.accumulation))
+        journal.begin_epoch(progress.update)
+        while progress.step < steps:
+            measured, positions = train_step(run, batches)
+            run.measured.add(measured)
+            recent.append(positions)
+            progress.step += 1
+            progress.update += 1
+            is_due = 0 < cfg.TRAIN.CHECKPOINT_MINUTES <= (time.monotonic() - saved) / 60
+            must_stop, must_save = run.world.any_of(run.stop.received is not None, is_due and run.world.is_main)
+            speaks = progress.update % cfg.PRINT_FREQ == 0
+            if speaks or must_stop or must_save or progress.step == steps or progress.update % cfg.TRAIN.MAX_BAD_STEPS == 0:
+                collect(run, recent)
+            if speaks:
+                rates = [group["lr"] for group in run.optimizer.param_groups]
+                journal.speak(progress.update, progress.epoch, progress.step, steps, run.measured.take_window(), rates,
+                              run.measured.state["skipped"], batches.seconds, peak_memory(run.world.device))  # fmt: skip
+            run.scheduler.step_update(progress.update - 1)
+            if must_stop or must_save:
+                save(run, "last.pth")
+                saved = time.monotonic()
+            if must_stop:
+                raise Stopped
+        end_epoch(run)
+        saved = time.monotonic()
+
+
+def collect(run: Training, recent: Sequence[Tensor]) -> None:
+    """Wait for what the updates so far have measured; too many in a row without effect are an error that names their images."""
+    limit, progress, replay = run.cfg.TRAIN.MAX_BAD_STEPS, run.progress, run.epochs.dataset
+    if run.measured.collect() < limit:
+        return
+    places = sorted({place for part in run.world.gather_objects(torch.cat(list(recent)).tolist()) for place in part})
+    keys = replay.dataset.get_keys()
+    names = [keys[place if replay.local is None else int(replay.local[place])] for place in places]
+    listed = run_folder(run.cfg) / "bad_images.txt"
+    if run.world.is_main:
+        listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    raise ValueError(f"{limit} updates in a row had a non-finite loss or gradient, up to number {progress.update} (epoch "
+                     f"{progress.epoch + 1}). Images of the last updates are listed in {listed} (first: {', '.join(names[:3])}): leave "
+                     "broken ones out with DATA.EXCLUDE, or try a lower TRAIN.BASE_LR or --disable_amp")
+
+
+def end_epoch(run: Training) -> None:
+    """Evaluate, write the epoch's metrics and checkpoints, and move on to the next epoch."""
+    cfg, progress, done = run.cfg, run.progress, run.progress.epoch + 1
+    models = {"val": run.model, **({"average": run.average.model} if run.average else {})}
+    results: dict[str, float] = {}
+    for name, model in models.items() if done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS else ():
+        try:
+            found = validate(model, run.validation, run.world, run.dtype, run.stop)
+        except Stopped:
+            save(run, "last.pth")  # it goes on with this evaluation
+            raise
+        results |= {f"{name}_{key}": found[key] for key in ("loss", "top1", "top5") if key in found}
+        run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {in_words(found)}")
+    score = max((results[f"{name}_top1"] for name in models if f"{name}_top1" in results), default=-1.0)
+    is_best, is_kept = score > progress.best, done % cfg.SAVE_FREQ == 0
+    progress.best = max(score, progress.best)
+    means = {f"train_{name}": value for name, value in run.measured.take_epoch().items()}
+    run.writer.write(progress.update, done, **means, **results, **({"best_top1": progress.best} if progress.best >= 0 else {}))
+    progress.epoch, progress.step = done, 0
+    save(run, *["best.pth"] * is_best, *[f"epoch_{done:04d}.pth"] * is_kept, "last.pth")
+
+
+# ---- evaluation
+
+
+def validate(model: nn.Module, data: Validation, world: Distributed, dtype: torch.dtype | None, stop: StopRequest | None = None,
+             by_class: bool = False) -> dict[str, Any]:
+    """What `utils.evaluate` measures over all validation images; where outputs and labels differ, outputs are put in the labels' order."""
+    count = 0 if data.outputs is None else len(data.outputs)
+    is_same = data.outputs is None or np.array_equal(data.outputs, np.arange(count))
+    return evaluate(model, known_labels(data, world, stop), world.device, dtype, world=world, num_classes=count if by_class else 0,
+                    map_outputs=None if is_same else lambda logits: map_outputs(logits, data.outputs))
+
+
+def open_validation(cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool) -> Validation:
+    """The validation data of a resolved configuration; rank 0 lists it first."""
+    world.on_main(lambda: val_epochs(cfg, 0) and None)
+    epochs = val_epochs(cfg, world.rank)
+    outputs, reason = outputs_of_labels(cfg.MODEL.NUM_CLASSES, epochs.dataset.dataset.num_classes, numbers_own)
+    if outputs is None:
+        log.warning(f"accuracies on the validation data are absent: {reason}")
+    return Validation(epochs, world.broadcast_object(epochs.count()), outputs)
+
+
+def known_labels(data: Validation, world: Distributed, stop: StopRequest | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's validation batches, with -1 for labels that no output stands for; before each, all agree whether to go on."""
+    known = torch.tensor([False]) if data.outputs is None else torch.from_numpy(data.outputs >= 0)
+    batches = iter(data.epochs.batches(0))
+    for _ in range(data.batches):
+        if stop and world.any_of(stop.received is not None)[0]:
+            raise Stopped
+        for images, labels in islice(batches, 1):
+            yield images, labels.where((labels >= 0) & known[labels.clamp(0, len(known) - 1)], -1)
+
+
+def in_words(measured: dict[str, Any]) -> str:
+    """The result of an evaluation."""
+    text = f"{measured['count']:,} validation images"
+    return text + (": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured) if "top1" in measured else "")
+
+
+# ---- what a training says and saves
+
+
+def save(run: Training, *names: str) -> None:
+    """Write the state of a run under some names; where that fails training goes on, and the files of before are kept."""
+    if not run.world.is_main:
+        return
+    state = {
+        "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
+        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),
+        "measured": run.measured.state, "step": run.progress.update, "metric_lines": run.writer.lines, "config": dump(run.cfg),
+    }  # fmt: skip
+    for name in names:
+        try:
+            save_atomic(state, run_folder(run.cfg) / "checkpoints" / name)
+        except OSError as error:
+            run.log.error(f"NO CHECKPOINT WRITTEN: {error}. Training goes on; make room, or this work can be lost")
+
+
+def find_state(cfg: CfgNode, log: Logger) -> dict[str, Any] | None:
+    """The state to go on from: the newest valid one of the run's folder, else --resume's; None to begin anew."""
+    folder = run_folder(cfg) / "checkpoints"
+    path: Path | str | None = newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
+    if not cfg.TRAIN.AUTO_RESUME and any(folder.glob("*.pth")):
+        aside = next(name for name in (folder.with_name(f"checkpoints_before_{n}") for n in range(1, 10**6)) if not name.exists())
+        log.warning(f"TRAIN.AUTO_RESUME is off: the checkpoints of an earlier run move to {folder.rename(aside)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (path := path or cfg.MODEL.RESUME):
+        return None
+    state = load_checkpoint(path)
+    if missing := [key for key in ("model", "optimizer", "progress", "config") if key not in state]:
+        raise ValueError(f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its weights with --pretrained")
+    for change in check_continuation(state["config"], cfg, str(path)):
+        log.warning(f"CHANGED SINCE THE CHECKPOINT: {change}{'; learning rates follow it' if change.key == 'TRAIN.EPOCHS' else ''}")
+    log.info(f"continuing from {path}: {state['step']} updates are done, the next is in epoch {state['progress']['epoch'] + 1}")
+    for name in {cfg.MODEL.RESUME, cfg.MODEL.PRETRAINED} - {"", path}:
+        log.info(f"not loaded: {name}")
+    return state
+
+
+# ---- building
+
+
+def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequest) -> Training:
+    """Everything that a training is made of, from the configuration and the state it goes on from; rank 0 looks at files first."""
+    theirs = teacher_config(cfg) if cfg.DISTILL.ONLINE else None
+    teacher = Teacher.from_config(theirs, world.device, log.info) if theirs else None
+    cfg = world.on_main(lambda: resolve(cfg, teacher.num_classes if teacher else 0))
+    log.info(f"resolved configuration:\n{dump(cfg)}")
+    log.info(world.on_main(lambda: check_store(cfg)) or "no store of teacher logits is read")
+    plan, uses_labels = batch_plan(cfg), not cfg.DISTILL.ENABLED
+    epochs = train_epochs(cfg, world.rank, plan.per_process, plan.per_update, log.info)
+    steps = epochs.count() // plan.accumulation
+    outputs, reason = outputs_of_labels(cfg.MODEL.NUM_CLASSES, epochs.dataset.dataset.num_classes, uses_labels)
+    if outputs is None and (uses_labels or cfg.DISTILL.ALPHA < 1):
+        raise ValueError(f"this run learns from labels, but those of {cfg.DATA.DATA_PATH} are of no use: {reason}")
+
+    seed_everything(cfg.SEED)
+    model = build_model(cfg, load=False, log=log.info).to(world.device)
+    if cfg.TRAIN.CHANNELS_LAST and cfg.MODEL.TYPE != "tiny_vit":  # which does so by itself
+        model = model.to(memory_format=torch.channels_last)
+    state = world.on_main(lambda: find_state(cfg, log))
+    if state:
+        model.load_state_dict(state["model"])
+    elif cfg.MODEL.PRETRAINED:
+        world.on_main(lambda: load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info) and None)
+        world.broadcast_tensors(model.state_dict().values())
+    if cfg.TRAIN.SYNC_BN:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    progress = Progress(**state["progress"]) if state else Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_scheduler(cfg, optimizer, steps)
+    dtype = amp_dtype(cfg, world.device)
+    scaler = grad_scaler(world.device, dtype)
+    average = Average(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if average:
+            average.model.load_state_dict(state["model_ema"])
+    scheduler.step_update(max(0, progress.update - 1))
+    labelled = outputs is not None
+    in_the_loop = teacher and teacher.in_the_loop(cfg.DISTILL.LOGITS_TOPK, cfg.DISTILL.TEMPERATURE, mean_and_std(cfg), mean_and_std(theirs))
+    columns = ["norm", "loss", *["top1"] * labelled, *["teacher_top1"] * (labelled and cfg.DISTILL.ENABLED)]
+    return Training(
+        cfg=cfg, world=world, log=log, writer=open_writer(cfg, world, log, state), stop=stop, plan=plan, epochs=epochs,
+        validation=open_validation(cfg, world, log, uses_labels), model=model, network=wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
+        average=average, teacher=in_the_loop, mixer=(PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix).from_config(cfg),
+        outputs=torch.from_numpy(outputs) if labelled else None, optimizer=optimizer, scheduler=scheduler, scaler=scaler, dtype=dtype,
+        progress=progress, measured=Measurements(columns, world, state and state["measured"]),
+    )  # fmt: skip
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The configuration of the teacher that runs in the loop; it sees the student's images."""
+    weights = ["--resume", cfg.DISTILL.TEACHER_WEIGHTS] if cfg.DISTILL.TEACHER_WEIGHTS else []
+    subset = ["--opts", "DISTILL.CLASS_SUBSET", cfg.DISTILL.CLASS_SUBSET] if cfg.DISTILL.CLASS_SUBSET else []
+    theirs = load_config(["--cfg", cfg.DISTILL.TEACHER_CFG, "--eval", *weights, *subset, *["--disable_amp"] * (not cfg.AMP_ENABLE)])
+    if theirs.DATA.IMG_SIZE != cfg.DATA.IMG_SIZE:
+        raise ValueError(f"DATA.IMG_SIZE = {cfg.DATA.IMG_SIZE}, but the teacher {cfg.DISTILL.TEACHER_CFG} takes images of "
+                         f"{theirs.DATA.IMG_SIZE} pixels: set the one or the other")
+    return theirs
+
+
+def open_writer(cfg: CfgNode, world: Distributed, log: Logger, state: dict[str, Any] | None) -> NullWriter:
+    """Where metrics go, without those of updates that will be made again."""
+    writer = create_metric_writer(run_folder(cfg), world.rank, cfg.WANDB_PROJECT if cfg.USE_WANDB else "", f"{cfg.MODEL.NAME}/{cfg.TAG}",
+                                  yaml.safe_load(dump(cfg)), log.warning)
+    writer.cut_back(state["step"] if state else -1, state["metric_lines"] if state else None)
+    return writer
+
+
+def describe(run: Training) -> None:
+    """Log what is trained, how and on what; keep the configuration."""
+    cfg, world, log, plan, model = run.cfg, run.world, run.log, run.plan, run.model
+    if not world.is_main:
+        return
+    (run_folder(cfg) / "config.yaml").write_text(dump(cfg), encoding="utf-8")
+    log.info(f"code {git_state(Path(__file__).parent)}, torch {torch.__version__}, {world.world_size} x {world.device.type}, "
+             f"{precision(run.dtype)}")
+    adds = count_multiply_adds(model, cfg.DATA.IMG_SIZE)
+    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters ({count_parameters(model, trainable=True):,} train), "
+             f"{f'{adds / 1e9:.3f} G' if adds else 'unknown'} multiply-adds at {cfg.DATA.IMG_SIZE} px, {cfg.MODEL.NUM_CLASSES} classes")
+    log.info("each image: " + "; ".join(map(str, run.epochs.dataset.decoder.ops)))
+    log.info(f"{len(run.epochs.dataset):,} images, {run.epochs.count() // plan.accumulation:,} updates an epoch, each of {plan.per_update} "
+             f"images: {world.world_size} processes x {plan.accumulation} passes x {plan.per_process}")
+    has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if cfg.TRAIN.GLOBAL_BATCH and has_statistics and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
+        log.warning(f"batch norm sees the {plan.per_process} images of a pass: another number of processes will change its statistics, "
+                    "and so the result, a little (TRAIN.EVAL_BN_WHEN_TRAINING avoids that)")
+
+
+def precision(dtype: torch.dtype | None) -> str:
+    """The name of an autocast type."""
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
+# ---- programs
+
+
+def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
+    """--eval: how good exactly the named weights are, and the averaged ones if the file has such."""
+    name = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
+    if not name and ":" not in cfg.MODEL.TYPE:
+        raise ValueError("--eval measures weights: name them with --resume or --pretrained")
+    model = build_teacher(cfg, log=log.info).to(world.device)
+    cfg = world.on_main(lambda: resolve(cfg, num_outputs(model)))
+    data = open_validation(cfg, world, log, numbers_own=False)
+    found = validate(model, data, world, amp_dtype(cfg, world.device), by_class=bool(cfg.TEST.PER_CLASS_CSV))
+    log.info(f"{name or cfg.MODEL.TYPE}: {in_words(found)}")
+    if world.is_main and cfg.TEST.PER_CLASS_CSV:
+        write_classes(cfg.TEST.PER_CLASS_CSV, data.epochs.dataset.dataset.class_names, found)
+    try:
+        averaged = read_state_dict(name, ema=True)
+    except ValueError:
+        return model
+    load_weights(model, averaged, exact=True, label=f"{name}, averaged weights", log=log.info)
+    log.info(f"{name}, averaged weights: {in_words(validate(model, data, world, amp_dtype(cfg, world.device)))}")
+    return model
+
+
+def write_classes(path: str, names: list[str], found: dict[str, Any]) -> None:
+    """The accuracy of each class as CSV."""
+    if "class_count" not in found:
+        raise ValueError(f"TEST.PER_CLASS_CSV = {path}: there are no accuracies, the labels are of no use to this model")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "name", "images", "right", "top1"])
+        for label, (count, right) in enumerate(zip(found["class_count"].tolist(), found["class_top1"].tolist())):
+            rows.writerow([label, names[label] if label < len(names) else "", count, right, f"{100 * right / count:.3f}" if count else ""])
+
+
+def measure_throughput(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
+    """--throughput: images a second of the model alone, without loading them."""
+    model = build_teacher(cfg, log=log.info).to(world.device)
+    batch, size, dtype = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, amp_dtype(cfg, world.device)
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(cfg.SEED)).to(world.device)
+    if cfg.TRAIN.CHANNELS_LAST:
+        model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+    network = wrap(model, Distributed(device=world.device), cfg.TRAIN.COMPILE, log.warning)
+    with torch.inference_mode(), autocast(world.device, dtype):
+        speeds = sorted(batch / seconds for seconds in time_calls(lambda: network(images), world.device))
+    low, _, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    log.info(f"{cfg.MODEL.NAME}: {statistics.median(speeds):,.1f} images/s (middle half {low:,.1f} to {high:,.1f}; {len(speeds)} batches "
+             f"of {batch} at {size} px, {precision(dtype)}), {peak_memory(world.device):.2f} GB")
+    return model
+
+
+def run_training(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
+    """Train; the model, averaged if it was asked for, when all epochs are done."""
+    with StopRequest() as stop:
+        run = build_training(cfg, world, log, stop)
+        describe(run)
+        if run.progress.epoch >= cfg.TRAIN.EPOCHS:
+            log.info("nothing is left to train: raise TRAIN.EPOCHS to go on, or begin another run with --tag")
+        try:
+            train(run)
+        finally:
+            run.writer.close()
+    best = f", best top-1 {run.progress.best:.3f}%" if run.progress.best >= 0 else ""
+    log.info(f"finished: {run.progress.epoch} epochs, {run.progress.update} updates{best}; {run_folder(cfg)}")
+    return run.average.model if run.average else run.model
+
+
+def save_weights(model: nn.Module, path: str) -> None:
+    """The weights alone, as safetensors."""
+    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = argument_parser(str(__doc__).partition("\n")[0])
+    parser.add_argument("--save-model", metavar="FILE", default="", help="write the weights alone, as safetensors, when done")
+    parser.add_argument("--per-class-csv", metavar="FILE", help="with --eval: write each class's accuracy (TEST.PER_CLASS_CSV)")
+    args, rank = parser.parse_args(argv), os.environ.get("RANK", "0")
+    try:
+        given = {"TEST.PER_CLASS_CSV": args.per_class_csv} if args.per_class_csv else {}
+        cfg = config_from_args(args, int(os.environ.get("WORLD_SIZE", "1")), given)
+        for name, path in (("--save-model", args.save_model), ("TEST.PER_CLASS_CSV", cfg.TEST.PER_CLASS_CSV)):
+            if path and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
+                raise ValueError(f"{name} {path}: can't be written there, name a file in a folder that exists")
+        world = init_distributed(cfg.DEVICE)
+        torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
+        log = create_logger(None if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE else run_folder(cfg), world.rank)
+        program = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_weights if cfg.EVAL_MODE else run_training
+        model = program(cfg, world, log)
+        if args.save_model and world.is_main:
+            save_weights(model, args.save_model)
+            log.info(f"weights written to {args.save_model}")
+        world.destroy()
+        return 0
+    except Stopped:
+        return STOPPED
+    except ElsewhereError:
+        return FAULT
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+        return FAULT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

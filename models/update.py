@@ -1,0 +1,71 @@
+"""What an update moves of a model and what it leaves alone; where a flag on the device says so, all of it."""
+
+from collections.abc import Iterable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def set_training_mode(model: nn.Module, frozen: bool, keep_statistics: bool) -> None:
+    """Training mode, but not for what is to stay as it is: a frozen backbone, or running statistics."""
+    model.train(not frozen)
+    if keep_statistics:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, is_good: Tensor, wait: bool | None = None) -> None:
+    """The optimizer's step if the one-element tensor `is_good` holds, else nothing moves.
+
+    Without `wait` the device decides and the host does not ask it (default: on CUDA); that needs a fused optimizer.
+    """
+    if wait is None:
+        wait = is_good.device.type != "cuda"
+    if wait or not all(group.get("fused") for group in optimizer.param_groups):
+        if is_good:
+            optimizer.step()
+        return
+    for group in optimizer.param_groups:
+        if group.get("momentum"):  # a fused first step that is skipped would leave the buffers uninitialised
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+    # The interface between GradScaler and fused optimizers: where found_inf is not 0 the kernel changes nothing.
+    optimizer.grad_scale, optimizer.found_inf = None, (~is_good).float()
+    optimizer.step()
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass in training mode changes."""
+    return [buffer for module in model.modules() if isinstance(module, _BatchNorm) and module.training for buffer in module.buffers(False)]
+
+
+@torch.no_grad()
+def restore_unless(is_good: Tensor, tensors: Iterable[Tensor], saved: Iterable[Tensor]) -> None:
+    """Give tensors their saved values back where the flag does not hold; CUDA is not waited for."""
+    if is_good.device.type == "cpu" and is_good:
+        return
+    for tensor, before in zip(tensors, saved):
+        tensor.copy_(torch.where(is_good, tensor, before))
+
+
+class Average:
+    """An exponential moving average of a model's weights and buffers, as a model of its own."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Begin at the model's present weights."""
+        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self._pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+
+    @torch.no_grad()
+    def update(self, updates: int, is_good: Tensor) -> None:
+        """Move towards the model after its update number `updates`, if the flag holds; early on in larger steps."""
+        weight = (1 - min(self.decay, (1 + updates) / (10 + updates))) * is_good.float()
+        for mine, theirs in self._pairs:
+            if mine.is_floating_point():
+                mine.lerp_(theirs, weight.to(mine.dtype))
+            else:
+                mine.copy_(theirs)
