@@ -28,7 +28,7 @@ from data.store_format import (
     ranges,
     record_dtype,
     seal_path,
-)  # fmt: skip
+)
 from data.store_keys import Keys, map_positions
 from data.store_parts import AsyncAppender
 from data.store_writer import LogitsStoreWriter
@@ -124,7 +124,9 @@ class LogitsStoreReader:
         path = seal_path(self.root, epoch)
         try:
             seal = json.loads(path.read_bytes())
-            return seal if isinstance(seal["sha256"], list) else {}["sha256"]
+            if not isinstance(seal["sha256"], list):
+                raise KeyError("sha256")
+            return seal
         except FileNotFoundError:
             sealed = ranges(self.epochs())
             raise StoreError(f"{self.root}: epoch {epoch} is not sealed (sealed: {sealed}): run save_logits.py until it is") from None

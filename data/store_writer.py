@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ from data.store_format import (
     record_dtype,
     seal_path,
     size_text,
-)  # fmt: skip
+)
 from data.store_keys import Keys, check_unique, compare_listings
 from data.store_parts import Block, PartWriter, part_files, read_blocks
 
 ASSEMBLE_BYTES = 1 << 30  # memory for sealing; larger epochs take several passes over their parts
 TICK_SECONDS = 10.0
+
 
 class LogitsStoreWriter:
     """Writes epochs of a store, resumes what a crash left, and seals.
@@ -61,6 +62,7 @@ class LogitsStoreWriter:
         self._epoch = -1
         self._locks: dict[int, FileLock] = {}
         self._sealing: list[Future] = []
+        self._sealing_lock = threading.Lock()  # the appending thread looks at it too
         self._executor: ThreadPoolExecutor | None = None
         self._stop: threading.Event | None = None
         self._settle(names)
@@ -180,8 +182,9 @@ class LogitsStoreWriter:
         """Wait for sealing, close the part and give the locks back; an unfinished epoch can be resumed."""
         try:
             self.end_epoch()
-            while self._sealing:
-                self._sealing.pop(0).result()
+            for future in list(self._sealing):
+                wait([future])
+                self._raise_background()
         finally:
             if self._executor is not None:
                 self._executor.shutdown()
@@ -300,9 +303,12 @@ class LogitsStoreWriter:
                 pass  # it will be found stale
 
     def _raise_background(self) -> None:
-        for future in [future for future in self._sealing if future.done()]:
-            self._sealing.remove(future)
-            future.result()
+        with self._sealing_lock:
+            done = next((future for future in self._sealing if future.done()), None)
+            if done is not None:
+                self._sealing.remove(done)
+        if done is not None:
+            done.result()
 
     def _start_ticking(self) -> None:
         if self._stop is None:
