@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 __all__ = ["TinyViT", "tiny_vit_5m_224", "tiny_vit_11m_224", "tiny_vit_21m_224", "tiny_vit_21m_384", "tiny_vit_21m_512"]
 
 SMALLEST_IMAGE = 32  # pixels a side: the last stage's map is then a single point
+CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # fast convolutions
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "5m": {"embed_dims": (64, 128, 160, 320), "num_heads": (2, 4, 5, 10), "drop_path_rate": 0.0},
@@ -50,16 +51,11 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not x.is_cpu or dtype != torch.bfloat16 or cpu_has_bfloat16():
+        if not x.is_cpu or dtype != torch.bfloat16 or CPU_HAS_BFLOAT16:
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return self._conv_forward(x.float(), self.weight.float(), bias).to(dtype)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether PyTorch has fast bfloat16 convolutions for this processor."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class ConvBn(nn.Sequential):
