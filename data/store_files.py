@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-HEARTBEAT_SECONDS = 30.0
 STALE_SECONDS = 300.0  # a lock whose holder can't be asked counts as left behind after this long without a heartbeat
 
 
