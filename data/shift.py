@@ -69,7 +69,8 @@ def _windows(image: Image.Image, band: str, margin: int) -> np.ndarray:
     """Views [height, 2 * margin - 2, width + 3] of a band's rows, which go on by `margin` with the pixel at each end."""
     width, height = image.size
     padded = np.empty((height, width + 2 * margin), np.uint8)
-    padded[:, margin:-margin] = plane = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(height, width)
+    plane = np.frombuffer(image.tobytes("raw", band), np.uint8).reshape(height, width)
+    padded[:, margin:-margin] = plane
     padded[:, :margin] = plane[:, :1]
     padded[:, -margin:] = plane[:, -1:]
     return sliding_window_view(padded, width + 3, axis=1)
