@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# One thread a process, here and in the processes that tests start: several processes share few cores, and threads that wait for
+# each other on a busy machine are many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
