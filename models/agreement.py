@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
     """Of each image [B]: how its record differs from the teacher's answer."""
 
     value_error: Tensor  # largest difference of a probability, float
-    divergence: Tensor  # KL divergence of the answer from the record, float
+    divergence: Tensor  # KL divergence of the answer from the record, with a term for records whose sum is not 1, float
     other_top1: Tensor  # whether the most probable class is another, and not for a tie
     other_classes: Tensor  # number of columns with another class, and not for a tie
     inexact: Tensor  # whether any bit differs
@@ -48,7 +48,7 @@ def compare(indices: Tensor, probs: Tensor, logits: Tensor, temperature: float =
     stored, answer = (densify(i, p, num_classes).clamp(min=SMALLEST) for i, p in ((indices, probs), (new_indices, new_probs)))
     return Comparison(
         value_error=torch.maximum(value_error, excess).masked_fill(~is_class.all(1), torch.inf),
-        divergence=(stored * (stored.log() - answer.log())).sum(1),
+        divergence=(stored * (stored.log() - answer.log()) - stored + answer).sum(1),
         other_top1=other[:, 0],
         other_classes=other.sum(1),
         inexact=(indices != new_indices).any(1) | (probs != new_probs.float()).any(1),

@@ -32,15 +32,21 @@ def torchrun(
     return subprocess.run(command, cwd=cwd, env=environment, timeout=timeout, capture_output=True, text=True)
 
 
-def run_ranks(function: Callable, world_size: int, *args: Any, env: Mapping[str, str] | None = None, timeout: float = 60) -> list[Any]:
-    """What `function(*args)`, a module's own function, returns on each rank, in processes with torchrun's environment.
-
-    The processes are forked from a server that has torch imported, so they start within milliseconds after the first call.
-    """
+def quick_context() -> multiprocessing.context.BaseContext:
+    """Processes forked from a server that has what is slow to import, so that they start within milliseconds after the first one."""
     context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         # Wrapping a model for several processes imports torch._dynamo, which takes a second.
-        context.set_forkserver_preload(["torch", "torch._dynamo", "pytest"])
+        context.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "timm"])
+    return context
+
+
+def run_ranks(function: Callable, world_size: int, *args: Any, env: Mapping[str, str] | None = None, timeout: float = 60) -> list[Any]:
+    """What `function(*args)`, a module's own function, returns on each rank, in processes with torchrun's environment.
+
+    The processes are those of `quick_context`.
+    """
+    context = quick_context()
     shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **(env or {})}
     started = []
     for rank in range(world_size):

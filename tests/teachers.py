@@ -1,11 +1,13 @@
-"""Teachers for tests: small, fast, and the same in every process."""
+"""Teachers for tests: small, fast, and the same in every process. Their functions are values of MODEL.TYPE."""
+
+import os
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Glance(nn.Module):
-    """Looks at a coarse grid of the image: two layers, a few thousand weights."""
+    """Looks at a coarse grid of each image by itself: what it says does not depend on the rest of the batch, to the last bit."""
 
     def __init__(self, num_classes: int, seed: int = 0, width: int = 16) -> None:
         super().__init__()
@@ -17,10 +19,25 @@ class Glance(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.7, generator=generator)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.hidden(self.grid(images).flatten(1))))
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([self.head(torch.tanh(self.hidden(self.grid(image).flatten(1)))) for image in images.split(1)])
+
+
+class Scripted(Glance):
+    """Runs the Python text of the environment variable TEACHER_SCRIPT before each answer; `call` counts from 0."""
+
+    call = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        exec(os.environ.get("TEACHER_SCRIPT", ""), {"call": self.call})
+        self.call += 1
+        return super().forward(images)
 
 
 def glance(cfg) -> nn.Module:
-    """MODEL.TYPE tests.teachers:glance; MODEL.NUM_CLASSES outputs (default 10), and SEED chooses the weights."""
+    """MODEL.NUM_CLASSES outputs (default 10); SEED chooses the weights."""
     return Glance(cfg.MODEL.NUM_CLASSES or 10, cfg.SEED)
+
+
+def scripted(cfg) -> nn.Module:
+    return Scripted(cfg.MODEL.NUM_CLASSES or 10, cfg.SEED)
