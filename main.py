@@ -154,7 +154,8 @@ def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tenso
     cfg, device = run.cfg, run.world.device
     images, labels = batch.image.to(device, non_blocking=True), None
     if run.outputs is not None:
-        labels = torch.where(batch.label < 0, -1, run.outputs[batch.label]).to(device, non_blocking=True)
+        labels = batch.label.to(device, non_blocking=True)
+        labels = torch.where(labels < 0, -1, run.outputs[labels.clamp(min=0)])
     seeds = batch.seed if isinstance(run.mixer, PairMix) else run_seed(cfg.DATA.SEED, epoch, index, run.world.rank)
     images, targets = run.mixer(images, labels, seeds)
     if cfg.TRAIN.CHANNELS_LAST:
@@ -378,8 +379,8 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         cfg=cfg, world=world, log=log, writer=open_writer(cfg, world, log, state), stop=stop, plan=plan, epochs=epochs,
         validation=open_validation(cfg, world, log, uses_labels), model=model, network=wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
         average=average, teacher=in_the_loop, mixer=(PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix).from_config(cfg),
-        outputs=torch.from_numpy(outputs) if labelled else None, optimizer=optimizer, scheduler=scheduler, scaler=scaler, dtype=dtype,
-        progress=progress, measured=Measurements(columns, world, state and state["measured"]),
+        outputs=torch.from_numpy(outputs).to(world.device) if labelled else None, optimizer=optimizer, scheduler=scheduler, scaler=scaler,
+        dtype=dtype, progress=progress, measured=Measurements(columns, world, state and state["measured"]),
     )  # fmt: skip
 
 
