@@ -25,7 +25,7 @@ _C.DATA.INDEX_DIR = ""  # where the list of images is cached; "" = the user's ca
 _C.DATA.REINDEX = False  # scan the data again even if the cached list looks fresh
 _C.DATA.DOWNLOAD = False  # fetch cifar10 / cifar100 into DATA_PATH when they are missing
 _C.DATA.SEED = 0  # base of all sample seeds and of the order of epochs; with a store both come from its manifest
-_C.DATA.MEAN_AND_STD_TYPE = "default"  # default (ImageNet's) | clip | half (0.5)
+_C.DATA.MEAN_AND_STD_TYPE = "default"  # default (ImageNet's) | clip | half (0.5; also called inception)
 _C.DATA.MEAN = []  # three numbers that replace the type's mean
 _C.DATA.STD = []  # three numbers that replace the type's standard deviation
 _C.DATA.IMG_SIZE = 224  # pixels a side, from 32 up; a square
@@ -118,7 +118,7 @@ _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd (Nesterov)
 # ---------------------------------------------------------------- augmentation
 _C.AUG = CfgNode()
 _C.AUG.COLOR_JITTER = 0.4  # used when AUTO_AUGMENT is none
-_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # rand-... | original | v0 | none
+_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # rand[-m9-n2-mstd0.5-mmax10-w0-inc1] | original[-mstd0.5] | v0[-mstd0.5] | none
 _C.AUG.REPROB = 0.25  # probability of random erasing
 _C.AUG.REMODE = "pixel"  # const | rand | pixel
 _C.AUG.RECOUNT = 1  # largest number of erased boxes

@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 
 
 CHOICES = {
-    "DATA.MEAN_AND_STD_TYPE": ("default", "clip", "half"),
+    "DATA.MEAN_AND_STD_TYPE": ("default", "clip", "half", "inception"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.WORKER_START": ("auto", "fork", "spawn", "forkserver"),
     "DATA.ON_CORRUPT": ("error", "neighbour"),
@@ -90,8 +90,8 @@ LENGTHS = {  # key -> allowed numbers of items
     "TRAIN.OPTIMIZER.BETAS": (2,), "MODEL.TINY_VIT.DEPTHS": (4,), "MODEL.TINY_VIT.NUM_HEADS": (4,), "MODEL.TINY_VIT.WINDOW_SIZES": (4,),
     "MODEL.TINY_VIT.EMBED_DIMS": (4,),
 }  # fmt: skip
-AUTO_AUGMENT = ("original", "v0", "none", "")
-RAND_OPTION = re.compile(r"(?:m|mmax)\d+(?:\.\d+)?|n[1-9]\d*|mstd(?:\d+(?:\.\d+)?|inf)|w\d+|inc[01]")
+MSTD = r"mstd(?:\d+(?:\.\d+)?|inf)"
+POLICY_OPTIONS = {"rand": re.compile(rf"m\d+|mmax\d+|n[1-9]\d*|{MSTD}|w0|inc[01]"), "original": re.compile(MSTD), "v0": re.compile(MSTD)}
 
 
 def is_paired(cfg: CfgNode) -> bool:
@@ -151,14 +151,14 @@ def _refuse(is_wrong: bool, cfg: CfgNode, key: str, reason: str) -> None:
 
 def _check_policy(cfg: CfgNode) -> None:
     key, policy = "AUG.AUTO_AUGMENT", cfg.AUG.AUTO_AUGMENT
-    if policy in AUTO_AUGMENT:
+    if policy in ("", "none"):
         return
     name, *options = policy.split("-")
-    if name != "rand":
+    if name not in POLICY_OPTIONS:
         raise ConfigError(_choice_message(key, policy, ("rand-m9-mstd0.5-inc1", "original", "v0", "none")))
+    known = "m9, n2, mstd0.5, mmax10, w0, inc1" if name == "rand" else "mstd0.5"
     for option in options:
-        _refuse(not RAND_OPTION.fullmatch(option), cfg, key,
-                f"option {option!r} is not one of m9, n2, mstd0.5, mmax10, w0, inc1 (numbers may differ)")
+        _refuse(not POLICY_OPTIONS[name].fullmatch(option), cfg, key, f"option {option!r} is not one of {known} (numbers may differ)")
 
 
 def _check_crop(cfg: CfgNode) -> None:

@@ -127,6 +127,11 @@ def test_replace_leaves_the_original_alone():
     assert (cfg.MODEL.NUM_CLASSES, other.MODEL.NUM_CLASSES) == (0, 10) and other.is_frozen()
 
 
+@pytest.mark.parametrize("policy", ["none", "", "original", "v0-mstd0.5", "rand", "rand-m9-n3-mstd0.5-inc1", "rand-mstdinf-w0-mmax9"])
+def test_policies_that_exist(policy):
+    assert opts("AUG.AUTO_AUGMENT", policy).AUG.AUTO_AUGMENT == policy
+
+
 def test_run_folder_is_a_pure_function():
     assert run_folder(opts("OUTPUT", "o", "MODEL.NAME", "m", "TAG", "t")) == Path("o/m/t")
 
@@ -155,6 +160,8 @@ ERRORS = [
     (["DATA.INTERPOLATION", "bicubik"], "did you mean bicubic?"),
     (["AUG.AUTO_AUGMENT", "augmix-m3"], "AUG.AUTO_AUGMENT = 'augmix-m3': (one of rand-m9"),
     (["AUG.AUTO_AUGMENT", "rand-m9-q5"], "option 'q5' is not one of"),
+    (["AUG.AUTO_AUGMENT", "rand-m9.5"], "option 'm9.5' is not one of"),
+    (["AUG.AUTO_AUGMENT", "v0-m9"], "option 'm9' is not one of mstd0.5"),
     (["AUG.SCALE", "(0.5, 0.1)"], "AUG.SCALE = [0.5, 0.1]: needs 0 < smallest <= largest <= 1"),
     (["AUG.CUTMIX_MINMAX", "[0.5, 0.5]"], "AUG.CUTMIX_MINMAX = [0.5, 0.5]: needs"),
     (["AUG.FILL", "[1, 2, 300]"], "AUG.FILL = [1, 2, 300]: three whole numbers from 0 to 255"),
@@ -238,10 +245,10 @@ def test_eval_and_saving_do_not_judge_the_schedule():
     assert opts("DISTILL.SAVE_TEACHER_LOGITS", "True", "TRAIN.EPOCHS", "2").TRAIN.EPOCHS == 2
 
 
-def test_only_configs_defrosts(root):
+def test_only_loading_and_resolving_defrost(root):
     users = [path.relative_to(root) for path in root.rglob("*.py") if ".venv" not in path.parts and path.parts[-2] != "tests"
              and re.search(r"\.defrost\(", path.read_text())]
-    assert users == [Path("configs/__init__.py")]
+    assert sorted(users) == [Path("configs/__init__.py"), Path("data/build.py")]
 
 
 def test_loading_a_config_imports_neither_torch_nor_timm(root):

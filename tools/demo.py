@@ -1,0 +1,218 @@
+"""The whole idea in a few minutes: a teacher, its saved logits, and two students with the same budget, one of them distilled.
+
+Runs the real commands on the built-in `shapes` data and prints each before it runs. Interrupted, the same call goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs import load_config
+from data.build import resolve, val_epochs
+from tools.predict import build_model
+from tools.replay_sheet import main as replay_sheet
+
+ROOT = Path(__file__).resolve().parent.parent
+ROLES = ("teacher", "scratch", "distilled")
+RECIPES = {"teacher": "teacher", "scratch": "student", "distilled": "student_distill"}
+NAMES = {"teacher": "shapes-teacher", "scratch": "shapes-student", "distilled": "shapes-distilled"}
+QUICK = ["DATA.SHAPES.TRAIN_IMAGES", "640", "DATA.SHAPES.VAL_IMAGES", "100", "TRAIN.EPOCHS", "1", "TRAIN.WARMUP_EPOCHS", "0"]
+
+
+class Demo:
+    """The steps of the demo, each run once: what is done is remembered in the output folder."""
+
+    def __init__(self, output: Path, quick: bool, workers: int | None) -> None:
+        self.output, self.store, self.memory = output, output / "logits", output / "demo.json"
+        self.opts = [*(QUICK if quick else []), *(["DATA.NUM_WORKERS", str(workers)] if workers is not None else [])]
+        output.mkdir(parents=True, exist_ok=True)
+        self.seconds: dict[str, float] = {}  # spent in each step, over all attempts
+        self.results: dict = {}
+        if self.memory.exists():
+            self.seconds, self.results = json.loads(self.memory.read_text()).values()
+
+    def run(self) -> dict:
+        """All steps in order; returns what result.json holds."""
+        print("1/7  A teacher learns from labels.", flush=True)
+        self._train("teacher")
+        print("2/7  Its top-10 probabilities go to disk, with one seed an image.", flush=True)
+        self._command("save", "save_logits.py", self._recipe("save_logits"), *self._weights("teacher"), *self._opts(self._store()))
+        print("3/7  The check runs the teacher again on a quarter of it, and judges.", flush=True)
+        self._check()
+        print("4/7  A student learns from labels.", flush=True)
+        self._train("scratch")
+        print("5/7  The same student learns from the stored probabilities, with the same budget and no teacher in memory.", flush=True)
+        self._train("distilled", *self._store())
+        print("6/7  Both students and the teacher are evaluated.", flush=True)
+        accuracies = {role: self._evaluate(role) for role in ROLES}
+        print("7/7  Pictures.", flush=True)
+        pictures = self._pictures()
+        result = {role: {"accuracy": accuracies[role], "seconds": round(self.seconds[f"train-{role}"], 1)} for role in ROLES}
+        result |= {"check_passed": self.results["check"] == 0, "store_bytes": _folder_bytes(self.store)}
+        result["seconds"] = round(sum(self.seconds.values()), 1)
+        (self.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self._table(result, pictures)
+        return result
+
+    def run_folder(self, role: str) -> Path:
+        """Where main.py keeps the run of a role."""
+        return self.output / NAMES[role] / "default"
+
+    def _train(self, role: str, *opts: str) -> None:
+        self._command(f"train-{role}", "main.py", self._recipe(RECIPES[role]), "--output", str(self.output), *self._opts(opts))
+
+    def _check(self) -> None:
+        if "check" not in self.results:
+            command = ("save_logits.py", self._recipe("save_logits"), "--check-saved-logits", "--percent", "25", *self._weights("teacher"))
+            status, _ = self._call("check", [*command, *self._opts(self._store())], may_fail=True)
+            self._remember("check", status)
+
+    def _evaluate(self, role: str) -> float:
+        if f"accuracy-{role}" not in self.results:
+            command = ("main.py", self._recipe(RECIPES[role]), "--eval", *self._weights(role), "--output", str(self.output))
+            _, text = self._call(f"eval-{role}", [*command, *self._opts()])
+            self._remember(f"accuracy-{role}", float(re.findall(r"top-1 ([\d.]+)%", text)[-1]))
+        return self.results[f"accuracy-{role}"]
+
+    def _pictures(self) -> list[Path]:
+        begun = time.monotonic()
+        curves, sheet, matrix = (self.output / name for name in ("curves.png", "replay_sheet.png", "confusion.png"))
+        folders = [str(self.run_folder(role)) for role in ROLES]
+        self._call("plot", ["-m", "tools.plot", *folders, "-o", str(curves)])
+        replay_sheet(["--cfg", str(ROOT / "configs/shapes/save_logits.yaml"), "--pairs", "--seeds", "0-11", "-o", str(sheet)])
+        draw_confusion({role: self._confusion(role) for role in ("scratch", "distilled")}, matrix)
+        self.seconds["pictures"] = time.monotonic() - begun
+        return [curves, sheet, matrix]
+
+    def _confusion(self, role: str) -> tuple[np.ndarray, list[str]]:
+        """Counts [true class, answer] over the validation images, and the classes' names."""
+        opts = ["DATA.NUM_WORKERS", "0", *self.opts[: len(self.opts) // 2 * 2]]
+        cfg = resolve(load_config(["--cfg", str(ROOT / f"configs/shapes/{RECIPES[role]}.yaml"), "--eval", "--opts", *opts]))
+        model, _ = build_model(str(self.run_folder(role) / "checkpoints" / "last.pth"))
+        epochs = val_epochs(cfg, 0)
+        names = epochs.dataset.dataset.class_names
+        matrix = np.zeros((len(names), len(names)), int)
+        with torch.inference_mode():
+            for images, labels in epochs.batches(0):
+                np.add.at(matrix, (labels.numpy(), model(images).argmax(1).numpy()), 1)
+        return matrix, names
+
+    def _table(self, result: dict, pictures: Sequence[Path]) -> None:
+        print(f"\n{'':12}{'accuracy':>10}{'seconds':>10}{'bytes':>14}")
+        for role in ROLES:
+            size = f"{result['store_bytes']:,}" if role == "distilled" else ""
+            print(f"{role:12}{result[role]['accuracy']:>9.1f}%{result[role]['seconds']:>10.0f}{size:>14}")
+        print(f"\ncheck of the stored logits: {'passed' if result['check_passed'] else 'FAILED'}; {result['seconds']:.0f} s in all")
+        print("\n".join(map(str, [*pictures, self.output / "result.json"])))
+
+    def _recipe(self, name: str) -> str:
+        return f"--cfg=configs/shapes/{name}.yaml"
+
+    def _weights(self, role: str) -> tuple[str, str]:
+        return "--resume", str(self.run_folder(role) / "checkpoints" / "last.pth")
+
+    def _store(self) -> tuple[str, str]:
+        return "DISTILL.TEACHER_LOGITS_PATH", str(self.store)
+
+    def _opts(self, opts: Sequence[str] = ()) -> list[str]:
+        return ["--opts", *self.opts, *opts] if self.opts or opts else []
+
+    def _command(self, step: str, *words: str) -> None:
+        if step not in self.results:
+            self._call(step, words)
+            self._remember(step, True)
+
+    def _call(self, step: str, words: Sequence[str], may_fail: bool = False) -> tuple[int, str]:
+        """Run a Python command from the repository's root, its output shown as it comes; returns exit status and output."""
+        print(f"\n$ python {shlex.join(words)}", flush=True)
+        begun, lines = time.monotonic(), []
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                print(f"  {line}", end="", flush=True)
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+            self.seconds[step] = self.seconds.get(step, 0) + time.monotonic() - begun
+            self._save()
+        if status and not may_fail:
+            raise ChildProcessError(f"that command ended with exit status {status}; when it is mended, the same call goes on from here")
+        return status, "".join(lines)
+
+    def _remember(self, key: str, value: object) -> None:
+        self.results[key] = value
+        self._save()
+
+    def _save(self) -> None:
+        temporary = self.memory.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"seconds": self.seconds, "results": self.results}))
+        os.replace(temporary, self.memory)
+
+
+def draw_confusion(matrices: dict[str, tuple[np.ndarray, list[str]]], path: Path) -> None:
+    """Confusion matrices side by side, in percent of each true class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(matrices), figsize=(6.2 * len(matrices), 5.6), squeeze=False, layout="constrained")
+    for axis, (role, (matrix, names)) in zip(axes[0], matrices.items()):
+        percent = 100 * matrix / matrix.sum(1, keepdims=True).clip(1)
+        image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+        for row, column in np.ndindex(*percent.shape):
+            if percent[row, column] >= 0.5:
+                axis.text(column, row, f"{percent[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                          color="white" if percent[row, column] > 55 else "black")
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xlabel("answer")
+        axis.set_ylabel("true class")
+        axis.set_title(f"{role}: {100 * np.trace(matrix) / matrix.sum():.1f}% right")
+    figure.colorbar(image, ax=axes[0].tolist(), label="% of the true class", shrink=0.8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--output", metavar="FOLDER", type=Path, default=ROOT / "output" / "demo", help="where everything goes (output/demo)")
+    add("--quick", action="store_true", help="a tiny version: shows that all parts run, not that they learn")
+    add("--workers", type=int, metavar="N", help="loader processes (default: the recipes' 2)")
+    args = parser.parse_args(argv)
+    try:
+        result = Demo(args.output.resolve(), args.quick, args.workers).run()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same call goes on from here", file=sys.stderr)
+        return 130
+    return 0 if result["check_passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
