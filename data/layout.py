@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from data.scans import class_folders
@@ -75,15 +76,13 @@ def first_existing(*places: Path) -> Path | None:
 
 def has_splits(root: Path) -> bool:
     """Whether a folder holds images in the layout of ImageNet."""
-    return first_existing(*(root / f"{split}{suffix}" for split in ("train", "val") for suffix in ("", ".tar"))) is not None
+    return any((root / split).is_dir() or (root / f"{split}.tar").is_file() for split in ("train", "val"))
 
 
 def class_list(name: str) -> list[str]:
     """The class names of a numbering, by id."""
     if name in CLASS_SETS:
-        from timm.data import ImageNetInfo  # holds the lists; slow to import
-
-        return ImageNetInfo(CLASS_SETS[name]).label_names()
+        return list(_imagenet_names(CLASS_SETS[name]))
     try:
         names = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -91,6 +90,13 @@ def class_list(name: str) -> list[str]:
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"DATA.CLASS_LIST = {name}: expected class names, one a line, each once")
     return names
+
+
+@cache
+def _imagenet_names(subset: str) -> tuple[str, ...]:
+    from timm.data import ImageNetInfo  # holds the lists; slow to import
+
+    return tuple(ImageNetInfo(subset).label_names())
 
 
 def is_22k(names: Sequence[str]) -> bool:
