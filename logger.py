@@ -237,15 +237,18 @@ def progress(
     log: Callable[[str], object] = print,
     interval: float = 30.0,
     enabled: bool = True,
+    note: Callable[[], str] = str,
 ) -> Iterator[Item]:
-    """The items, with a bar on a terminal, else with a line through `log` every `interval` seconds."""
+    """The items, with a bar on a terminal, else with a line through `log` every `interval` seconds; `note` says what else is shown."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     if not enabled:
         yield from items
     elif sys.stderr.isatty():
         with tqdm(items, total=total, desc=description, unit=unit, dynamic_ncols=True, leave=False) as bar:
-            yield from bar
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note(), refresh=False)
     else:
         start = last = time.monotonic()
         for done, item in enumerate(items, 1):
@@ -253,7 +256,7 @@ def progress(
             now = time.monotonic()
             if now - last >= interval:
                 last = now
-                log(_progress_line(description, done, total, unit, now - start))
+                log("; ".join(filter(None, [_progress_line(description, done, total, unit, now - start), note()])))
 
 
 def _progress_line(description: str, done: int, total: int | None, unit: str, seconds: float) -> str:

@@ -136,7 +136,7 @@ class Run:
 
     def watched(self, batches: Iterable[Result], total: int, what: str, note: Callable[[], str] = str) -> Iterator[Result]:
         """The batches, with their progress on rank 0."""
-        return progress(batches, total, what, "batches", lambda text: self.log.info("%s%s", text, note()), enabled=self.world.is_main)
+        return progress(batches, total, what, "batches", self.log.info, enabled=self.world.is_main, note=note)
 
 
 @dataclass
@@ -169,12 +169,12 @@ class Tally:
 def main(argv: list[str]) -> int:
     """Save or check as the command line says and return the exit code; a fault that a user can mend is one line on stderr."""
     args = _parse(argv)
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = os.environ.get("RANK", "0")
     own = {"EVAL_MODE": False, "TRAIN.WARMUP_EPOCHS": 0, "DISTILL.REUSE_EPOCHS": False,
            "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits}  # fmt: skip
     with StopRequest(("SIGTERM", "SIGINT", "SIGUSR1")) as stop:
         try:
-            cfg = config_from_args(args, world_size, own)
+            cfg = config_from_args(args, int(os.environ.get("WORLD_SIZE", "1")), own)
             group = Group(init_distributed(cfg.DEVICE, timeout=PATIENCE))
             run = _prepare(cfg, group, stop)
             code = _check(run, args.exact, args.percent) if args.check_saved_logits else _save(run, args.skip_eval)
@@ -187,8 +187,8 @@ def main(argv: list[str]) -> int:
             text = _one_line(error)
             if text is None:
                 raise
-            if rank == 0 or not isinstance(error, ConfigError):  # which is the same on all
-                print(f"error: {text}" + (f" (rank {rank})" if world_size > 1 else ""), file=sys.stderr)
+            if rank == "0" or not isinstance(error, ConfigError):  # which is the same on all
+                print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
             return EXIT_FAULT
 
 
@@ -319,14 +319,14 @@ def _write_epoch(run: Run, data: Epochs, writer: LogitsStoreWriter, epoch: int, 
         rate = tally.images / (time.monotonic() - start)
         left = timedelta(seconds=round((to_come - tally.images) / rate)) if rate else "unknown"
         megabytes = tally.images * writer.dtype.itemsize / 1e6
-        return f"; rank 0: {tally}, {megabytes:,.1f} MB, {rate:,.0f} images/s; all epochs done in {left}"
+        return f"rank 0: {tally}, {megabytes:,.1f} MB, {rate:,.0f} images/s; all epochs done in {left}"
 
     batches = run.watched(data.batches(epoch, wanted=wanted), round(data.count(epoch) * share), f"epoch {epoch}", note)
     with AsyncAppender(writer) as appender:
         for positions, records in run.until_stopped(answers(run, batches, tally)):
             appender.append(positions, records)
     writer.end_epoch()
-    run.log.info("epoch %d%s", epoch, note())
+    run.log.info("epoch %d; %s", epoch, note())
     return tally
 
 

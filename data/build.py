@@ -48,7 +48,9 @@ def open_store(cfg, keys) -> LogitsStoreReader | UpstreamStoreReader:
     if not any(root.glob("logits_top*_epoch*")):
         raise ValueError(f"DISTILL.TEACHER_LOGITS_PATH = {root}: no store there (neither manifest.json nor logits_top*_epoch*/): "
                          "write one with save_logits.py, or correct the path")
-    return UpstreamStoreReader(root, keys, num_classes=_upstream_classes(cfg), order=cfg.DISTILL.UPSTREAM_ORDER)
+    k = cfg.DISTILL.LOGITS_TOPK  # of several stores in one folder it names one; else it may be a part of the columns
+    return UpstreamStoreReader(root, keys, k if any(root.glob(f"logits_top{k}_epoch*")) else None, num_classes=_upstream_classes(cfg),
+                               order=cfg.DISTILL.UPSTREAM_ORDER)
 
 
 class Epochs:

@@ -143,7 +143,7 @@ class UpstreamStoreReader:
         if not found:
             raise StoreError(f"{self.root}: holds no folders logits_top*_epoch*: correct the path")
         if len(found) > 1:
-            raise StoreError(f"{self.root}: holds stores of top-{', top-'.join(map(str, found))}: move all but one away")
+            raise StoreError(f"{self.root}: holds stores of top-{', top-'.join(map(str, found))}: set DISTILL.LOGITS_TOPK to one of them")
         return found[0]
 
     def _folder(self, epoch: int) -> Path:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,16 @@ def test_a_complete_store_is_left_alone(four, capsys):
     assert sealed_bytes(four) == before
 
 
+def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
+    monkeypatch.setattr(save_logits, "progress", partial(save_logits.progress, interval=0))
+    assert run(store, "TRAIN.EPOCHS", 2) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of 6 batches" in line]
+    assert len(lines) == 12
+    shown = r"epoch \d: \d of 6 batches \(\d+%\), [\d.]+ batches/s, \S+ left; rank 0: \d+ images(, top1 \S+%, top5 \S+%)?, 0.0 MB, " \
+            r"[\d,]+ images/s; all epochs done in (\S+|unknown)$"  # fmt: skip
+    assert all(re.search(shown, line) for line in lines) and "top5" in lines[-1]
+
+
 def test_temperature_and_k(store, four):
     assert run(store, "DISTILL.TEMPERATURE", 4.0, "DISTILL.LOGITS_TOPK", 3) == 0
     hot, cold = LogitsStoreReader(store).open_epoch(0), LogitsStoreReader(four).open_epoch(0)
@@ -211,6 +222,20 @@ def test_a_store_of_the_original_is_checked(tmp_path, capsys, classes, k):
     write_upstream(theirs, epochs)
     assert run(theirs, "MODEL.NUM_CLASSES", classes, "TRAIN.EPOCHS", 2, flags=CHECK) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_one_of_two_stores_of_the_original_in_a_folder(tmp_path, capsys):
+    """LOGITS_TOPK tells which; what is neither is a number of columns."""
+    for k in (4, 10):
+        assert run(tmp_path / f"ours {k}", "DISTILL.LOGITS_TOPK", k) == 0
+        write_upstream(tmp_path / "theirs", {0: np.array(LogitsStoreReader(tmp_path / f"ours {k}").open_epoch(0))})
+    for k in (4, 10):
+        assert run(tmp_path / "theirs", "DISTILL.LOGITS_TOPK", k, flags=CHECK) == 0
+        assert f"store {tmp_path / 'theirs'}: top-{k} of 10 classes" in capsys.readouterr().out
+    assert run(tmp_path / "theirs", flags=CHECK) == 2
+    assert "holds stores of top-4, top-10: set DISTILL.LOGITS_TOPK to one of them" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "theirs" / "logits_top4_epoch0")
+    assert run(tmp_path / "theirs", "DISTILL.LOGITS_TOPK", 3, flags=CHECK) == 0
 
 
 def test_the_originals_own_store_is_read(goldens, tmp_path, capsys):

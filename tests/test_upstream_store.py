@@ -237,7 +237,7 @@ def test_missing_epochs_and_folders_are_told(root, tmp_path):
     with pytest.raises(StoreError, match=r"holds no folders logits_top\*_epoch\*: correct the path"):
         UpstreamStoreReader(tmp_path / "nowhere", ["a"])
     write(root, [["0"]], k=3)
-    with pytest.raises(StoreError, match=r"holds stores of top-2, top-3: move all but one away"):
+    with pytest.raises(StoreError, match=r"holds stores of top-2, top-3: set DISTILL.LOGITS_TOPK to one of them"):
         UpstreamStoreReader(root, ["a"])
     assert UpstreamStoreReader(root, ["a"], k=3).open_epoch(0)[0]["index"].tolist() == [100, 101, 102]
 
