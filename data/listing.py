@@ -33,7 +33,7 @@ except ImportError:  # not on Windows
 
 Item = TypeVar("Item")
 FORMAT = 2
-REPORT_SECONDS = 2.0
+REPORT_SECONDS = 5.0
 LEFT_BEHIND_SECONDS = 7 * 24 * 3600  # a listing that is no longer fresh may still be mapped by a running job
 SUBSET_SALT = 11  # of the hash that ranks the images of a class
 SHOWN = 5

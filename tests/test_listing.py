@@ -486,9 +486,9 @@ def test_without_locks_several_may_scan_and_all_get_a_whole_listing(tmp_path, mo
 def test_a_long_scan_says_how_far_it_is(capsys, monkeypatch):
     clock = iter(np.arange(0, 100, 0.5))
     monkeypatch.setattr(listing_module.time, "monotonic", lambda: next(clock))
-    assert list(reported(range(20), "listing /data")) == list(range(20))
+    assert list(reported(range(60), "listing /data")) == list(range(60))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) > 2 and lines[0].startswith("listing /data: 5 images so far (")
+    assert len(lines) > 2 and lines[0].startswith("listing /data: 11 images so far (")
     assert list(reported([], "x")) == [] and capsys.readouterr().err == ""
 
 
