@@ -74,10 +74,11 @@ class ConvBn(nn.Sequential):
         """Fold the running statistics and the affine part of the batch norm into the convolution."""
         if isinstance(self.bn, nn.Identity):
             return
-        mean, variance, weight, bias = (t.double() for t in (self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias))
-        scale = weight / torch.sqrt(variance + self.bn.eps)
-        self.c.bias = nn.Parameter((bias - mean * scale).to(self.c.weight.dtype))
-        self.c.weight.copy_(self.c.weight.double() * scale[:, None, None, None])
+        bn, kernel = self.bn, self.c.weight
+        exact = torch.promote_types(kernel.dtype, torch.float32)
+        scale = bn.weight.to(exact) / torch.sqrt(bn.running_var.to(exact) + bn.eps)
+        self.c.bias = nn.Parameter((bn.bias - bn.running_mean * scale).to(kernel.dtype))
+        kernel.copy_(kernel * scale[:, None, None, None])
         self.bn = nn.Identity()
 
 
