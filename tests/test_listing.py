@@ -5,7 +5,6 @@ import hashlib
 import multiprocessing
 import os
 import pickle
-import stat
 import tarfile
 import threading
 import time
@@ -147,16 +146,18 @@ def test_names_that_are_no_utf8_are_kept_as_they_are(tmp_path):
     assert found.digest() == hashlib.sha256(b"a/\xff.jpg\n").hexdigest()
 
 
-def test_an_unreadable_class_folder_is_named(tmp_path):
+def test_an_unreadable_class_folder_is_named(tmp_path, monkeypatch):
     root = write_files(tmp_path / "train", ["a/1.jpg", "b/1.jpg"])
-    (root / "b").chmod(0)
-    try:
-        if os.access(root / "b", os.R_OK):
-            pytest.skip("this user may read everything")
-        with pytest.raises(ValueError, match=r"train/b: can't be read"):
-            cached_listing({}, lambda: scan_class_folders(root, []), str(tmp_path / "index"))
-    finally:
-        (root / "b").chmod(stat.S_IRWXU)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"train/b: can't be read \(Permission denied\): see to its permissions, or move it away"):
+        cached_listing({}, lambda: scan_class_folders(root, []), str(tmp_path / "index"))
 
 
 # ---- numberings
