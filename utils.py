@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,10 @@ def init_distributed(
     on_gpu = chosen.type == "cuda"
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=join_timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # On a fixed port torchrun's store outlives a restart: the addresses of processes that are gone must not be found. (Several
+            # nodes may count their restarts differently; they need --rdzv-backend c10d, which has a new store each time.)
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo",
             store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=chosen if on_gpu else None,
@@ -195,7 +200,8 @@ def wrap(model: nn.Module, world: Distributed, is_compiled: bool, warn: Callable
     if world.world_size == 1:
         return model
     # Buffers are rank 0's where it counts, in evaluations and checkpoints: sending them every step would change no weight.
-    return DistributedDataParallel(model, [world.device] if world.device.type == "cuda" else None, broadcast_buffers=False)
+    name = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+    return DistributedDataParallel(model, [world.device] if world.device.type == "cuda" else None, **{name: False})
 
 
 class StopRequest:

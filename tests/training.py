@@ -148,6 +148,13 @@ def same_bits(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Each weight to 1e-5 of its tensor's largest (1e-9 where a tensor has hardly left zero)."""
+    for key, value in expected.items():
+        error, largest = float((found[key] - value).abs().max()), float(value.abs().max())
+        assert error <= 1e-5 * largest + 1e-9, f"{key} differs by {error:.3g} at {largest:.3g}"
+
+
 def _run_program(arguments: list[str], env: dict[str, str], log: str, prepare: str) -> None:
     handle = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
