@@ -3,11 +3,11 @@
     python -m benchmarks.listing                       # some minutes, 1 GB of disk and 3 GB of memory
     python -m benchmarks.listing --images 1000000
 
-The data is made up: as many names and classes as the real list has; each class's zip file is a link to one
-small archive. The first start scans the list; the others find it cached. Each start is a process of its own, timed from the end of its
-imports to a resolved configuration, a data set and the order of an epoch; the first batch comes from loader processes. A worker's memory
-is its private dirty pages (pages of mapped files are the page cache's, shared by all processes) after it has decoded some images from all
-over the list, beside that of a worker on ten drawn images, which has the same imports. The report goes to stdout as JSON.
+The data is made up: as many names and classes as the real list has; each class's zip file is a link to one small archive.
+The first start scans the list; the second finds it cached. Each is a process of its own, timed from the end of its imports to the first
+batch from loader processes. A worker's memory is its private dirty pages (pages of mapped files are the page cache's, shared by all
+processes) after it has decoded some images from all over the list, beside that of a worker on ten drawn images, which has the same
+imports. The report goes to stdout as JSON.
 """
 
 import argparse
@@ -79,10 +79,10 @@ def make_data(root: Path, images: int, shuffled: bool) -> None:
 
 def config(folder: Path, dataset: str = "imagenet22k", start: str = "auto"):
     """The configuration of a run on the made-up data; the format makes one and the same member of every name."""
-    options = ["DATA.DATASET", dataset, "DATA.INDEX_DIR", folder / "index", "DATA.FNAME_FORMAT", "n00000000_7{:.0}.jpeg",
-               "DATA.IMG_SIZE", 64, "DATA.SHAPES.TRAIN_IMAGES", 10, "DATA.SHAPES.SIZE", 64, "DATA.NUM_WORKERS", WORKERS, "DATA.WORKER_START", start,
-               "DATA.BATCH_SIZE", 8, "MODEL.NUM_CLASSES", CLASSES]  # fmt: skip
-    return load_config(["--data-path", str(folder / "data"), "--opts", *map(str, options)])
+    options = {"DATA.DATASET": dataset, "DATA.INDEX_DIR": folder / "index", "DATA.FNAME_FORMAT": "n00000000_7{:.0}.jpeg",
+               "DATA.IMG_SIZE": 64, "DATA.SHAPES.TRAIN_IMAGES": 10, "DATA.SHAPES.SIZE": 64, "DATA.BATCH_SIZE": 8,
+               "DATA.NUM_WORKERS": WORKERS, "DATA.WORKER_START": start, "MODEL.NUM_CLASSES": CLASSES}  # fmt: skip
+    return load_config(["--data-path", str(folder / "data"), "--opts", *(str(part) for pair in options.items() for part in pair)])
 
 
 def start_run(folder: Path) -> dict[str, object]:
