@@ -359,6 +359,8 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         world.on_main(lambda: load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info) and None)
         world.broadcast_tensors(model.state_dict().values())
     if cfg.TRAIN.SYNC_BN:
+        if world.device.type != "cuda":
+            raise ValueError("TRAIN.SYNC_BN = True: batch statistics over processes need CUDA; leave --use-sync-bn out on other devices")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     progress = Progress(**state["progress"]) if state else Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps)
     optimizer = build_optimizer(cfg, model)

@@ -40,14 +40,14 @@ def check_continuation(before: str, cfg: CfgNode, where: str) -> list[Change]:
     old = dict(_leaves(yaml.safe_load(before)))
     new = dict(_leaves(yaml.safe_load(dump(cfg))))
     images, was = batch_plan(cfg).per_update, _images_per_update(old)
-    free = FREE | {GLOBAL} | (SPLIT if cfg.TRAIN.GLOBAL_BATCH and images == was else set())
+    free = FREE | {GLOBAL} | (SPLIT if cfg.TRAIN.GLOBAL_BATCH else set())
     changes = [Change(key, old[key], new[key]) for key in new if key in old and old[key] != new[key]]
     refused = [change for change in changes if change.key not in free]
-    if images != was and not any(change.key in SPLIT for change in refused):
+    if images != was:
         refused.append(Change("images per update", was, images))
     if refused:
         way_out = "start anew with --tag <new name>, take its weights alone with --pretrained, or give the old values back"
-        if any(change.key in SPLIT for change in refused):
+        if images != was or any(change.key in SPLIT for change in refused):
             way_out += f"; with {GLOBAL} {was} any number of processes may go on that shares so many images evenly"
         raise ConfigError(f"{where} was written under another configuration ({'; '.join(map(str, refused))}): {way_out}")
     return [change for change in changes if change.key in SPLIT | {"TRAIN.EPOCHS"}]

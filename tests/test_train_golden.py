@@ -11,10 +11,10 @@ import models.distill
 
 COMMAND = ["--only-cpu", "--cfg", "configs/1k/tiny_vit_5m.yaml", "--batch-size", "16", "--disable_amp"]
 OPTS = [
-    "DATA.IMG_SIZE", "64", "MODEL.TINY_VIT.DEPTHS", "[1,1,1,1]", "MODEL.TINY_VIT.NUM_HEADS", "[1,1,1,1]", "MODEL.TINY_VIT.WINDOW_SIZES",
-    "[2,2,4,2]", "MODEL.TINY_VIT.EMBED_DIMS", "[16,32,32,32]", "MODEL.DROP_PATH_RATE", "0.0", "DISTILL.LOGITS_TOPK", "10", "TRAIN.EPOCHS", "2",
-    "TRAIN.WARMUP_EPOCHS", "1", "TRAIN.BASE_LR", "0.01", "TRAIN.AUTO_RESUME", "False", "MODEL.NUM_CLASSES", "1000", "PRINT_FREQ", "1",
-    "DATA.NUM_WORKERS", "0",
+    "DATA.IMG_SIZE", "64", "MODEL.TINY_VIT.DEPTHS", "[1,1,1,1]", "MODEL.TINY_VIT.NUM_HEADS", "[1,1,1,1]",
+    "MODEL.TINY_VIT.WINDOW_SIZES", "[2,2,4,2]", "MODEL.TINY_VIT.EMBED_DIMS", "[16,32,32,32]", "MODEL.DROP_PATH_RATE", "0.0",
+    "DISTILL.LOGITS_TOPK", "10", "TRAIN.EPOCHS", "2", "TRAIN.WARMUP_EPOCHS", "1", "TRAIN.BASE_LR", "0.01",
+    "TRAIN.AUTO_RESUME", "False", "MODEL.NUM_CLASSES", "1000", "PRINT_FREQ", "1", "DATA.NUM_WORKERS", "0",
 ]  # fmt: skip
 
 

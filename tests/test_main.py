@@ -1,0 +1,533 @@
+"""main.py: what its flags do, what it measures and says, and how each fault ends."""
+
+import csv
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import main
+import utils
+from configs import load_config
+from configs.continuation import FREE, check_continuation
+from models.class_map import imagenet_wnids, map_22k_to_1k
+from models.teacher import Teacher
+from tests import saving
+from tests.training import OPTS, TINY_MODEL, folder, metrics, run, same_bits, state, updates
+
+SHORT = ["DATA.SHAPES.TRAIN_IMAGES", 24, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]  # 3 updates
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The output of a run of 2 epochs with averaged weights and labels; nobody changes it."""
+    output = tmp_path_factory.mktemp("trained")
+    assert run(output, "TRAIN.EMA_DECAY", 0.9, flags=["--save-model", output / "weights.safetensors"]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """A store of two epochs of 24 images."""
+    root = tmp_path_factory.mktemp("store") / "store"
+    assert saving.run(root, *SHORT, "TRAIN.EPOCHS", 2) == 0
+    return root
+
+
+def log_of(output: Path, tag: str = "default") -> str:
+    return (folder(output, tag) / "log_rank0.txt").read_text()
+
+
+def fault(capsys, *args, **how) -> str:
+    """The one line on stderr of a run that ends with exit code 2."""
+    capsys.readouterr()
+    assert run(*args, **how) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# ---- training
+
+
+def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
+    assert sorted(path.name for path in folder(trained).iterdir()) == ["checkpoints", "config.yaml", "log_rank0.txt", "metrics.jsonl"]
+    assert sorted(path.name for path in (folder(trained) / "checkpoints").iterdir()) == ["best.pth", "epoch_0001.pth", "epoch_0002.pth",
+                                                                                       "last.pth"]  # fmt: skip
+    cfg = load_config(["--cfg", str(folder(trained) / "config.yaml")])
+    assert cfg.MODEL.NUM_CLASSES == 10 and cfg.AUG.FILL == [124, 116, 104]
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    assert lines[1].keys() == {"step", "epoch", "norm", "loss", "top1", "lr", "lr_min", "skipped"} and lines[1]["epoch"] == 0.4
+    epoch = lines[5]
+    assert epoch.keys() == {"step", "epoch", "train_norm", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "average_loss",
+                            "average_top1", "average_top5", "best_top1"}  # fmt: skip
+    assert epoch["train_loss"] == pytest.approx(np.mean([line["loss"] for line in lines[:5]]), rel=1e-12)
+    for text in ("resolved configuration:", "code ", "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
+                 "each image: RandomResizedCrop(", "43 images, 5 updates an epoch, each of 8 images: 1 processes x 1 passes x 8",
+                 "epoch 1/2, update 2/5: norm ", " images/s, data wait ", " GB, ", " left",
+                 "epoch 2, averaged weights: 20 validation images: top-1 ", "finished: 2 epochs, 10 updates, best top-1 "):  # fmt: skip
+        assert text in log_of(trained), text
+
+
+def test_checkpoints_hold_plain_values_and_the_weights_alone_are_the_averaged_ones(trained):
+    last = state(trained)
+    assert last["step"] == 10 and last["progress"]["epoch"] == 2 and last["progress"]["step"] == 0
+    weights = safetensors.torch.load_file(trained / "weights.safetensors")
+    assert same_bits(weights, dict(last["model_ema"])) and not same_bits(weights, dict(last["model"]))
+
+
+def test_a_finished_run_says_so_and_ends_well(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = (folder(tmp_path) / "metrics.jsonl").read_bytes()
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9) == 0
+    assert "nothing is left to train: raise TRAIN.EPOCHS to go on, or begin another run with --tag" in capsys.readouterr().out
+    assert (folder(tmp_path) / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_epochs_are_allowed_and_said_loudly(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9, "TRAIN.EPOCHS", 3, "PRINT_FREQ", 5, "DATA.NUM_WORKERS", 1) == 0
+    assert "WARNING CHANGED SINCE THE CHECKPOINT: TRAIN.EPOCHS 2 -> 3; learning rates follow it" in log_of(tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)][-2:] == [15, 15] and state(tmp_path)["progress"]["epoch"] == 3
+
+
+def test_another_configuration_under_the_same_tag_is_refused_with_the_difference(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, "TRAIN.BASE_LR", 0.2, "AUG.REPROB", 0.0)
+    assert "last.pth was written under another configuration (TRAIN.BASE_LR 0.1 -> 0.2; AUG.REPROB 0.25 -> 0.0): start anew" in line
+    assert "--tag <new name>" in line
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, flags=["--batch-size", 4])
+    assert "DATA.BATCH_SIZE 8 -> 4" in line and "with TRAIN.GLOBAL_BATCH 8 any number of processes may go on" in line
+    assert run(tmp_path, *SHORT, "TRAIN.BASE_LR", 0.2, flags=["--tag", "new"]) == 0
+
+
+def test_which_changes_a_continuation_allows():
+    def cfg(*opts, world=1):
+        return load_config(["--opts", *map(str, opts)], world)
+
+    from configs import dump
+
+    before = dump(cfg("DATA.BATCH_SIZE", 16, "TRAIN.EPOCHS", 30))
+    assert check_continuation(before, cfg("DATA.BATCH_SIZE", 16, "TRAIN.EPOCHS", 30, "DATA.DATA_PATH", "x", "PRINT_FREQ", 3), "c") == []
+    changes = check_continuation(before, cfg("DATA.BATCH_SIZE", 4, "TRAIN.EPOCHS", 40, "TRAIN.GLOBAL_BATCH", 16, world=2), "c")
+    assert list(map(str, changes)) == ["WORLD_SIZE 1 -> 2", "DATA.BATCH_SIZE 16 -> 4", "TRAIN.EPOCHS 30 -> 40"]
+    for opts, world, text in [
+        (["TRAIN.GLOBAL_BATCH", 32], 2, "images per update 16 -> 32"),
+        (["DATA.BATCH_SIZE", 16], 2, "WORLD_SIZE 1 -> 2"),
+        (["DATA.BATCH_SIZE", 16, "TRAIN.ACCUMULATION_STEPS", 2], 1, "TRAIN.ACCUMULATION_STEPS 1 -> 2"),
+        (["DATA.BATCH_SIZE", 16, "SEED", 1], 1, "SEED 0 -> 1"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(text)):
+            check_continuation(before, cfg("TRAIN.EPOCHS", 30, *opts, world=world), "c")
+    known = set(yaml_leaves(before))
+    assert FREE <= known
+
+
+def yaml_leaves(text: str) -> list[str]:
+    import yaml
+
+    def leaves(node, prefix=""):
+        for key, value in node.items():
+            yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+    return list(leaves(yaml.safe_load(text)))
+
+
+def test_where_a_run_begins(trained, tmp_path):
+    weights = trained / "weights.safetensors"
+    checkpoint = folder(trained) / "checkpoints" / "epoch_0001.pth"
+    opts = ["TRAIN.EMA_DECAY", 0.9]
+    assert run(tmp_path, *opts, flags=["--resume", checkpoint, "--pretrained", weights]) == 0  # the checkpoint wins
+    assert f"continuing from {checkpoint}: 5 updates are done" in log_of(tmp_path) and f"not loaded: {weights}" in log_of(tmp_path)
+    assert same_bits(state(tmp_path)["model"], state(trained)["model"])  # and goes on exactly
+    assert [line["step"] for line in metrics(tmp_path)] == [6, 7, 8, 9, 10, 10]
+    assert run(tmp_path, *opts, "TRAIN.EPOCHS", 3, flags=["--resume", checkpoint]) == 0  # the folder's own wins
+    assert "last.pth: 10 updates are done, the next is in epoch 3\n" in log_of(tmp_path) and f"not loaded: {checkpoint}" in log_of(tmp_path)
+    still = ["TRAIN.BASE_LR", 0.0, "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0]
+    assert run(tmp_path, *SHORT, *still, flags=["--pretrained", weights, "--tag", "tuned"]) == 0
+    tuned, start = state(tmp_path, tag="tuned")["model"], safetensors.torch.load_file(weights)
+    assert all(torch.equal(tuned[name], value) for name, value in start.items() if "running" not in name and "num_batches" not in name)
+
+
+def test_without_auto_resume_earlier_checkpoints_move_aside(tmp_path):
+    for number in (1, 2, 3):
+        assert run(tmp_path, *SHORT, "TRAIN.AUTO_RESUME", False) == 0
+        assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 3]
+        assert len(list(folder(tmp_path).glob("checkpoints_before_*/last.pth"))) == number - 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for name, content in (("last.pth", b""), ("epoch_0002.pth", b"PK\x03\x04 no"), ("best.pth", None)):
+        path = folder(tmp_path) / "checkpoints" / name
+        path.unlink() if content is None else path.write_bytes(content)
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9) == 0
+    assert len(re.findall("WARNING skipped: the checkpoint .* is damaged", log_of(tmp_path))) == 2
+    assert "epoch_0001.pth: 5 updates are done" in log_of(tmp_path)
+    assert (folder(tmp_path) / "metrics.jsonl").read_bytes() == (folder(trained) / "metrics.jsonl").read_bytes()
+    (tmp_path / "damaged.pth").write_bytes(b"no")
+    line = fault(capsys, tmp_path, flags=["--tag", "x", "--resume", tmp_path / "damaged.pth"])
+    assert f"the checkpoint {tmp_path / 'damaged.pth'} is damaged" in line
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    line = fault(capsys, tmp_path, flags=["--tag", "x", "--resume", tmp_path / "weights.pth"])
+    assert "holds no optimizer and no progress and no config" in line and "--pretrained" in line
+
+
+def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 6:  # the first epoch's checkpoints were written: three files, each with its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(utils.os, "fsync", full)
+    assert run(tmp_path, *SHORT, "TRAIN.EPOCHS", 2) == 0
+    assert len(re.findall("ERROR NO CHECKPOINT WRITTEN: .*No space left on device.*Training goes on", log_of(tmp_path))) >= 2
+    assert state(tmp_path)["step"] == 3 and len(metrics(tmp_path)) == 8
+    assert sorted(path.name for path in (folder(tmp_path) / "checkpoints").iterdir()) == ["best.pth", "epoch_0001.pth", "last.pth"]
+
+
+def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
+    names = []
+    save = main.save
+    monkeypatch.setattr(main, "save", lambda run, *files: (names.append((run.progress.update, files)), save(run, *files)))
+    assert run(tmp_path, *SHORT, "TRAIN.CHECKPOINT_MINUTES", 1e-9) == 0
+    assert names == [(1, ("last.pth",)), (2, ("last.pth",)), (3, ("last.pth",)), (3, ("best.pth", "epoch_0001.pth", "last.pth"))]
+
+
+def test_a_loss_or_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
+    forward, step, snapshots = main.forward, main.train_step, []
+    monkeypatch.setattr(main, "forward", lambda run, batch, epoch, index: broken(forward(run, batch, epoch, index), run.progress.update))
+
+    def broken(result, update):
+        loss, accuracies = result
+        if update == 1:
+            return loss * torch.nan, accuracies
+        if update == 2:
+            return loss + torch.inf, accuracies
+        if update == 3:  # a finite loss with a gradient that is not
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss, accuracies
+
+    def watched(run, batches):
+        result = step(run, batches)
+        states = run.model.state_dict(), run.optimizer.state_dict()["state"], run.average.model.state_dict()
+        snapshots.append(json.loads(json.dumps(states, default=lambda tensor: tensor.tolist())))
+        return result
+
+    monkeypatch.setattr(main, "train_step", watched)
+    assert run(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.EMA_DECAY", 0.9, "TRAIN.WARMUP_EPOCHS", 0) == 0
+    assert snapshots[0] == snapshots[1] == snapshots[2] == snapshots[3] != snapshots[4]
+    lines = updates(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 3, 3]
+    assert ["loss" in line for line in lines] == [True, False, False, False, True]
+    assert lines[4]["lr"] < lines[3]["lr"] < lines[2]["lr"] < lines[1]["lr"]  # the schedule goes on
+    assert metrics(tmp_path)[-1]["train_loss"] == pytest.approx((lines[0]["loss"] + lines[4]["loss"]) / 2)
+    assert "3 updates skipped" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_too_many_in_a_row_end_the_run_with_the_images_names(every, tmp_path, monkeypatch, capsys):
+    forward, seen = main.forward, []
+
+    def broken(run, batch, epoch, index):
+        loss, accuracies = forward(run, batch, epoch, index)
+        keys = run.epochs.dataset.dataset.get_keys()
+        seen.append([keys[position] for position in batch.position.tolist()])
+        return loss * (1.0 if index in (0, 2) else torch.nan), accuracies
+
+    monkeypatch.setattr(main, "forward", broken)
+    opts = ["TRAIN.EPOCHS", 2, "TRAIN.MAX_BAD_STEPS", 2, "PRINT_FREQ", every]
+    line = fault(capsys, tmp_path, *opts)
+    listed = folder(tmp_path) / "bad_images.txt"
+    assert "2 updates in a row had a non-finite loss or gradient, up to number 5 (epoch 1)" in line and str(listed) in line
+    names = listed.read_text().splitlines()
+    assert set(names) == {name for batch in seen[-4:] for name in batch} and f"(first: {', '.join(names[:3])})" in line
+    seen.clear()
+    assert run(tmp_path, *opts, "DATA.EXCLUDE", listed, "TRAIN.EPOCHS", 1, flags=["--tag", "cleaned", "--batch-size", 4]) == 0
+    assert len(seen) == 2 and not {name for batch in seen for name in batch} & set(names)  # of 11 images that are left
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_layers_learn_at_their_own_rates(trained, tmp_path):
+    weights = trained / "weights.safetensors"
+    assert run(tmp_path, *SHORT, "TRAIN.FREEZE", "backbone", flags=["--pretrained", weights]) == 0
+    tuned, start = state(tmp_path)["model"], safetensors.torch.load_file(weights)
+    assert {name for name, value in start.items() if not torch.equal(tuned[name], value)} == {"head.weight", "head.bias"}
+    assert "(170 train)" in log_of(tmp_path)
+    opts = ["TRAIN.LAYER_LR_DECAY", 0.5, "TRAIN.EVAL_BN_WHEN_TRAINING", True]
+    assert run(tmp_path, *SHORT, *opts, flags=["--pretrained", weights, "--tag", "decay"]) == 0
+    tuned = state(tmp_path, tag="decay")["model"]
+    changed = {name for name, value in start.items() if not torch.equal(tuned[name], value)}
+    assert not any("running" in name or "num_batches" in name for name in changed) and "patch_embed.seq.0.c.weight" in changed
+    assert all(line["lr_min"] == pytest.approx(line["lr"] / 8) for line in updates(tmp_path, "decay"))  # 4 blocks: the first has 0.5^3
+
+
+def test_recomputed_activations_change_nothing(trained, tmp_path):
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9, "MODEL.DROP_PATH_RATE", 0.1, flags=["--use-checkpoint"]) == 0
+    for ours, theirs in zip(updates(tmp_path), updates(trained), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6) and ours["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
+    ours, theirs = state(tmp_path)["model"], state(trained)["model"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name.endswith("num_batches_tracked"))
+
+
+def test_labels_alone_never_see_a_pair_split_and_mixing_has_two_modes(tmp_path):
+    losses = set()
+    for tag, opts in {"batch": [], "pairs": ["AUG.MIXUP_MODE", "pair2"], "none": ["AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0]}.items():
+        assert run(tmp_path, *SHORT, *opts, flags=["--tag", tag]) == 0
+        losses.add(updates(tmp_path, tag)[0]["loss"])
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize(("targets", "answers", "expected"), [
+    ([[0.1, 0.7, 0.1, 0.1]], [1], 100.0),  # unmixed: smoothing 0.4 of 4 classes
+    ([[0.1, 0.7, 0.1, 0.1]], [0], 0.0),
+    ([[0.25, 0.55, 0.1, 0.1]] * 2, [0, 1], 50.0),  # mixed: a quarter and three quarters of two labels
+    ([[0.0, 0.0, 0.0, 0.0], [0.7, 0.1, 0.1, 0.1]], [1, 0], 50.0),  # the first has no label
+])  # fmt: skip
+def test_a_mixed_image_is_right_by_the_part_that_it_shows(targets, answers, expected):
+    assert float(main.share_right(torch.tensor(targets), torch.tensor(answers), 0.4)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("no C++ compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert run(tmp_path, *SHORT, "TRAIN.COMPILE", True) == 0
+    assert "WARNING torch.compile unavailable (no C++ compiler): the model runs uncompiled" in log_of(tmp_path)
+
+
+def test_without_wandb_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(tmp_path, *SHORT, flags=["--use-wandb"]) == 0
+    assert "WARNING wandb can't be imported" in log_of(tmp_path) and len(metrics(tmp_path)) == 4
+
+
+# ---- distillation
+
+
+def test_a_student_says_how_good_its_teacher_is_and_what_it_reads(store, tmp_path):
+    assert run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store) == 0
+    assert f"store {store}: top-10 of 10 classes, 24 images, epochs 0-1" in log_of(tmp_path)
+    assert all("teacher_top1" in line for line in updates(tmp_path)) and "train_teacher_top1" in metrics(tmp_path)[-1]
+    assert any(0 < line["teacher_top1"] < 100 for line in updates(tmp_path))
+
+
+@pytest.mark.parametrize(("opts", "text"), [
+    (["AUG.REPROB", 0.5], "AUG.REPROB = 0.5, but the store"),
+    (["DISTILL.LOGITS_TOPK", 11], "DISTILL.LOGITS_TOPK = 11, but the store"),
+    (["TRAIN.EPOCHS", 4], "epochs 2-3 are missing (sealed: 0-1)"),
+    (["DATA.SHAPES.TRAIN_IMAGES", 26], "the store lacks images of this data set: 2 added"),
+    (["DATA.IMG_SIZE", 48], "DISTILL.OTHER_SIZE"),
+    (["DATA.BATCH_SIZE", 32], "fewer than one global step of 32"),
+])  # fmt: skip
+def test_a_store_that_does_not_fit_is_told_before_the_first_step(opts, text, store, tmp_path, capsys):
+    line = fault(capsys, tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, *opts)
+    assert text in line and not (folder(tmp_path) / "checkpoints" / "last.pth").exists()
+
+
+def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
+    first, ways = {}, {"both": ["DISTILL.ALPHA", 0.5], "teacher": [], "labels": ["DISTILL.ALPHA", 0.0], "hard": ["DISTILL.HARD", True]}
+    for tag, opts in ways.items():
+        assert run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, *opts, flags=["--tag", tag]) == 0
+        first[tag] = updates(tmp_path, tag)[0]["loss"]
+    assert first["both"] == pytest.approx((first["teacher"] + first["labels"]) / 2, rel=1e-6) and len(set(first.values())) == 4
+    images = tmp_path / "images" / "train"
+    images.mkdir(parents=True)
+    line = fault(capsys, tmp_path, "DATA.DATASET", "folder", "MODEL.NUM_CLASSES", 10, flags=["--data-path", draw(images, 9)])
+    assert "this run learns from labels, but those of" in line and "it has no labels" in line
+
+
+def draw(root: Path, count: int) -> Path:
+    """Small images of one colour below a folder that ends in train; its parent."""
+    for number in range(count):
+        Image.new("RGB", (48, 44), (number * 20, 99, 255 - number * 20)).save(root / f"{number}.png")
+    return root.parent
+
+
+def test_the_teacher_in_the_loop_sees_its_own_normalisation():
+    cfg = load_config(["--opts", "MODEL.TYPE", "tests.teachers:glance"])
+    teacher = Teacher.from_config(cfg, torch.device("cpu"))
+    pixels = torch.rand(4, 3, 40, 40)
+    own, other = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+
+    def normalised(statistics):
+        mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
+        return (pixels - mean) / std
+
+    indices, probs = teacher.in_the_loop(3, 2.0, own, own)(normalised(own))
+    expected = torch.softmax(teacher.model(normalised(own)) / 2, -1).sort(descending=True)
+    assert torch.equal(indices, expected.indices[:, :3]) and torch.allclose(probs.float(), expected.values[:, :3], atol=1e-3)
+    again = teacher.in_the_loop(3, 2.0, other, own)(normalised(other))
+    assert torch.equal(again[0], indices) and torch.allclose(again[1].float(), probs.float(), atol=1e-3)
+
+
+def test_an_online_teacher_of_another_size_is_refused(tmp_path, capsys):
+    (tmp_path / "teacher.yaml").write_text("MODEL: {TYPE: 'tests.teachers:glance'}\nDATA: {IMG_SIZE: 64}\n")
+    line = fault(capsys, tmp_path, *SHORT, "DISTILL.ONLINE", True, "DISTILL.TEACHER_CFG", tmp_path / "teacher.yaml")
+    assert "DATA.IMG_SIZE = 40, but the teacher" in line and "64 pixels" in line
+
+
+# ---- evaluation and throughput
+
+
+def test_evaluation_finds_what_training_printed_and_each_class_by_itself(trained, tmp_path, capsys):
+    path = tmp_path / "classes.csv"
+    checkpoint = folder(trained) / "checkpoints" / "last.pth"
+    opts = [*OPTS[: len(TINY_MODEL)]]
+    flags = ["--eval", "--resume", checkpoint, "--per-class-csv", path, "--save-model", tmp_path / "out.safetensors"]
+    assert run(tmp_path, *opts, flags=flags) == 0
+    out = capsys.readouterr().out
+    last = metrics(trained)[-1]
+    for label, prefix in ((f"{checkpoint}: ", "val"), (f"{checkpoint}, averaged weights: ", "average")):
+        found = re.search(re.escape(label) + r"20 validation images: top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+)", out)
+        for text, name in zip(found.groups(), ("top1", "top5", "loss")):
+            assert float(text) == pytest.approx(last[f"{prefix}_{name}"], abs=1e-3)
+    rows = list(csv.DictReader(path.open()))
+    assert len(rows) == 10 and {row["images"] for row in rows} == {"2"} and all(row["name"] for row in rows)
+    assert sum(int(row["right"]) for row in rows) / 20 * 100 == pytest.approx(last["val_top1"])
+    assert not (tmp_path / "tiny").exists()  # evaluation writes no run
+    assert same_bits(safetensors.torch.load_file(tmp_path / "out.safetensors"), dict(state(trained)["model_ema"]))
+
+
+@pytest.fixture(scope="module")
+def wnid_images(tmp_path_factory) -> Path:
+    """ImageNet's layout with 5 of its classes, one of which ImageNet-22k lacks."""
+    root = tmp_path_factory.mktemp("wnids")
+    missing = int(np.flatnonzero(map_22k_to_1k() < 0)[0])
+    for label in (0, 5, missing, 700, 999):
+        place = root / "val" / imagenet_wnids(1000)[label]
+        place.mkdir(parents=True)
+        draw_label(place, label)
+    return root
+
+
+def draw_label(place: Path, label: int) -> None:
+    for number in range(3):
+        pixels = np.random.default_rng([label, number]).integers(0, 256, (50, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{label}-{number}.png")
+
+
+def test_a_model_of_22k_classes_is_judged_on_1k_through_the_class_map(wnid_images, tmp_path, capsys):
+    from models.build import build_model
+
+    words = ["--opts", *map(str, OPTS[: len(TINY_MODEL)]), "MODEL.NUM_CLASSES", "21841", "DATA.IMG_SIZE", "40"]
+    torch.manual_seed(0)
+    model = build_model(load_config(words)).eval()
+    mapping = torch.from_numpy(map_22k_to_1k())
+    with torch.no_grad():  # class 5 of the 1k wins among them, another of the 22k among all
+        model.head.bias[mapping[5]] = 50
+        model.head.bias[next(i for i in range(21841) if i not in set(mapping.tolist()))] = 100
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    opts = ["DATA.DATASET", "imagenet", "DATA.CLASS_LIST", "imagenet1k"]
+    flags = ["--eval", "--resume", tmp_path / "model.pth", "--data-path", wnid_images, "--per-class-csv", tmp_path / "c.csv"]
+    assert run(tmp_path, *opts, flags=flags) == 0
+    assert "15 validation images: top-1 20.000%" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert len(rows) == 1000 and [int(row["class"]) for row in rows if row["right"] == "3"] == [5]
+    assert sum(int(row["images"]) for row in rows) == 12  # the class that the 22k lack has none that count
+
+
+def test_where_nothing_says_which_class_is_which_accuracies_are_absent(wnid_images, trained, tmp_path, capsys):
+    weights = folder(trained) / "checkpoints" / "last.pth"
+    flags = ["--eval", "--resume", weights, "--data-path", wnid_images]
+    assert run(tmp_path, "DATA.DATASET", "imagenet", flags=flags) == 0
+    out = capsys.readouterr().out
+    assert "it has 5 classes and the model 10, and nothing says which is which: name the model's classes in DATA.CLASS_LIST" in out
+    assert "15 validation images\n" in out and "top-1" not in out
+    flags += ["--per-class-csv", tmp_path / "c.csv"]
+    assert "there are no accuracies" in fault(capsys, tmp_path, "DATA.DATASET", "imagenet", flags=flags)
+
+
+def test_throughput_is_measured_without_data(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(main, "time_calls", lambda function, device: [function().shape[0] / 100.0, 0.05, 0.04, 0.05, 0.1])
+    checkpoint = folder(trained) / "checkpoints" / "last.pth"
+    assert run(tmp_path, "DATA.DATASET", "imagenet", flags=["--throughput", "--batch-size", 5, "--resume", checkpoint]) == 0
+    assert "tiny: 100.0 images/s (middle half 100.0 to 100.0; 5 batches of 5 at 40 px, float32), " in capsys.readouterr().out
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_the_real_clock_of_throughput(tmp_path, capsys):
+    assert run(tmp_path, "MODEL.NUM_CLASSES", 7, flags=["--throughput", "--batch-size", 2]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"tiny: [\d,.]+ images/s \(middle half [\d,.]+ to [\d,.]+; 30 batches of 2 at 40 px, float32\)", out)
+
+
+# ---- faults
+
+
+def test_faults_of_the_command_line(trained, tmp_path, capsys, monkeypatch):
+    last = folder(trained) / "checkpoints" / "last.pth"
+    (tmp_path / "file").write_text("")
+    busy = socket.socket()
+    busy.bind(("127.0.0.1", 0))
+    busy.listen()
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(busy.getsockname()[1])}
+    cases = [
+        (["DATA.DATASET", "imagenet"], ["--data-path", tmp_path / "nowhere"], {}, "nowhere"),
+        (["DATA.DATASET", "imagenet"], ["--data-path", draw_train(tmp_path / "half")], {}, "val"),
+        (["MODEL.NUM_CLASSES", 7], [], {}, "7 classes are fewer than the 10 of the data"),
+        ([], ["--eval"], {}, "--eval measures weights: name them with --resume or --pretrained"),
+        ([], ["--eval", "--resume", tmp_path / "none.pth"], {}, "there is no such checkpoint file"),
+        (["MODEL.NUM_CLASSES", 12], ["--eval", "--resume", last], {}, "head.weight is [10, 16], the model's [12, 16]"),
+        (["MODEL.TINY_VIT.DEPTHS", "[1,2,1,1]"], ["--eval", "--resume", last], {}, "layers.1.blocks.1.attn.attention_biases is missing"),
+        (["DATA.BATCH_SIZE", 64], [], {}, "fewer than one global step of 64"),
+        ([], ["--output", tmp_path / "file" / "runs"], {}, "is a file, choose another folder"),
+        ([], ["--save-model", tmp_path / "none" / "w"], {}, "name a file in a folder that exists"),
+        ([], ["--eval", "--resume", last, "--per-class-csv", tmp_path], {}, "can't be written there"),
+        ([], ["--use-sync-bn"], {}, "need CUDA"),
+        (["DEVICE", "auto"], ["--use-sync-bn"], {}, "need CUDA"),
+        (["TRAIN.GLOBAL_BATCH", 16], [], {**ranks, "WORLD_SIZE": "3"}, "use one of 1, 2, 4, 8, 16 processes"),
+        (["DEVICE", "cuda"], [], {**ranks, "LOCAL_RANK": "1"}, "no GPU for LOCAL_RANK 1"),
+        ([], [], ranks, "If the port is in use, give torchrun another --master-port"),
+        (["TRAIN.LR_SCHEDULER.NAME", "cosin"], [], {}, "did you mean cosine?"),
+    ]
+    with busy:
+        for opts, flags, env, text in cases:
+            if ("cuda" in opts and torch.cuda.is_available()) or ("auto" in opts and torch.cuda.is_available()):
+                continue
+            with monkeypatch.context() as patch:
+                for key, value in env.items():
+                    patch.setenv(key, value)
+                assert text in fault(capsys, tmp_path / "out", *opts, flags=flags), text
+
+
+def draw_train(root: Path) -> Path:
+    """Class folders for training, and none for validation."""
+    for name in "ab":
+        (root / "train" / name).mkdir(parents=True)
+        for number in range(4):
+            draw_label(root / "train" / name, number)
+    return root
+
+
+def test_other_ranks_name_themselves(tmp_path, capsys, monkeypatch):
+    for key, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(key, value)
+    assert fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH", 16).endswith(" (rank 2)")
+
+
+def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
+    assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8) == 0
+    assert "WARNING batch norm sees the 8 images of a pass: another number of processes will change its statistics" in log_of(tmp_path)
+    assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8, "TRAIN.EVAL_BN_WHEN_TRAINING", True, flags=["--tag", "fixed"]) == 0
+    assert "batch norm sees" not in log_of(tmp_path, "fixed")
