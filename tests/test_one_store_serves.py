@@ -1,7 +1,9 @@
 """One paired store serves many students: other seeds, fewer columns, parts of the data, longer runs; and refuses those it can't serve."""
 
 import json
+import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,27 @@ def test_workers_map_the_store_themselves(store):
         for batch in data.batches(epoch):
             rows = records[batch.position.numpy()]
             assert (rows["index"] == batch.indices.numpy()).all() and (rows["seed"] == batch.seed.numpy()).all()
+
+
+# ---- what docs/REPLAY.md says of the format
+
+
+def test_the_four_lines_of_the_documentation(store, root, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", (root / "docs" / "REPLAY.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    monkeypatch.chdir(store.parent)
+    exec(code, {})
+    record = LogitsStoreReader(store).open_epoch(0)[5]
+    assert len(code.splitlines()) == 4
+    assert capsys.readouterr().out.startswith(f"{Path(store / 'keys.txt').read_text().splitlines()[5]} {record['seed']} {record['index']}")
+
+
+def test_the_table_of_bytes(store):
+    data = (store / "epoch_0001.npy").read_bytes()[-IMAGES * 44 :]
+    records = LogitsStoreReader(store).open_epoch(1)
+    for position in (0, 1, IMAGES - 1):
+        seed, *rest = struct.unpack("<i10H10e", data[44 * position : 44 * position + 44])
+        assert seed == sample_seed(11, 1, position) == records[position]["seed"]
+        assert rest == [*records[position]["index"], *records[position]["prob"]]
 
 
 # ---- refusals
