@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from PIL import Image
 from data import layout, shapes
 from data.archives import TarBytes, ZipFolder
 from data.images import IMAGE_SUFFIXES, CorruptImage, read_rgb, warn
-from data.listing import Listing, Scan, cached_listing, exclude, stamp, subset
+from data.listing import Listing, Scan, cached_listing, exclude, named_if_refused, stamp, subset
 from data.scans import Numberings, scan_class_folders, scan_folder, scan_names, scan_tar
 from data.store_keys import Keys, check_unique, save_array
 
 __all__ = ["IMAGE_SUFFIXES", "CorruptImage", "ListedImages", "build_dataset", "read_rgb"]
 
 DEBUG_CLASSES = "n00007846"
+NEIGHBOURS = 5000  # looked at for one that can be read: more than any class of ImageNet-22k has
 SHOWN = 5
 
 
@@ -68,7 +70,8 @@ class ListedImages:
 
         It is looked for among all images, selected or not: so a run on a part of the data finds the one that the store's writer found.
         """
-        for step in range(1, len(whole)):
+        tried = min(len(whole) - 1, NEIGHBOURS)
+        for step in range(1, tried + 1):
             other = (position + step) % len(whole)
             try:
                 sample = self.fetch(whole, other), whole.label(other)
@@ -78,7 +81,7 @@ class ListedImages:
                 self._warned_in = os.getpid()
                 warn(f"{error}; {whole.key(other)} takes its place (DATA.ON_CORRUPT neighbour; said once per process)")
             return sample
-        raise error
+        raise CorruptImage(f"{error}; nor can the {tried:,} images after it, which would take its place")
 
 
 class FolderImages(ListedImages):
@@ -156,7 +159,12 @@ class UserImages(ListedImages):
         return self._num_classes
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.dataset[self.listing.position(range(len(self))[index])]
+        position = self.listing.position(range(len(self))[index])
+        sample = self.dataset[position]
+        if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Image.Image)):
+            raise ValueError(f"item {position} of the data set {type(self.dataset).__name__} is no pair (PIL image, label): "
+                             "leave transforms and tensors to the augmentation")
+        image, label = sample
         return (image if image.mode == "RGB" else image.convert("RGB")), -1 if label is None else int(label)
 
 
@@ -193,11 +201,7 @@ def _build_imagenet22k(cfg, split: str, options: dict) -> ListedImages:
     source = {"kind": "22k", "names": str(names.resolve()), "numberings": numberings, "debug": cfg.DATA.DEBUG}
     listing = _listed(cfg, source, lambda: _scan_22k(names, numberings, check_zips=not cfg.DATA.DEBUG))
     if cfg.DATA.DEBUG:
-        wanted = [i for i, name in enumerate(listing.class_names) if name.startswith(DEBUG_CLASSES)]
-        rows = np.flatnonzero(np.isin(listing.labels, wanted))
-        if not len(rows):
-            raise ValueError(f"{names}: has no images of the classes {DEBUG_CLASSES}*, which alone DATA.DEBUG uses: set DATA.DEBUG False")
-        listing = listing.select(rows, "debug")
+        listing = listing.select("debug", partial(_rows_of_debug, names, listing))
     return ZipImages(root, listing, cfg.DATA.FNAME_FORMAT, **options)
 
 
@@ -211,7 +215,8 @@ def _build_cifar(cfg, split: str, options: dict) -> ListedImages:
     listing = _listed(cfg, source, lambda: _scan_cifar(cfg, root, split))
     array = listing.folder / "images.npy"
     if not array.is_file():  # decoded once, so that all processes map one copy
-        save_array(array, _cifar(cfg, root, split).data)
+        with named_if_refused(listing.folder):
+            save_array(array, _cifar(cfg, root, split).data)
     return ArrayImages(array, listing, **options)
 
 
@@ -308,6 +313,14 @@ def _scan_22k(names: Path, numberings: Numberings, check_zips: bool) -> Scan:
     return found
 
 
+def _rows_of_debug(names: Path, whole: Listing) -> np.ndarray:
+    wanted = [i for i, name in enumerate(whole.class_names) if name.startswith(DEBUG_CLASSES)]
+    rows = np.flatnonzero(np.isin(whole.labels, wanted))
+    if not len(rows):
+        raise ValueError(f"{names}: has no images of the classes {DEBUG_CLASSES}*, which alone DATA.DEBUG uses: set DATA.DEBUG False")
+    return rows
+
+
 def _cifar(cfg, root: Path, split: str):
     from torchvision import datasets
 
@@ -339,10 +352,20 @@ def _scan_shapes(count: int, size: int) -> Scan:
 
 
 def _call(name: str, cfg, split: str) -> Any:
-    """The data set that a user's `package.module:function` returns."""
-    module, _, function = name.partition(":")
+    """The data set that a user's `package.module:function` returns; what goes wrong inside is the user's to see as it is."""
+    module_name, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"DATA.DATASET = {name}: {error}; it must be importable from the folder you start in") from None
-    return found(cfg, split) if len(inspect.signature(found).parameters) > 1 else found(cfg)
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something that it imports is not
+        raise ValueError(f"DATA.DATASET = {name}: there is no module {error.name} (its folder must be on PYTHONPATH)") from None
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"DATA.DATASET = {name}: {module.__file__} has no function {function!r}")
+    required = [item for item in inspect.signature(found).parameters.values() if item.default is item.empty]
+    dataset = found(cfg, split) if len(required) > 1 or "split" in inspect.signature(found).parameters else found(cfg)
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(f"DATA.DATASET = {name}: gave a {type(dataset).__name__}, not a data set "
+                         "with a length and [i] -> (PIL image, label)")
+    return dataset

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from data.listing import read_names
 from data.scans import class_folders
 
 __all__ = ["NAME_LIST", "class_folders", "class_list", "data_path", "find_split", "first_existing", "has_splits", "is_22k",
@@ -83,12 +85,13 @@ def class_list(name: str) -> list[str]:
     """The class names of a numbering, by id."""
     if name in CLASS_SETS:
         return list(_imagenet_names(CLASS_SETS[name]))
-    try:
-        names = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"DATA.CLASS_LIST = {name}: neither {' nor '.join(CLASS_SETS)}, and no file that can be read ({error})") from None
-    if len(set(names)) < len(names) or not names:
-        raise ValueError(f"DATA.CLASS_LIST = {name}: expected class names, one a line, each once")
+    if not Path(name).is_file():
+        raise ValueError(f"DATA.CLASS_LIST = {name}: neither {' nor '.join(CLASS_SETS)}, and no file")
+    names = [line.strip() for line in read_names(name, "DATA.CLASS_LIST") if line.strip()]
+    twice = next((repeated for repeated, count in Counter(names).items() if count > 1), None)
+    if twice or not names:
+        found = f"{twice} stands twice" if twice else "it is empty"
+        raise ValueError(f"DATA.CLASS_LIST = {name}: {found}: expected class names, one a line, each once")
     return names
 
 

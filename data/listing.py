@@ -7,6 +7,7 @@ in the whole listing), and listing.json. A folder appears whole, by a rename, an
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ except ImportError:  # not on Windows
 Item = TypeVar("Item")
 FORMAT = 2
 REPORT_SECONDS = 5.0
-LEFT_BEHIND_SECONDS = 7 * 24 * 3600  # a listing that is no longer fresh may still be mapped by a running job
+LEFT_BEHIND_SECONDS = 30 * 24 * 3600  # a listing that is no longer fresh may still be mapped by a running job
 SUBSET_SALT = 11  # of the hash that ranks the images of a class
 SHOWN = 5
 
@@ -119,14 +120,25 @@ class Listing:
         """The sha256 of keys.txt: equal for equal lists."""
         return self.keys.digest()
 
-    def select(self, indices: np.ndarray, name: str) -> Listing:
-        """The listing of some images only, in this order, kept below this one under a name that stands for the selection."""
+    def select(self, name: str, choose: Callable[[], np.ndarray]) -> Listing:
+        """The listing of the images that `choose` picks, in this order.
+
+        It is made once and kept below this one under a name that stands for the choice.
+        """
         folder = self.folder / "selected" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        if not (folder / "listing.json").is_file():
-            places = None if self.places is None else np.asarray(self.places)[indices]
-            positions = np.asarray(self._positions)[indices] if self._whole else indices
-            _write(folder, Scan(taken(self.keys, indices), np.asarray(self.labels)[indices], self.class_names, places),
-                   os.path.join("..", "..", self._whole), positions)
+        if listing := _opened(folder):
+            return listing
+        with named_if_refused(self.folder):
+            folder.parent.mkdir(exist_ok=True)
+            with _one_process(folder.with_suffix(".lock")):
+                if listing := _opened(folder):
+                    return listing
+                shutil.rmtree(folder, ignore_errors=True)  # damaged
+                rows = choose()
+                places = None if self.places is None else np.asarray(self.places)[rows]
+                positions = np.asarray(self._positions)[rows] if self._whole else rows
+                _write(folder, Scan(taken(self.keys, rows), np.asarray(self.labels)[rows], self.class_names, places),
+                       os.path.join("..", "..", self._whole), positions)
         return Listing(folder)
 
 
@@ -141,7 +153,7 @@ def cached_listing(source: dict, scan: Callable[[], Scan], cache: str, again: bo
     if not again and (listing := _fresh(root, stem)):
         return listing
     asked = time.time_ns()
-    try:
+    with named_if_refused(root):
         root.mkdir(parents=True, exist_ok=True)
         with _one_process(root / f"{stem}.lock"):
             listing = _fresh(root, stem, since=asked if again else 0)
@@ -151,53 +163,32 @@ def cached_listing(source: dict, scan: Callable[[], Scan], cache: str, again: bo
                 _write(folder, found)
                 _remove_old(root, stem, folder)
                 listing = Listing(folder)
-    except OSError as error:
-        raise ValueError(f"{root}: the list of images can't be kept there ({error.strerror or error}): "
-                         "name a folder in DATA.INDEX_DIR") from error
     _SCANNED_HERE.add((root, stem))
     return listing
 
 
 def subset(listing: Listing, fraction: float) -> Listing:
     """The same fraction of every class, always the same images; those of a smaller fraction are among those of a larger one."""
-    if fraction == 1:
-        return listing
-    ranks = listing.keys.hashes(SUBSET_SALT)
-    order = np.lexsort((ranks, listing.labels))
-    labels = np.asarray(listing.labels)[order]
-    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
-    counts = np.diff(np.r_[starts, len(labels)])
-    wanted = np.floor(counts * fraction + 1e-9).astype(np.int64)
-    if (wanted < 1).any():
-        class_id = int(labels[starts[np.argmin(wanted)]])
-        name = listing.class_names[class_id] if class_id >= 0 else "the unlabelled images"
-        raise ValueError(f"DATA.SUBSET = {fraction}: less than one image of class {name}, which has {counts[np.argmin(wanted)]}: "
-                         f"use at least {math.ceil(1e6 / counts.min()) / 1e6}")
-    within = np.arange(len(labels)) - np.repeat(starts, counts)
-    return listing.select(np.sort(order[within < np.repeat(wanted, counts)]), f"subset {fraction!r}")
+    return listing if fraction == 1 else listing.select(f"subset {fraction!r}", lambda: _rows_of_subset(listing, fraction))
 
 
 def exclude(listing: Listing, path: str) -> Listing:
     """The listing without the keys that a file names, one a line."""
-    if not path:
+    names = read_names(path, "DATA.EXCLUDE") if path else []
+    if not names:
         return listing
+    keys = Keys.of(names)
+    return listing.select(f"exclude {keys.digest()}", lambda: _rows_without(listing, keys, path))
+
+
+def read_names(path: str, option: str) -> list[str]:
+    """The lines of a file that an option names, without the empty ones; bytes that are no text are kept, as in names of files."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"DATA.EXCLUDE = {path}: can't be read ({error.strerror}): name a file of keys, one a line") from None
-    names = [line for line in text.replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape").split("\n") if line]
-    if not names:
-        return listing
-    found = locate(listing.keys, Keys.of(names))
-    unknown = [name for name, place in zip(names, found) if place < 0]
-    if unknown:
-        raise ValueError(f"DATA.EXCLUDE = {path}: {len(unknown)} of {len(names)} keys are not in the data "
-                         f"(first: {', '.join(unknown[:SHOWN])}); a key looks like {listing.key(0)}")
-    kept = np.ones(len(listing), bool)
-    kept[found] = False
-    if not kept.any():
-        raise ValueError(f"DATA.EXCLUDE = {path}: names every image, nothing is left to train on")
-    return listing.select(np.flatnonzero(kept), f"exclude {hashlib.sha256(text).hexdigest()}")
+        raise ValueError(f"{option} = {path}: can't be read ({error.strerror}): name a file, one name a line") from None
+    lines = text.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape").split("\n")
+    return [line for line in lines if line]
 
 
 def reported(items: Iterable[Item], what: str) -> Iterator[Item]:
@@ -210,6 +201,16 @@ def reported(items: Iterable[Item], what: str) -> Iterator[Item]:
             print(f"{what}: {count:,} images so far ({last - begun:.0f} s)", file=sys.stderr, flush=True)
 
 
+@contextmanager
+def named_if_refused(folder: Path) -> Iterator[None]:
+    """Tell a user whose cache can't be written where it lies, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{folder}: the list of images can't be kept there ({error.strerror or error}): "
+                         "name a folder in DATA.INDEX_DIR") from error
+
+
 def stamp(path: str | Path) -> list:
     """What tells that a file or folder has changed."""
     status = os.stat(path)
@@ -217,6 +218,35 @@ def stamp(path: str | Path) -> list:
 
 
 _SCANNED_HERE: set[tuple[Path, str]] = set()
+
+
+def _rows_of_subset(listing: Listing, fraction: float) -> np.ndarray:
+    ranks = listing.keys.hashes(SUBSET_SALT)
+    order = np.lexsort((ranks, listing.labels))
+    labels = np.asarray(listing.labels)[order]
+    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
+    counts = np.diff(np.r_[starts, len(labels)])
+    wanted = np.floor(counts * fraction + 1e-9).astype(np.int64)
+    if (wanted < 1).any():
+        class_id = int(labels[starts[np.argmin(wanted)]])
+        name = listing.class_names[class_id] if class_id >= 0 else "the unlabelled images"
+        raise ValueError(f"DATA.SUBSET = {fraction}: less than one image of class {name}, which has {counts[np.argmin(wanted)]}: "
+                         f"use at least {math.ceil(1e6 / counts.min()) / 1e6}")
+    within = np.arange(len(labels)) - np.repeat(starts, counts)
+    return np.sort(order[within < np.repeat(wanted, counts)])
+
+
+def _rows_without(listing: Listing, keys: Keys, path: str) -> np.ndarray:
+    found = locate(listing.keys, keys)
+    unknown = np.flatnonzero(found < 0)
+    if len(unknown):
+        raise ValueError(f"DATA.EXCLUDE = {path}: {len(unknown)} of {len(keys)} keys are not in the data "
+                         f"(first: {', '.join(keys[i] for i in unknown[:SHOWN])}); a key looks like {listing.key(0)}")
+    kept = np.ones(len(listing), bool)
+    kept[found] = False
+    if not kept.any():
+        raise ValueError(f"DATA.EXCLUDE = {path}: names every image, nothing is left to train on")
+    return np.flatnonzero(kept)
 
 
 def _scanned(scan: Callable[[], Scan]) -> Scan:
@@ -254,13 +284,22 @@ def _fresh(root: Path, stem: str, since: int = 0) -> Listing | None:
     for made, folder in _known(root, stem):
         try:
             watched = json.loads((folder / "watched.json").read_text(encoding="utf-8"))
-            if made >= since and all(stamp(name) == [name, *rest] for name, *rest in watched):
-                listing = Listing(folder)
-                if len(listing.keys.blob) == listing.keys.ends[-1] + 1 and len(listing.keys) == len(listing):
-                    return listing
-        except (OSError, ValueError, KeyError, EOFError):  # removed meanwhile, or damaged by a power cut
-            pass
+            is_fresh = made >= since and all(stamp(name) == [name, *rest] for name, *rest in watched)
+        except (OSError, ValueError):  # removed meanwhile, or damaged by a power cut
+            continue
+        if is_fresh and (listing := _opened(folder)):
+            return listing
     return None
+
+
+def _opened(folder: Path) -> Listing | None:
+    """The listing in a folder; None if there is none, or one that a power cut has damaged."""
+    try:
+        listing = Listing(folder)
+        is_whole = len(listing.keys.blob) == listing.keys.ends[-1] + 1 and len(listing.keys) == len(listing)
+        return listing if is_whole else None
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
 
 
 def _remove_old(root: Path, stem: str, kept: Path) -> None:

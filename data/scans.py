@@ -115,7 +115,7 @@ def _images(folder: Path, prefix: str, watched: list[list], above: tuple = ()) -
         return
     watched.append(stamp(folder))
     for entry in os.scandir(folder):
-        if is_image(entry.name) and not entry.is_dir():
+        if is_image(entry.name) and (entry.is_file() or (entry.is_symlink() and not entry.is_dir())):  # a pipe would block its reader
             yield prefix + entry.name
         elif not entry.name.startswith(".") and entry.is_dir():
             yield from _images(Path(entry.path), f"{prefix}{entry.name}/", watched, (*above, identity))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import datasets as datasets_module
 from data import layout
 from data.datasets import CorruptImage, ListedImages, build_dataset
 from tests.images import config, encoded, picture, write_files, write_tar
@@ -166,9 +167,9 @@ def test_a_list_of_classes_in_a_file(folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "neither imagenet1k nor imagenet22k, and no file that can be read"),
-        ("", "expected class names, one a line, each once"),
-        ("a\nb\na\n", "expected class names, one a line, each once"),
+        (None, "neither imagenet1k nor imagenet22k, and no file"),
+        ("", "it is empty: expected class names, one a line, each once"),
+        ("a\nb\na\n", "a stands twice: expected class names, one a line, each once"),
     ],
 )
 def test_lists_of_classes_that_can_not_be_used(folder, tmp_path, text, message):
@@ -396,6 +397,19 @@ def number_to_label(number: int, split: str, name: str, classes: int) -> int:
     return (number - 20 if name == "cifar10" and split == "train" and number >= 20 else number) * 7 % classes
 
 
+def test_decoded_images_that_can_not_be_kept_are_named(cifar, tmp_path, monkeypatch):
+    name, kind, archive, *_ = cifar
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(tmp_path)
+
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets_module, "save_array", refuse)
+    with pytest.raises(ValueError, match=r"can't be kept there \(No space left on device\): name a folder in DATA.INDEX_DIR"):
+        built("train", DATASET=name, DATA_PATH=tmp_path)
+
+
 def test_a_damaged_download_is_an_error(cifar, tmp_path, monkeypatch):
     name, kind, archive, *_ = cifar
     (tmp_path / "server").mkdir()
@@ -482,6 +496,30 @@ def own_without_labels(cfg):
     return [(Image.new("RGB", (2, 2)), None)] * 3
 
 
+def own_nothing(cfg):
+    return None
+
+
+def own_with_defaults(cfg, count=4):
+    return Own(count)
+
+
+def own_by_name(cfg, split="train"):
+    return Own(4 if split == "val" else 6)
+
+
+def own_that_fails(cfg):
+    raise KeyError("a fault of the user's")
+
+
+def own_arrays(cfg):
+    return [(np.zeros((2, 2, 3), np.uint8), 1)] * 3
+
+
+def own_without_pairs(cfg):
+    return [Image.new("RGB", (2, 2))] * 3
+
+
 def own_empty(cfg):
     return []
 
@@ -513,8 +551,10 @@ def test_parts_of_a_data_set_of_the_users(tmp_path):
 @pytest.mark.parametrize(
     ("function", "options", "message"),
     [
-        ("no_such_module:f", {}, "No module named 'no_such_module'; it must be importable from the folder you start in"),
-        ("tests.test_datasets:no_such", {}, "has no attribute 'no_such'"),
+        ("no_such_module:f", {}, r"no_such_module:f: there is no module no_such_module \(its folder must be on PYTHONPATH\)"),
+        ("tests.no_such:f", {}, "there is no module tests.no_such"),
+        ("tests.test_datasets:no_such", {}, "test_datasets.py has no function 'no_such'"),
+        ("tests.test_datasets:own_nothing", {}, r"own_nothing: gave a NoneType, not a data set with a length and \[i\]"),
         ("tests.test_datasets:own_empty", {}, "the data set for train is empty"),
         ("tests.test_datasets:own_with_wrong_keys", {}, "a data set of 6 images with 1 keys and "),
         ("tests.test_datasets:own_with_wrong_keys", {"DEBUG": True}, "'a' stands twice"),
@@ -523,6 +563,26 @@ def test_parts_of_a_data_set_of_the_users(tmp_path):
 def test_data_sets_of_the_users_that_do_not_work(function, options, message):
     with pytest.raises(ValueError, match=message):
         built("train", DATASET=function, **options)
+
+
+def test_the_split_is_told_to_a_function_that_asks_for_it():
+    assert [len(built(split, DATASET="tests.test_datasets:own_by_name")) for split in ("train", "val")] == [6, 4]
+    assert [len(built(split, DATASET="tests.test_datasets:own_with_defaults")) for split in ("train", "val")] == [4, 4]
+
+
+def test_a_fault_inside_of_the_users_function_or_module_is_left_as_it_is(tmp_path, monkeypatch):
+    with pytest.raises(KeyError, match="a fault of the user's"):
+        built("train", DATASET="tests.test_datasets:own_that_fails")
+    (tmp_path / "users_own_module.py").write_text("import not_installed_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="not_installed_at_all"):
+        built("train", DATASET="users_own_module:f")
+
+
+@pytest.mark.parametrize("function", ["own_arrays", "own_without_pairs"])
+def test_items_that_are_no_pairs_of_image_and_label_are_named(function):
+    with pytest.raises(ValueError, match=r"item 1 of the data set list is no pair \(PIL image, label\): leave transforms"):
+        built("train", DATASET=f"tests.test_datasets:{function}")[1]
 
 
 # ---- parts of the training images
@@ -597,10 +657,32 @@ def test_the_neighbour_is_the_same_for_a_part_of_the_images(folder, tmp_path):
     assert digest(packed[1][0]) == digest(picture(2))
 
 
+def test_a_single_corrupt_image_has_no_neighbour(tmp_path):
+    write_files(tmp_path, {"train/a/1.png": b"broken"})
+    with pytest.raises(CorruptImage, match=r"a/1.png: can't be decoded .*; nor can the 0 images after it"):
+        built("train", DATA_PATH=tmp_path, ON_CORRUPT="neighbour")[0]
+
+
 def test_nothing_but_corrupt_images_is_an_error(folder):
     corrupt(folder, *(key.removeprefix("train/") for key in IMAGES if key.startswith("train")))
     with pytest.raises(CorruptImage, match=r"dog/1.png: can't be decoded"):
         built("train", DATA_PATH=folder, ON_CORRUPT="neighbour")[5]
+
+
+def test_a_neighbour_is_not_looked_for_without_end(folder, monkeypatch):
+    """A wrong DATA.FNAME_FORMAT makes all of 14 million images corrupt."""
+    corrupt(folder, "cat/1.png", "cat/2.png", "cat/3.png")
+    dataset = built("train", DATA_PATH=folder, ON_CORRUPT="neighbour")
+    monkeypatch.setattr(datasets_module, "NEIGHBOURS", 2)
+    with pytest.raises(CorruptImage, match=r"cat/1.png: can't be decoded .*; nor can the 2 images after it"):
+        dataset[1]
+    assert digest(dataset[2][0]) == digest(picture(100))
+
+
+def test_a_debugged_part_is_selected_once(folder_22k, monkeypatch):
+    first = built("train", DATASET="imagenet22k", DATA_PATH=folder_22k, DEBUG=True)
+    monkeypatch.setattr(datasets_module, "_rows_of_debug", lambda *args: pytest.fail("computed again"))
+    assert list(built("train", DATASET="imagenet22k", DATA_PATH=folder_22k, DEBUG=True).get_keys()) == list(first.get_keys())
 
 
 def test_a_lost_file_is_never_replaced(folder):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data import listing as listing_module
-from data.listing import Listing, Scan, cached_listing, exclude, reported, subset
+from data.listing import Listing, Scan, cached_listing, exclude, read_names, reported, subset
 from data.scans import scan_class_folders, scan_folder, scan_names, scan_tar
 from data.store_keys import Keys
 from tests.images import encoded, picture, write_files, write_tar
@@ -416,7 +416,7 @@ def test_a_listing_in_use_outlives_a_new_one_and_old_ones_go(tmp_path, monkeypat
     first = again("a")
     second = again("b")
     assert pickle.loads(pickle.dumps(first)).key(0) == "a"  # as a worker that starts late opens it
-    old = time.time() - 8 * 24 * 3600
+    old = time.time() - 31 * 24 * 3600
     os.utime(first.folder / "listing.json", (old, old))
     (first.folder.parent / f".{first.folder.name}-left").mkdir()
     os.utime(first.folder.parent / f".{first.folder.name}-left", (old, old))
@@ -605,6 +605,82 @@ def test_lists_of_keys_that_leave_nothing_or_are_not_there(tmp_path):
         exclude(found, str(tmp_path / "all.txt"))
     with pytest.raises(ValueError, match=r"DATA.EXCLUDE = .*none.txt: can't be read"):
         exclude(found, str(tmp_path / "none.txt"))
+
+
+def test_a_selection_is_made_once(tmp_path, monkeypatch):
+    """Opening one again computes nothing: with 14 million images that would take each process of each run half a minute."""
+    found = listed(*by_class(20), tmp_path)
+    out = tmp_path / "out.txt"
+    out.write_text("c1/0007.jpg\n")
+    expected = list(subset(exclude(found, str(out)), 0.5).keys)
+    monkeypatch.setattr(Keys, "hashes", lambda *args: pytest.fail("computed again"))
+    out.write_bytes(b"\r\nc1/0007.jpg")  # the same choice
+    assert list(subset(exclude(listed(*by_class(20), tmp_path), str(out)), 0.5).keys) == expected
+    monkeypatch.undo()
+    out.write_text("c1/0008.jpg\n")
+    assert "c1/0007.jpg" in exclude(found, str(out)).keys
+
+
+def test_a_damaged_selection_is_made_anew(tmp_path):
+    found = listed(*by_class(20), tmp_path)
+    part = subset(found, 0.5)
+    expected, keys = list(part.keys), part.folder / "keys.txt"
+    for data in (b"", keys.read_bytes()[:-1]):
+        keys.write_bytes(data)
+        assert list(subset(found, 0.5).keys) == expected
+    (part.folder / "listing.json").unlink()
+    assert list(subset(found, 0.5).keys) == expected
+
+
+def test_a_selection_that_can_not_be_kept_is_named(tmp_path):
+    found = listed(*by_class(20), tmp_path)
+    (found.folder / "selected").write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match=rf"{found.folder}: the list of images can't be kept there \(.*\): name a folder in"):
+        subset(found, 0.5)
+
+
+def select_in_process(folder, queue) -> None:
+    made = []
+    part = Listing(folder).select("some", lambda: made.append(1) or time.sleep(0.2) or np.arange(5))
+    queue.put((len(made), list(part.keys)))
+
+
+def test_of_several_processes_one_selects(tmp_path):
+    found = listed(*by_class(20), tmp_path)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=select_in_process, args=(found.folder, queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sum(made for made, _ in results) == 1 and all(keys == list(found.keys)[:5] for _, keys in results)
+
+
+def test_names_in_a_users_file(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst\r\n\r\n a b \nnext\xc2\x85line\n\xff\xfe.jpg")  # as some editors and file systems make them
+    assert read_names(str(path), "KEY") == ["first", " a b ", "next\x85line", os.fsdecode(b"\xff\xfe.jpg")]
+    with pytest.raises(ValueError, match=r"KEY = .*none: can't be read \(No such file or directory\): name a file, one name a line"):
+        read_names(str(tmp_path / "none"), "KEY")
+
+
+def test_keys_that_are_no_utf8_can_be_excluded(tmp_path):
+    names = [os.fsdecode(b"a/\xff.jpg"), "a/x\u2028y.jpg", "a/z.jpg"]
+    found = listed(names, [0, 0, 0], tmp_path)
+    (tmp_path / "out.txt").write_bytes(b"a/\xff.jpg\n" + "a/x\u2028y.jpg\n".encode())
+    assert list(exclude(found, str(tmp_path / "out.txt")).keys) == ["a/z.jpg"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_a_pipe_is_no_image_but_a_broken_link_is_one(tmp_path):
+    """Opening a pipe waits for ever; an image that a link should lead to is missed when it is opened."""
+    write_files(tmp_path, ["a/1.jpg"])
+    os.mkfifo(tmp_path / "a" / "2.jpg")
+    (tmp_path / "a" / "3.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "a" / "4.jpg").symlink_to("1.jpg")
+    assert list(scan_class_folders(tmp_path, []).keys) == ["a/1.jpg", "a/3.jpg", "a/4.jpg"]
 
 
 def test_real_images_in_a_tar(shared_data, tmp_path):
