@@ -78,6 +78,13 @@ def test_other_processes_batches_and_workers_write_the_same(store, four, world, 
     assert sealed_bytes(store) == {name: expected[name] for name in ("epoch_0000.npy", "epoch_0001.npy")}
 
 
+def test_two_ranks_with_the_same_batches_write_the_same_bytes_whatever_their_workers(tmp_path):
+    """Even where answers depend on the whole batch."""
+    for workers in (0, 2):
+        finish(command(tmp_path / str(workers), "MODEL.TYPE", "tests.teachers:crowd", "DATA.NUM_WORKERS", workers), 2).expect([0, 0])
+    assert sealed_bytes(tmp_path / "0") == sealed_bytes(tmp_path / "2")
+
+
 def test_a_stored_answer_is_the_teachers_for_that_mixed_image(four):
     """Replayed by hand from nothing but the recipe, the seeds and the pairs."""
     cfg = resolve(load_config(command(four, "DISTILL.SAVE_TEACHER_LOGITS", True, "TRAIN.WARMUP_EPOCHS", 0, flags=())))
