@@ -198,7 +198,12 @@ def reported(items: Iterable[Item], what: str) -> Iterator[Item]:
         yield item
         if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
-            print(f"{what}: {count:,} images so far ({last - begun:.0f} s)", file=sys.stderr, flush=True)
+            tell(f"{what}: {count:,} images so far ({last - begun:.0f} s)")
+
+
+def tell(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

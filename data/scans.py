@@ -11,7 +11,7 @@ import numpy as np
 
 from data.archives import Member, is_image, tar_members
 from data.images import IMAGE_SUFFIXES, warn
-from data.listing import Scan, reported, stamp, taken
+from data.listing import Scan, reported, stamp, taken, tell
 from data.store_keys import CHUNK_KEYS, NEWLINE, Keys
 
 Numberings = Sequence[Sequence[str]]  # class names by id: the first of them that has all classes found is used; none: sorted as found
@@ -19,6 +19,7 @@ Numberings = Sequence[Sequence[str]]  # class names by id: the first of them tha
 SPLITS = {"train", "val", "test"}
 WNID_DIGITS = 8  # n00007846
 WNID_BYTES = 1 + WNID_DIGITS
+MANY_NAMES = 1_000_000  # of which a user is told
 LONGEST_NAME = 255  # no file system has longer ones
 SHOWN = 5
 
@@ -88,6 +89,8 @@ def scan_names(path: Path, numberings: Numberings) -> Scan:
     if len(blob) and blob[-1] != NEWLINE:
         blob = np.append(blob, np.uint8(NEWLINE))
     keys = Keys(blob)
+    if len(keys) >= MANY_NAMES:
+        tell(f"listing {path}: {len(keys):,} lines, which takes seconds for each million (once)")
     lengths = np.diff(keys.ends, prepend=-1) - 1
     rows = np.flatnonzero(lengths)  # without blank lines
     if not len(rows):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from data import listing as listing_module
+from data import scans
 from data.listing import Listing, Scan, cached_listing, exclude, read_names, reported, subset
 from data.scans import scan_class_folders, scan_folder, scan_names, scan_tar
 from data.store_keys import Keys
@@ -491,6 +492,15 @@ def test_a_long_scan_says_how_far_it_is(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 2 and lines[0].startswith("listing /data: 11 images so far (")
     assert list(reported([], "x")) == [] and capsys.readouterr().err == ""
+
+
+def test_a_long_list_of_names_says_so(tmp_path, capsys, monkeypatch):
+    (tmp_path / "names.txt").write_text("n00007846_1\nn00007846_2\n")
+    scan_names(tmp_path / "names.txt", [])
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(scans, "MANY_NAMES", 2)
+    scan_names(tmp_path / "names.txt", [])
+    assert capsys.readouterr().err == f"listing {tmp_path}/names.txt: 2 lines, which takes seconds for each million (once)\n"
 
 
 # ---- selections
