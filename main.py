@@ -35,6 +35,7 @@ from data.decoder import mean_and_std
 from data.mix import BatchMix, Mixer, PairMix
 from data.rng import run_seed
 from logger import Journal, NullWriter, create_logger, create_metric_writer, git_state
+from logger import progress as progress_bar
 from lr_scheduler import LearningRateScheduler, build_scheduler
 from models.build import build_model, build_teacher, count_multiply_adds, count_parameters, load_named_weights, num_outputs
 from models.class_map import map_outputs, outputs_of_labels
@@ -51,6 +52,7 @@ from utils import (
     Waiting,
     amp_dtype,
     autocast,
+    choose_kernels,
     evaluate,
     grad_scaler,
     init_distributed,
@@ -102,7 +104,7 @@ class Training:
     stop: StopRequest
     plan: BatchPlan
     epochs: Epochs
-    validation: Validation
+    validation: Validation | None
     model: nn.Module
     network: nn.Module  # the model, or the wrapper that averages its gradients over processes
     average: Average | None
@@ -187,7 +189,9 @@ def train(run: Training) -> None:
     while progress.epoch < cfg.TRAIN.EPOCHS:
         set_training_mode(run.model, cfg.TRAIN.FREEZE == "backbone", cfg.TRAIN.EVAL_BN_WHEN_TRAINING)
         steps = run.epochs.count(progress.epoch) // run.plan.accumulation
-        batches = Waiting(run.epochs.batches(progress.epoch, progress.step * run.plan.per_process * run.plan.accumulation))
+        loader = run.epochs.batches(progress.epoch, progress.step * run.plan.per_process * run.plan.accumulation)
+        bar = run.world.is_main and sys.stderr.isatty()
+        batches = Waiting(progress_bar(loader, (steps - progress.step) * run.plan.accumulation, f"epoch {progress.epoch + 1}", enabled=bar))
         journal.begin_epoch(progress.update)
         while progress.step < steps:
             measured, positions = train_step(run, batches)
@@ -235,7 +239,8 @@ def end_epoch(run: Training) -> None:
     cfg, progress, done = run.cfg, run.progress, run.progress.epoch + 1
     models = {"val": run.model, **({"average": run.average.model} if run.average else {})}
     results: dict[str, float] = {}
-    for name, model in models.items() if done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS else ():
+    is_due = run.validation is not None and (done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS)
+    for name, model in models.items() if is_due else ():
         try:
             found = validate(model, run.validation, run.world, run.dtype, run.stop)
         except Stopped:
@@ -264,9 +269,15 @@ def validate(model: nn.Module, data: Validation, world: Distributed, dtype: torc
                     map_outputs=None if is_same else lambda logits: map_outputs(logits, data.outputs))
 
 
-def open_validation(cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool) -> Validation:
-    """The validation data of a resolved configuration; rank 0 lists it first."""
-    world.on_main(lambda: val_epochs(cfg, 0) and None)
+def open_validation(cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool) -> Validation | None:
+    """The validation data of a resolved configuration, which rank 0 lists first; None where unlabelled data has none."""
+    try:
+        world.on_main(lambda: val_epochs(cfg, 0) and None)
+    except ValueError as error:
+        if cfg.DATA.DATASET != "folder" or cfg.DATA.VAL_PATH or cfg.EVAL_MODE:
+            raise
+        log.warning(f"nothing is evaluated: {error}")
+        return None
     epochs = val_epochs(cfg, world.rank)
     outputs, reason = outputs_of_labels(cfg.MODEL.NUM_CLASSES, epochs.dataset.dataset.num_classes, numbers_own)
     if outputs is None:
@@ -423,6 +434,8 @@ def describe(run: Training) -> None:
     if cfg.TRAIN.GLOBAL_BATCH and has_statistics and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
         log.warning(f"batch norm sees the {plan.per_process} images of a pass: another number of processes will change its statistics, "
                     "and so the result, a little (TRAIN.EVAL_BN_WHEN_TRAINING avoids that)")
+    if cfg.TRAIN.GLOBAL_BATCH and run.mixer.enabled and isinstance(run.mixer, BatchMix):
+        log.warning("images are mixed within a pass: another number of processes will mix others (AUG.MIXUP_MODE pair2 avoids that)")
 
 
 def precision(dtype: torch.dtype | None) -> str:
@@ -517,7 +530,7 @@ def main(argv: list[str] | None = None) -> int:
             if path and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
                 raise ValueError(f"{name} {path}: can't be written there, name a file in a folder that exists")
         world = init_distributed(cfg.DEVICE)
-        torch.use_deterministic_algorithms(cfg.TRAIN.DETERMINISTIC)
+        choose_kernels(cfg.TRAIN.DETERMINISTIC)
         log = create_logger(None if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE else run_folder(cfg), world.rank)
         program = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_weights if cfg.EVAL_MODE else run_training
         model = program(cfg, world, log)

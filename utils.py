@@ -180,6 +180,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """Ask for kernels that give equal bits from run to run, or for the fastest ones."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
 def seed_step(run_seed: int) -> None:
     """Seed torch (all devices) for one step's dropout and drop path, so that there is no generator state to save."""
     torch.manual_seed(run_seed)
@@ -242,7 +250,7 @@ def amp_dtype(cfg, device: torch.device) -> torch.dtype | None:
     if name not in ("auto", "bf16", "fp16", "off"):
         raise ValueError(f"AMP_DTYPE {name!r} is none of auto, bf16, fp16, off")
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "off" or (name == "auto" and device.type != "cuda"):
+    if name == "off" or device.type == "cpu" or (name == "auto" and device.type != "cuda"):
         return None
     if name == "bf16" and not has_bf16:
         raise ValueError(f"AMP_DTYPE bf16: {torch.cuda.get_device_name(device)} has no bfloat16; use AMP_DTYPE fp16 or auto")

@@ -307,6 +307,37 @@ def test_a_mixed_image_is_right_by_the_part_that_it_shows(targets, answers, expe
     assert float(main.share_right(torch.tensor(targets), torch.tensor(answers), 0.4)) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_and_is_continued_exactly(dtype, tmp_path, monkeypatch):
+    """As on a GPU, whose types the CPU can compute in as well; the first scale of 65536 is too much for float16."""
+    monkeypatch.setattr(main, "amp_dtype", lambda cfg, device: dtype)
+    seen = []
+    forward = main.label_cross_entropy
+    monkeypatch.setattr(main, "label_cross_entropy", lambda logits, targets: (seen.append(logits.dtype), forward(logits, targets * 30))[1])
+    opts = ["TRAIN.EPOCHS", 2, "TRAIN.CLIP_GRAD", 1e9]
+    assert run(tmp_path, *opts) == 0 and set(seen) == {dtype}
+    scaler, lines = state(tmp_path)["scaler"], updates(tmp_path)
+    if dtype is torch.float16:
+        assert scaler["scale"] < 65536 and 1 <= lines[-1]["skipped"] < 5
+    else:
+        assert scaler == {} and not lines[-1]["skipped"]
+    checkpoint = folder(tmp_path) / "checkpoints" / "epoch_0001.pth"
+    assert run(tmp_path, *opts, flags=["--resume", checkpoint, "--tag", "again"]) == 0
+    assert same_bits(state(tmp_path)["model"], state(tmp_path, tag="again")["model"]) and state(tmp_path, tag="again")["scaler"] == scaler
+
+
+def test_a_run_may_begin_at_a_later_epoch(tmp_path, trained):
+    assert run(tmp_path, "TRAIN.START_EPOCH", 1, "TRAIN.EMA_DECAY", 0.9) == 0
+    later = [line for line in updates(trained) if line["step"] > 5]
+    assert [(line["step"], line["epoch"], line["lr"]) for line in updates(tmp_path)] == [(x["step"], x["epoch"], x["lr"]) for x in later]
+
+
+def test_on_a_terminal_there_is_a_progress_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(tmp_path, *SHORT) == 0
+    assert "epoch 1" in (err := capsys.readouterr().err) and "/3" in err
+
+
 def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
     def fails(*args, **options):
         raise RuntimeError("no C++ compiler\nmore")
@@ -314,6 +345,15 @@ def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     assert run(tmp_path, *SHORT, "TRAIN.COMPILE", True) == 0
     assert "WARNING torch.compile unavailable (no C++ compiler): the model runs uncompiled" in log_of(tmp_path)
+
+
+@pytest.mark.proof
+def test_a_compiled_model_trains_like_the_plain_one(trained, tmp_path):
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9, "TRAIN.COMPILE", True) == 0
+    assert "unavailable" not in log_of(tmp_path)
+    for ours, theirs in zip(updates(tmp_path), updates(trained), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert state(tmp_path)["model"].keys() == state(trained)["model"].keys()
 
 
 def test_without_wandb_training_goes_on(tmp_path, monkeypatch):
@@ -355,6 +395,18 @@ def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
     images.mkdir(parents=True)
     line = fault(capsys, tmp_path, "DATA.DATASET", "folder", "MODEL.NUM_CLASSES", 10, flags=["--data-path", draw(images, 9)])
     assert "this run learns from labels, but those of" in line and "it has no labels" in line
+
+
+def test_unlabelled_images_need_no_validation(tmp_path):
+    images = tmp_path / "images" / "train"
+    images.mkdir(parents=True)
+    place, store = draw(images, 9), tmp_path / "store"
+    opts = ["DATA.DATASET", "folder", "DATA.DATA_PATH", place]
+    assert saving.run(store, *opts, "MODEL.NUM_CLASSES", 10) == 0
+    assert run(tmp_path, *opts, "DISTILL.TEACHER_LOGITS_PATH", store, "TRAIN.EPOCHS", 1) == 0
+    assert "WARNING nothing is evaluated: " in log_of(tmp_path) and "set DATA.VAL_PATH" in log_of(tmp_path)
+    assert [set(line) for line in metrics(tmp_path)] == [{"step", "epoch", "norm", "loss", "lr", "lr_min", "skipped"},
+                                                         {"step", "epoch", "train_norm", "train_loss"}]  # fmt: skip
 
 
 def draw(root: Path, count: int) -> Path:
@@ -530,4 +582,6 @@ def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
     assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8) == 0
     assert "WARNING batch norm sees the 8 images of a pass: another number of processes will change its statistics" in log_of(tmp_path)
     assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8, "TRAIN.EVAL_BN_WHEN_TRAINING", True, flags=["--tag", "fixed"]) == 0
-    assert "batch norm sees" not in log_of(tmp_path, "fixed")
+    assert "batch norm sees" not in log_of(tmp_path, "fixed") and "WARNING images are mixed within a pass" in log_of(tmp_path, "fixed")
+    assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8, "AUG.MIXUP_MODE", "pair2", flags=["--tag", "pairs"]) == 0
+    assert "mixed within a pass" not in log_of(tmp_path, "pairs")

@@ -303,7 +303,7 @@ def test_mixed_precision_is_what_the_device_has(monkeypatch):
     assert amp("cuda", "AMP_DTYPE", "off") is amp("cuda", "AMP_ENABLE", False) is None
     assert amp("cuda", "AMP_ENABLE", False, "AMP_DTYPE", "bf16") is None
     assert amp("cpu") is amp("mps") is None
-    assert amp("cpu", "AMP_DTYPE", "bf16") is torch.bfloat16
+    assert amp("cpu", "AMP_DTYPE", "bf16") is None and amp("mps", "AMP_DTYPE", "bf16") is torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     assert amp("cuda") is torch.float16
