@@ -33,7 +33,7 @@ from configs import ConfigError, argument_parser, config_from_args, replace, run
 from data.build import Epochs, check_store, open_store, resolve, train_epochs, val_epochs
 from data.datasets import build_dataset
 from data.decoder import AugmentDecoder, mean_and_std
-from data.identity import identity_of, proof_of
+from data.identity import check_proof, identity_of, proof_of
 from data.logits_store import AsyncAppender, LogitsStoreReader, LogitsStoreWriter, check_token, pack_records, remove_token, write_token
 from data.mix import PairMix
 from data.replay import Sample
@@ -269,8 +269,10 @@ def _save(run: Run, skip_eval: bool) -> int:
     wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS)
     manifest = group.on_main(lambda: _manifest(run))
     job = group.on_main(lambda: secrets.token_hex(8))
-    keys = build_dataset(cfg, "train").get_keys()
-    with group.main_first(lambda: LogitsStoreWriter(root, manifest, keys, job=job)) as writer:
+    dataset = build_dataset(cfg, "train")
+    if run.world.world_size > 1:  # all machines must have the same data, and augment alike
+        group.everywhere(lambda: check_proof(manifest["proof"], dataset, AugmentDecoder.from_config(cfg), f"{root} (rank 0)"))
+    with group.main_first(lambda: LogitsStoreWriter(root, manifest, dataset.get_keys(), job=job)) as writer:
         pending = group.on_main(lambda: [epoch for epoch in wanted if not writer.is_sealed(epoch)])
         if not pending:
             log.info("%s: epochs %s are complete, nothing is left to do", root, ranges(wanted))
@@ -383,8 +385,8 @@ def _evaluate(run: Run) -> None:
     num_classes = build_dataset(cfg, "val").num_classes
     label_map = teacher.label_map(num_classes)
     if label_map is None:
-        log.warning("the teacher is not evaluated: no map is known from its %d outputs to the data's %d classes", teacher.num_classes,
-                    num_classes)  # fmt: skip
+        log.warning("the teacher is not evaluated: no map is known from its %d outputs to the data's %d classes; DATA.CLASS_LIST can "
+                    "number the data's classes as its outputs", teacher.num_classes, num_classes)  # fmt: skip
         return
     batches = run.until_stopped(run.watched(data.batches(0), data.count(), "evaluation of the teacher"))
     result = evaluate(teacher.model, batches, run.world.device, teacher.dtype, world=run.world,

@@ -194,6 +194,13 @@ def test_ranks_that_do_not_see_the_same_folder(tmp_path):
     assert not list(tmp_path.glob("?/store/*"))
 
 
+def test_a_rank_on_a_machine_that_augments_otherwise(store):
+    drifted = "import os, data.decoder\nif os.environ['RANK'] == '1': data.decoder.AugmentDecoder.canary = lambda self: {}"
+    ended = finish(command(store, *SCRIPTED), 2, prepare=drifted)
+    ended.expect([2, 2], f"error: this machine does not augment as the writer of the store {store} (rank 0) did", "rank 1 has failed: this")
+    assert not list(store.glob("*"))
+
+
 # ---- file systems of a test's own, seen by one process alone
 
 NEW_NAMESPACE, NEW_USER, READ_ONLY, REMOUNT, RECURSIVE_PRIVATE = 0x20000, 0x10000000, 1, 32, 0x44000
