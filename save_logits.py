@@ -244,7 +244,10 @@ def _prepare(cfg, group: Group, stop: StopRequest) -> Run:
     if not is_saving:  # the original's stores do not say how many classes they have
         cfg = replace(cfg, {"MODEL.NUM_CLASSES": teacher.num_classes})
     cfg = group.on_main(partial(resolve, cfg, teacher.num_classes))
-    label_map = teacher.label_map(build_dataset(cfg, "train").num_classes)
+    dataset = build_dataset(cfg, "train")
+    if not is_saving:  # all columns are checked, however few the recipe would read
+        cfg = replace(cfg, {"DISTILL.LOGITS_TOPK": open_store(cfg, dataset.get_keys()).k})
+    label_map = teacher.label_map(dataset.num_classes)
     return Run(cfg, group, stop, log, teacher, PairMix.from_config(cfg), label_map)
 
 

@@ -204,6 +204,11 @@ def test_one_bit_matters_to_exact_alone(store, four, capsys):
     assert "FAILED: 43 of 43 records are not exactly equal" in capsys.readouterr().out
 
 
+def test_all_columns_are_checked_whatever_the_recipe_reads(store, four):
+    spoil(copied(four, store) / "epoch_0000.npy", lambda r: r["prob"].__setitem__((slice(None), 3), 0))
+    assert run(store, "DISTILL.LOGITS_TOPK", 2, flags=CHECK) == 1
+
+
 def test_another_teacher_does_not_pass(four, capsys):
     assert run(four, "SEED", 1, flags=CHECK) == 1
     shown = capsys.readouterr().out
