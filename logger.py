@@ -1,5 +1,6 @@
 """Where a run writes what it says: a log for people, metrics for programs, and progress of long loops."""
 
+import csv
 import json
 import logging
 import math
@@ -170,6 +171,15 @@ class Journal:
         values = ", ".join(f"{name} {value:.4g}" for name, value in {**means, "lr": max(rates)}.items())
         self._say(f"epoch {epoch + 1}/{self._epochs}, update {step}/{steps}: {values}{f', {skipped} updates skipped' if skipped else ''}; "
                   f"{speed:,.1f} images/s, data wait {wait:.0f}%, {memory_gb:.2f} GB, {timedelta(seconds=round(left))} left")
+
+
+def write_classes(path: str | Path, names: Sequence[str], counts: Sequence[int], right: Sequence[int]) -> None:
+    """The accuracy of each class as CSV, given how many images it has and how many of them are right."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["class", "name", "images", "right", "top1"])
+        for label, (count, hits) in enumerate(zip(counts, right)):
+            rows.writerow([label, names[label] if label < len(names) else "", count, hits, f"{100 * hits / count:.3f}" if count else ""])
 
 
 def _number(value: Any) -> float:

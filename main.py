@@ -5,7 +5,6 @@
 Exit codes: 0 done, 2 an error that one line explains, 75 stopped on request (SIGTERM, SIGUSR1) with a checkpoint: start again to go on.
 """
 
-import csv
 import math
 import os
 import statistics
@@ -21,57 +20,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
+import utils
 from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, load_config, run_folder
 from configs.continuation import check_continuation
 from data.build import Epochs, Sample, check_store, resolve, train_epochs, val_epochs
 from data.decoder import mean_and_std
 from data.mix import BatchMix, Mixer, PairMix
 from data.rng import run_seed
-from logger import Journal, NullWriter, create_logger, create_metric_writer, git_state
+from logger import Journal, NullWriter, create_logger, create_metric_writer, git_state, write_classes
 from logger import progress as progress_bar
 from lr_scheduler import LearningRateScheduler, build_scheduler
 from models.build import build_model, build_teacher, count_multiply_adds, count_parameters, load_named_weights, num_outputs
 from models.class_map import map_outputs, outputs_of_labels
-from models.distill import distillation_loss, label_cross_entropy
+from models.distill import distillation_loss, label_cross_entropy, share_right
 from models.param_groups import build_optimizer
-from models.pretrained import load_weights, read_state_dict
+from models.pretrained import load_weights, read_state_dict, save_weights
 from models.teacher import Teacher
 from models.update import Average, guarded_step, restore_unless, running_statistics, set_training_mode
-from utils import (
-    Distributed,
-    ElsewhereError,
-    Measurements,
-    StopRequest,
-    Waiting,
-    amp_dtype,
-    autocast,
-    choose_kernels,
-    evaluate,
-    grad_scaler,
-    init_distributed,
-    load_checkpoint,
-    newest_valid,
-    peak_memory,
-    save_atomic,
-    seed_everything,
-    seed_step,
-    time_calls,
-    wrap,
-)
+from utils import Distributed, ElsewhereError, Measurements, StopRequest, Waiting
 
 FAULT = 2
 STOPPED = 75  # EX_TEMPFAIL: the same command goes on from here
 
 
 class Stopped(Exception):
-    """The run was asked to stop."""
+    """The run was asked to stop; its argument says whether its state is saved."""
 
 
 @dataclass
@@ -85,15 +64,6 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Validation images, and what their labels mean to the model."""
-
-    epochs: Epochs
-    batches: int  # the largest number of any process
-    outputs: np.ndarray | None  # as of `outputs_of_labels`
-
-
-@dataclass(frozen=True)
 class Training:
     """Everything that a training is made of."""
 
@@ -104,7 +74,7 @@ class Training:
     stop: StopRequest
     plan: BatchPlan
     epochs: Epochs
-    validation: Validation | None
+    validate: Callable[[nn.Module], dict[str, Any]] | None
     model: nn.Module
     network: nn.Module  # the model, or the wrapper that averages its gradients over processes
     average: Average | None
@@ -130,7 +100,7 @@ def train_step(run: Training, batches: Iterator[Sample]) -> tuple[Tensor, Tensor
     measured, positions = [], []
     for index in range(run.progress.step * passes, (run.progress.step + 1) * passes):
         batch = next(batches)
-        seed_step(run_seed(run.cfg.SEED, epoch, index, run.world.rank))
+        utils.seed_step(run_seed(run.cfg.SEED, epoch, index, run.world.rank))
         is_last = (index + 1) % passes == 0
         with nullcontext() if is_last or run.network is run.model else run.network.no_sync():
             loss, accuracies = forward(run, batch, epoch, index)
@@ -162,7 +132,7 @@ def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tenso
     images, targets = run.mixer(images, labels, seeds)
     if cfg.TRAIN.CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
-    with autocast(device, run.dtype):
+    with utils.autocast(device, run.dtype):
         logits = run.network(images)
     answers = [logits.argmax(1)]
     if cfg.DISTILL.ENABLED:
@@ -173,12 +143,6 @@ def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tenso
     else:
         loss = label_cross_entropy(logits, targets)
     return loss, [] if targets is None else [share_right(targets, answer, cfg.MODEL.LABEL_SMOOTHING) for answer in answers]
-
-
-def share_right(targets: Tensor, answers: Tensor, smoothing: float) -> Tensor:
-    """Percent of the images that show the class answered; of a mixed image, the part that does."""
-    shown = targets.gather(1, answers[:, None]) - smoothing / targets.shape[1]
-    return 100 * (shown.clamp(min=0) / (1 - smoothing)).mean()
 
 
 def train(run: Training) -> None:
@@ -207,25 +171,23 @@ def train(run: Training) -> None:
             if speaks:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
                 journal.speak(progress.update, progress.epoch, progress.step, steps, run.measured.take_window(), rates,
-                              run.measured.state["skipped"], batches.seconds, peak_memory(run.world.device))  # fmt: skip
+                              run.measured.state["skipped"], batches.seconds, utils.peak_memory(run.world.device))  # fmt: skip
             run.scheduler.step_update(progress.update - 1)
             if must_stop or must_save:
-                save(run, "last.pth")
-                saved = time.monotonic()
+                is_saved, saved = save(run, "last.pth"), time.monotonic()
             if must_stop:
-                raise Stopped
+                raise Stopped(is_saved)
         end_epoch(run)
         saved = time.monotonic()
 
 
 def collect(run: Training, recent: Sequence[Tensor]) -> None:
     """Wait for what the updates so far have measured; too many in a row without effect are an error that names their images."""
-    limit, progress, replay = run.cfg.TRAIN.MAX_BAD_STEPS, run.progress, run.epochs.dataset
+    limit, progress = run.cfg.TRAIN.MAX_BAD_STEPS, run.progress
     if run.measured.collect() < limit:
         return
     places = sorted({place for part in run.world.gather_objects(torch.cat(list(recent)).tolist()) for place in part})
-    keys = replay.dataset.get_keys()
-    names = [keys[place if replay.local is None else int(replay.local[place])] for place in places]
+    names = run.epochs.dataset.keys_of(places)
     listed = run_folder(run.cfg) / "bad_images.txt"
     if run.world.is_main:
         listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
@@ -239,13 +201,12 @@ def end_epoch(run: Training) -> None:
     cfg, progress, done = run.cfg, run.progress, run.progress.epoch + 1
     models = {"val": run.model, **({"average": run.average.model} if run.average else {})}
     results: dict[str, float] = {}
-    is_due = run.validation is not None and (done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS)
+    is_due = run.validate is not None and (done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS)
     for name, model in models.items() if is_due else ():
         try:
-            found = validate(model, run.validation, run.world, run.dtype, run.stop)
+            found = run.validate(model)
         except Stopped:
-            save(run, "last.pth")  # it goes on with this evaluation
-            raise
+            raise Stopped(save(run, "last.pth"))  # which goes on with this evaluation
         results |= {f"{name}_{key}": found[key] for key in ("loss", "top1", "top5") if key in found}
         run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {in_words(found)}")
     score = max((results[f"{name}_top1"] for name in models if f"{name}_top1" in results), default=-1.0)
@@ -260,17 +221,13 @@ def end_epoch(run: Training) -> None:
 # ---- evaluation
 
 
-def validate(model: nn.Module, data: Validation, world: Distributed, dtype: torch.dtype | None, stop: StopRequest | None = None,
-             by_class: bool = False) -> dict[str, Any]:
-    """What `utils.evaluate` measures over all validation images; where outputs and labels differ, outputs are put in the labels' order."""
-    count = 0 if data.outputs is None else len(data.outputs)
-    is_same = data.outputs is None or np.array_equal(data.outputs, np.arange(count))
-    return evaluate(model, known_labels(data, world, stop), world.device, dtype, world=world, num_classes=count if by_class else 0,
-                    map_outputs=None if is_same else lambda logits: map_outputs(logits, data.outputs))
+def open_validation(
+    cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool, stop: StopRequest | None = None
+) -> Callable[[nn.Module], dict[str, Any]] | None:
+    """A function from a model to what `utils.evaluate` measures over the validation images; None where unlabelled data has none.
 
-
-def open_validation(cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool) -> Validation | None:
-    """The validation data of a resolved configuration, which rank 0 lists first; None where unlabelled data has none."""
+    With `numbers_own` the training data numbers the model's classes; else these are somebody's own. Rank 0 lists the images first.
+    """
     try:
         world.on_main(lambda: val_epochs(cfg, 0) and None)
     except ValueError as error:
@@ -278,22 +235,30 @@ def open_validation(cfg: CfgNode, world: Distributed, log: Logger, numbers_own: 
             raise
         log.warning(f"nothing is evaluated: {error}")
         return None
-    epochs = val_epochs(cfg, world.rank)
-    outputs, reason = outputs_of_labels(cfg.MODEL.NUM_CLASSES, epochs.dataset.dataset.num_classes, numbers_own)
+    epochs, dtype = val_epochs(cfg, world.rank), utils.amp_dtype(cfg, world.device)
+    dataset, most = epochs.dataset.dataset, world.broadcast_object(epochs.count())
+    outputs, reason = outputs_of_labels(cfg.MODEL.NUM_CLASSES, dataset.num_classes, numbers_own)
     if outputs is None:
         log.warning(f"accuracies on the validation data are absent: {reason}")
-    return Validation(epochs, world.broadcast_object(epochs.count()), outputs)
+    known = torch.from_numpy(np.array([False]) if outputs is None else outputs >= 0)
+    is_other = outputs is not None and not np.array_equal(outputs, np.arange(len(outputs)))
 
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, and labels of which those that no output stands for are -1; before each batch all processes agree whether to go on."""
+        own = iter(epochs.batches(0))
+        for _ in range(most):
+            if stop and world.any_of(stop.received is not None)[0]:
+                raise Stopped(False)
+            for images, labels in islice(own, 1):
+                yield images, labels.where((labels >= 0) & known[labels.clamp(0, len(known) - 1)], -1)
 
-def known_labels(data: Validation, world: Distributed, stop: StopRequest | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's validation batches, with -1 for labels that no output stands for; before each, all agree whether to go on."""
-    known = torch.tensor([False]) if data.outputs is None else torch.from_numpy(data.outputs >= 0)
-    batches = iter(data.epochs.batches(0))
-    for _ in range(data.batches):
-        if stop and world.any_of(stop.received is not None)[0]:
-            raise Stopped
-        for images, labels in islice(batches, 1):
-            yield images, labels.where((labels >= 0) & known[labels.clamp(0, len(known) - 1)], -1)
+    def validate(model: nn.Module) -> dict[str, Any]:
+        found = utils.evaluate(model, batches(), world.device, dtype, world=world,
+                               num_classes=len(outputs) if cfg.TEST.PER_CLASS_CSV and outputs is not None else 0,
+                               map_outputs=(lambda logits: map_outputs(logits, outputs)) if is_other else None)  # fmt: skip
+        return found | {"class_names": dataset.class_names}
+
+    return validate
 
 
 def in_words(measured: dict[str, Any]) -> str:
@@ -305,10 +270,11 @@ def in_words(measured: dict[str, Any]) -> str:
 # ---- what a training says and saves
 
 
-def save(run: Training, *names: str) -> None:
-    """Write the state of a run under some names; where that fails training goes on, and the files of before are kept."""
+def save(run: Training, *names: str) -> bool:
+    """Write the state of a run under some names; where that fails the files of before are kept. Whether the last was written."""
+    is_written = True
     if not run.world.is_main:
-        return
+        return is_written
     state = {
         "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),
@@ -316,22 +282,25 @@ def save(run: Training, *names: str) -> None:
     }  # fmt: skip
     for name in names:
         try:
-            save_atomic(state, run_folder(run.cfg) / "checkpoints" / name)
+            utils.save_atomic(state, run_folder(run.cfg) / "checkpoints" / name)
+            is_written = True
         except OSError as error:
             run.log.error(f"NO CHECKPOINT WRITTEN: {error}. Training goes on; make room, or this work can be lost")
+            is_written = False
+    return is_written
 
 
 def find_state(cfg: CfgNode, log: Logger) -> dict[str, Any] | None:
     """The state to go on from: the newest valid one of the run's folder, else --resume's; None to begin anew."""
     folder = run_folder(cfg) / "checkpoints"
-    path: Path | str | None = newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
+    path: Path | str | None = utils.newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
     if not cfg.TRAIN.AUTO_RESUME and any(folder.glob("*.pth")):
         aside = next(name for name in (folder.with_name(f"checkpoints_before_{n}") for n in range(1, 10**6)) if not name.exists())
         log.warning(f"TRAIN.AUTO_RESUME is off: the checkpoints of an earlier run move to {folder.rename(aside)}")
     folder.mkdir(parents=True, exist_ok=True)
     if not (path := path or cfg.MODEL.RESUME):
         return None
-    state = load_checkpoint(path)
+    state = utils.load_checkpoint(path)
     if missing := [key for key in ("model", "optimizer", "progress", "config") if key not in state]:
         raise ValueError(f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its weights with --pretrained")
     for change in check_continuation(state["config"], cfg, str(path)):
@@ -359,7 +328,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     if outputs is None and (uses_labels or cfg.DISTILL.ALPHA < 1):
         raise ValueError(f"this run learns from labels, but those of {cfg.DATA.DATA_PATH} are of no use: {reason}")
 
-    seed_everything(cfg.SEED)
+    utils.seed_everything(cfg.SEED)
     model = build_model(cfg, load=False, log=log.info).to(world.device)
     if cfg.TRAIN.CHANNELS_LAST and cfg.MODEL.TYPE != "tiny_vit":  # which does so by itself
         model = model.to(memory_format=torch.channels_last)
@@ -376,8 +345,8 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     progress = Progress(**state["progress"]) if state else Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps)
     optimizer = build_optimizer(cfg, model)
     scheduler = build_scheduler(cfg, optimizer, steps)
-    dtype = amp_dtype(cfg, world.device)
-    scaler = grad_scaler(world.device, dtype)
+    dtype = utils.amp_dtype(cfg, world.device)
+    scaler = utils.grad_scaler(world.device, dtype)
     average = Average(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -389,8 +358,8 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     in_the_loop = teacher and teacher.in_the_loop(cfg.DISTILL.LOGITS_TOPK, cfg.DISTILL.TEMPERATURE, mean_and_std(cfg), mean_and_std(theirs))
     columns = ["norm", "loss", *["top1"] * labelled, *["teacher_top1"] * (labelled and cfg.DISTILL.ENABLED)]
     return Training(
-        cfg=cfg, world=world, log=log, writer=open_writer(cfg, world, log, state), stop=stop, plan=plan, epochs=epochs,
-        validation=open_validation(cfg, world, log, uses_labels), model=model, network=wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
+        cfg=cfg, world=world, log=log, writer=open_writer(cfg, world, log, state), stop=stop, plan=plan, epochs=epochs, model=model,
+        validate=open_validation(cfg, world, log, uses_labels, stop), network=utils.wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
         average=average, teacher=in_the_loop, mixer=(PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix).from_config(cfg),
         outputs=torch.from_numpy(outputs).to(world.device) if labelled else None, optimizer=optimizer, scheduler=scheduler, scaler=scaler,
         dtype=dtype, progress=progress, measured=Measurements(columns, world, state and state["measured"]),
@@ -423,7 +392,7 @@ def describe(run: Training) -> None:
         return
     (run_folder(cfg) / "config.yaml").write_text(dump(cfg), encoding="utf-8")
     log.info(f"code {git_state(Path(__file__).parent)}, torch {torch.__version__}, {world.world_size} x {world.device.type}, "
-             f"{precision(run.dtype)}")
+             f"{utils.precision(run.dtype)}")
     adds = count_multiply_adds(model, cfg.DATA.IMG_SIZE)
     log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters ({count_parameters(model, trainable=True):,} train), "
              f"{f'{adds / 1e9:.3f} G' if adds else 'unknown'} multiply-adds at {cfg.DATA.IMG_SIZE} px, {cfg.MODEL.NUM_CLASSES} classes")
@@ -438,11 +407,6 @@ def describe(run: Training) -> None:
         log.warning("images are mixed within a pass: another number of processes will mix others (AUG.MIXUP_MODE pair2 avoids that)")
 
 
-def precision(dtype: torch.dtype | None) -> str:
-    """The name of an autocast type."""
-    return str(dtype or torch.float32).removeprefix("torch.")
-
-
 # ---- programs
 
 
@@ -453,44 +417,35 @@ def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module
         raise ValueError("--eval measures weights: name them with --resume or --pretrained")
     model = build_teacher(cfg, log=log.info).to(world.device)
     cfg = world.on_main(lambda: resolve(cfg, num_outputs(model)))
-    data = open_validation(cfg, world, log, numbers_own=False)
-    found = validate(model, data, world, amp_dtype(cfg, world.device), by_class=bool(cfg.TEST.PER_CLASS_CSV))
+    validate = open_validation(cfg, world, log, numbers_own=False)
+    found = validate(model)
     log.info(f"{name or cfg.MODEL.TYPE}: {in_words(found)}")
-    if world.is_main and cfg.TEST.PER_CLASS_CSV:
-        write_classes(cfg.TEST.PER_CLASS_CSV, data.epochs.dataset.dataset.class_names, found)
+    if world.is_main and (path := cfg.TEST.PER_CLASS_CSV):
+        if "class_count" not in found:
+            raise ValueError(f"TEST.PER_CLASS_CSV = {path}: there are no accuracies, the labels are of no use to this model")
+        write_classes(path, found["class_names"], found["class_count"].tolist(), found["class_top1"].tolist())
     try:
         averaged = read_state_dict(name, ema=True)
     except ValueError:
         return model
     load_weights(model, averaged, exact=True, label=f"{name}, averaged weights", log=log.info)
-    log.info(f"{name}, averaged weights: {in_words(validate(model, data, world, amp_dtype(cfg, world.device)))}")
+    log.info(f"{name}, averaged weights: {in_words(validate(model))}")
     return model
-
-
-def write_classes(path: str, names: list[str], found: dict[str, Any]) -> None:
-    """The accuracy of each class as CSV."""
-    if "class_count" not in found:
-        raise ValueError(f"TEST.PER_CLASS_CSV = {path}: there are no accuracies, the labels are of no use to this model")
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["class", "name", "images", "right", "top1"])
-        for label, (count, right) in enumerate(zip(found["class_count"].tolist(), found["class_top1"].tolist())):
-            rows.writerow([label, names[label] if label < len(names) else "", count, right, f"{100 * right / count:.3f}" if count else ""])
 
 
 def measure_throughput(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
     """--throughput: images a second of the model alone, without loading them."""
     model = build_teacher(cfg, log=log.info).to(world.device)
-    batch, size, dtype = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, amp_dtype(cfg, world.device)
+    batch, size, dtype = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, utils.amp_dtype(cfg, world.device)
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(cfg.SEED)).to(world.device)
     if cfg.TRAIN.CHANNELS_LAST:
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
-    network = wrap(model, Distributed(device=world.device), cfg.TRAIN.COMPILE, log.warning)
-    with torch.inference_mode(), autocast(world.device, dtype):
-        speeds = sorted(batch / seconds for seconds in time_calls(lambda: network(images), world.device))
+    network = utils.wrap(model, Distributed(device=world.device), cfg.TRAIN.COMPILE, log.warning)
+    with torch.inference_mode(), utils.autocast(world.device, dtype):
+        speeds = sorted(batch / seconds for seconds in utils.time_calls(lambda: network(images), world.device))
     low, _, high = statistics.quantiles(speeds, n=4, method="inclusive")
     log.info(f"{cfg.MODEL.NAME}: {statistics.median(speeds):,.1f} images/s (middle half {low:,.1f} to {high:,.1f}; {len(speeds)} batches "
-             f"of {batch} at {size} px, {precision(dtype)}), {peak_memory(world.device):.2f} GB")
+             f"of {batch} at {size} px, {utils.precision(dtype)}), {utils.peak_memory(world.device):.2f} GB")
     return model
 
 
@@ -510,13 +465,6 @@ def run_training(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
     return run.average.model if run.average else run.model
 
 
-def save_weights(model: nn.Module, path: str) -> None:
-    """The weights alone, as safetensors."""
-    state = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = argument_parser(str(__doc__).partition("\n")[0])
@@ -529,8 +477,8 @@ def main(argv: list[str] | None = None) -> int:
         for name, path in (("--save-model", args.save_model), ("TEST.PER_CLASS_CSV", cfg.TEST.PER_CLASS_CSV)):
             if path and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
                 raise ValueError(f"{name} {path}: can't be written there, name a file in a folder that exists")
-        world = init_distributed(cfg.DEVICE)
-        choose_kernels(cfg.TRAIN.DETERMINISTIC)
+        world = utils.init_distributed(cfg.DEVICE)
+        utils.choose_kernels(cfg.TRAIN.DETERMINISTIC)
         log = create_logger(None if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE else run_folder(cfg), world.rank)
         program = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_weights if cfg.EVAL_MODE else run_training
         model = program(cfg, world, log)
@@ -539,8 +487,8 @@ def main(argv: list[str] | None = None) -> int:
             log.info(f"weights written to {args.save_model}")
         world.destroy()
         return 0
-    except Stopped:
-        return STOPPED
+    except Stopped as stopped:
+        return STOPPED if stopped.args[0] else FAULT
     except ElsewhereError:
         return FAULT
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

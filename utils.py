@@ -257,6 +257,11 @@ def amp_dtype(cfg, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if name == "bf16" or (name == "auto" and has_bf16) else torch.float16
 
 
+def precision(dtype: torch.dtype | None) -> str:
+    """The name of what a model computes in, given the type of autocast."""
+    return str(dtype or torch.float32).removeprefix("torch.")
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """The context in which the model runs; None is float32."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

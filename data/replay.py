@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -59,6 +60,11 @@ class ReplayDataset(Dataset[Sample]):
     def available(self) -> np.ndarray | None:
         """One bool for each position: whether the data set holds its image; None when it holds all."""
         return None if self.local is None else np.asarray(self.local) >= 0
+
+    def keys_of(self, positions: Iterable[int]) -> list[str]:
+        """The names of the images at some positions."""
+        keys = self.dataset.get_keys()
+        return [keys[position if self.local is None else int(self.local[position])] for position in positions]
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of plain integer indices (in this process: loader workers that outlive an epoch need (epoch, position))."""

@@ -122,6 +122,12 @@ def distillation_loss(
     return (1 - alpha) * label_cross_entropy(student_logits, targets) + alpha * teacher
 
 
+def share_right(targets: torch.Tensor, answers: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Percent of the images that show the class answered [B], given their smoothed targets [B, C]; of a mixed image, the part that does."""
+    shown = targets.gather(1, answers[:, None]) - smoothing / targets.shape[1]
+    return 100 * (shown.clamp(min=0) / (1 - smoothing)).mean()
+
+
 def _split(probs: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Stored probabilities, brought to a sum of at most 1, and what each other class gets [B, 1]."""
     total = probs.sum(-1, keepdim=True)

@@ -137,6 +137,13 @@ def load_weights(
     return report
 
 
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Write a model's weights alone, as safetensors; the file is whole or not there."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    safetensors.torch.save_file(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
 def load_pretrained(model: nn.Module, variant: str, which: str, log: Callable[[str], None] = print) -> LoadReport:
     """Download official weights once and load them: variant as in TinyViT.from_config, `which` one of ZOO_NAMES."""
     return load_weights(model, zoo_url(variant, which), log=log)

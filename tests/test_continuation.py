@@ -39,7 +39,7 @@ utils.os = type("os", (), dict(vars(os), replace=staticmethod(meeting)))
 """
 IN_EVALUATION = """
 import os, signal
-evaluate = main.evaluate
+evaluate = main.utils.evaluate
 def meeting(model, loader, *args, **options):
     def batches():
         for index, batch in enumerate(loader):
@@ -47,7 +47,7 @@ def meeting(model, loader, *args, **options):
                 os.kill(os.getpid(), signal.{signal})
             yield batch
     return evaluate(model, batches(), *args, **options)
-main.evaluate = meeting
+main.utils.evaluate = meeting
 """
 
 

@@ -21,6 +21,7 @@ import utils
 from configs import load_config
 from configs.continuation import FREE, check_continuation
 from models.class_map import imagenet_wnids, map_22k_to_1k
+from models.distill import share_right
 from models.teacher import Teacher
 from tests import saving
 from tests.training import OPTS, TINY_MODEL, folder, metrics, run, same_bits, state, updates
@@ -206,10 +207,24 @@ def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch):
     assert sorted(path.name for path in (folder(tmp_path) / "checkpoints").iterdir()) == ["best.pth", "epoch_0001.pth", "last.pth"]
 
 
+def test_a_stop_that_cannot_be_saved_is_a_fault(tmp_path, monkeypatch):
+    step = main.train_step
+
+    def asked(run, batches):
+        run.stop.received = "SIGTERM"
+        return step(run, batches)
+
+    monkeypatch.setattr(main, "train_step", asked)
+    assert run(tmp_path, *SHORT) == 75 and state(tmp_path)["step"] == 1
+    monkeypatch.setattr(utils.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    assert run(tmp_path, *SHORT) == 2 and state(tmp_path)["step"] == 1
+    assert "NO CHECKPOINT WRITTEN" in log_of(tmp_path)
+
+
 def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
     names = []
     save = main.save
-    monkeypatch.setattr(main, "save", lambda run, *files: (names.append((run.progress.update, files)), save(run, *files)))
+    monkeypatch.setattr(main, "save", lambda run, *files: (names.append((run.progress.update, files)), save(run, *files))[1])
     assert run(tmp_path, *SHORT, "TRAIN.CHECKPOINT_MINUTES", 1e-9) == 0
     assert names == [(1, ("last.pth",)), (2, ("last.pth",)), (3, ("last.pth",)), (3, ("best.pth", "epoch_0001.pth", "last.pth"))]
 
@@ -304,13 +319,13 @@ def test_labels_alone_never_see_a_pair_split_and_mixing_has_two_modes(tmp_path):
     ([[0.0, 0.0, 0.0, 0.0], [0.7, 0.1, 0.1, 0.1]], [1, 0], 50.0),  # the first has no label
 ])  # fmt: skip
 def test_a_mixed_image_is_right_by_the_part_that_it_shows(targets, answers, expected):
-    assert float(main.share_right(torch.tensor(targets), torch.tensor(answers), 0.4)) == pytest.approx(expected, abs=1e-4)
+    assert float(share_right(torch.tensor(targets), torch.tensor(answers), 0.4)) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixed_precision_trains_and_is_continued_exactly(dtype, tmp_path, monkeypatch):
     """As on a GPU, whose types the CPU can compute in as well; the first scale of 65536 is too much for float16."""
-    monkeypatch.setattr(main, "amp_dtype", lambda cfg, device: dtype)
+    monkeypatch.setattr(utils, "amp_dtype", lambda cfg, device: dtype)
     seen = []
     forward = main.label_cross_entropy
     monkeypatch.setattr(main, "label_cross_entropy", lambda logits, targets: (seen.append(logits.dtype), forward(logits, targets * 30))[1])
@@ -511,7 +526,7 @@ def test_where_nothing_says_which_class_is_which_accuracies_are_absent(wnid_imag
 
 
 def test_throughput_is_measured_without_data(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(main, "time_calls", lambda function, device: [function().shape[0] / 100.0, 0.05, 0.04, 0.05, 0.1])
+    monkeypatch.setattr(utils, "time_calls", lambda function, device: [function().shape[0] / 100.0, 0.05, 0.04, 0.05, 0.1])
     checkpoint = folder(trained) / "checkpoints" / "last.pth"
     assert run(tmp_path, "DATA.DATASET", "imagenet", flags=["--throughput", "--batch-size", 5, "--resume", checkpoint]) == 0
     assert "tiny: 100.0 images/s (middle half 100.0 to 100.0; 5 batches of 5 at 40 px, float32), " in capsys.readouterr().out
