@@ -353,7 +353,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         scaler.load_state_dict(state["scaler"])
         if average:
             average.model.load_state_dict(state["model_ema"])
-    scheduler.step_update(max(0, progress.update - 1))
+    scheduler.prepare(progress.update)
     labelled = outputs is not None
     in_the_loop = teacher and teacher.in_the_loop(cfg.DISTILL.LOGITS_TOPK, cfg.DISTILL.TEMPERATURE, mean_and_std(cfg), mean_and_std(theirs))
     columns = ["norm", "loss", *["top1"] * labelled, *["teacher_top1"] * (labelled and cfg.DISTILL.ENABLED)]

@@ -76,18 +76,19 @@ def proof_of(cfg, dataset, decoder: AugmentDecoder) -> dict[str, Any]:
 def check_proof(proof: Mapping[str, Any], dataset, decoder: AugmentDecoder, root: str, local: np.ndarray | None = None) -> None:
     """Raise IdentityError unless this machine decodes, and this data holds, what the writer saw."""
     canary = decoder.canary()
-    drifted = [name for name, digest in proof["canary"].items() if canary.get(name) != digest]
+    drifted = [name for name, digest in proof.get("canary", {}).items() if canary.get(name) != digest]
     if drifted:
         raise IdentityError(f"this machine does not augment as the writer of the store {root} did ({', '.join(drifted)} differ): "
                             "install the versions of Pillow and numpy that `python -m tools.logits info` shows for the store")
     keys = dataset.get_keys() if hasattr(dataset, "get_keys") else None
     replaced = []
-    for position, digest in zip(proof["images"]["positions"], proof["images"]["sha256"]):
+    images = proof.get("images", {"positions": [], "sha256": []})
+    for position, digest in zip(images["positions"], images["sha256"]):
         index = position if local is None else int(local[position])
         if index >= 0 and image_digest(dataset, index) != digest:
             replaced.append(keys[index] if keys is not None else str(position))
     if replaced:
-        raise IdentityError(f"{len(replaced)} of {len(proof['images']['positions'])} sampled images differ from those the store {root} was "
+        raise IdentityError(f"{len(replaced)} of {len(images['positions'])} sampled images differ from those the store {root} was "
                             f"written for (first: {', '.join(replaced[:3])}): restore the data, or save the logits again")
 
 
