@@ -483,7 +483,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is used up: use a smaller --batch-size ({text})"
     if "DataLoader worker" in text:
-        return f"a loader process has died ({text})"
+        return f"a loader process has died ({text}): was the memory used up? Try fewer DATA.NUM_WORKERS"
     if "gloo" in text or isinstance(error, dist.DistError):
         return PEER_ENDED
     return None

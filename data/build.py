@@ -72,7 +72,8 @@ class Epochs:
         if self._stager:
             self._stager.advance(self._epoch_of(epoch), self._epoch_of(epoch + 1) if epoch + 1 < self._end else None)
         self._batches.set_epoch(self._epoch_of(epoch), start, wanted)
-        return _with_plain_errors(iter(self._loader))
+        batches = iter(self._loader)
+        return _with_plain_errors(batches) if self._loader.num_workers else batches
 
     def count(self, epoch: int = 0) -> int:
         """Number of batches of a whole epoch for this rank."""
@@ -200,19 +201,17 @@ def _upstream_classes(cfg) -> int:
 
 
 def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches; an error that a loader process met is raised as it was there, without the traceback that PyTorch puts in its text."""
+    """The batches of loader processes; an error that one met is raised without the traceback that PyTorch puts in its text."""
     try:
         yield from batches
-    except (ValueError, OSError) as error:
-        text = str(error).rstrip()
-        if "Original Traceback" not in text:
+    except (ValueError, OSError, EOFError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        if len(lines) > 1 and "Original Traceback" in str(error) and isinstance(error, (ValueError, OSError)):
+            raise ValueError(lines[-1].partition(": ")[2]) from error
+        if "DataLoader worker" not in lines[0] and not isinstance(error, (ConnectionError, EOFError)):
             raise
-        raise ValueError(text.splitlines()[-1].partition(": ")[2]) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ValueError(f"a loader process has died ({str(error).splitlines()[0].rstrip('.')}): was the memory used up? "
-                         "Try fewer DATA.NUM_WORKERS") from error
+        what = lines[0].rstrip(".")
+        raise ValueError(f"a loader process has died ({what}): was the memory used up? Try fewer DATA.NUM_WORKERS") from error
 
 
 def _obey_parent_alone(worker: int) -> None:
