@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from configs import load_config
 from configs.defaults import get_defaults
+from models.build import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -123,8 +126,11 @@ def test_the_readmes_own_loop_runs(workplace):
     """A teacher's store is written by the real program, then read by the README's loop."""
     ((_, source),) = marked(ROOT / "README.md", "run")
     assert len(source.splitlines()) <= 25
+    recipe = ["--cfg", "configs/shapes/save_logits.yaml"]
+    teacher = build_model(load_config(["--cfg", str(ROOT / recipe[1]), "--opts", "MODEL.NUM_CLASSES", "10"]))
+    torch.save(teacher.state_dict(), workplace / "teacher.pth")
     opts = [*TINY, "DISTILL.TEACHER_LOGITS_PATH", "logits"]
-    run(["save_logits.py", "--cfg", "configs/shapes/save_logits.yaml", "--skip-eval", "--opts", *opts], workplace)
+    run(["save_logits.py", *recipe, "--skip-eval", "--resume", "teacher.pth", "--opts", *opts], workplace)
     source = source.replace('"DISTILL.TEACHER_LOGITS_PATH"', ", ".join(f'"{word}"' for word in [*TINY, "DISTILL.TEACHER_LOGITS_PATH"]))
     run(["-c", source + "\nassert torch.isfinite(loss) and epoch == 0\n"], workplace)
 
