@@ -276,7 +276,8 @@ def _save(run: Run, skip_eval: bool) -> int:
     if run.world.world_size > 1:  # all machines must have the same data, and augment alike
         group.everywhere(lambda: check_proof(manifest["proof"], dataset, AugmentDecoder.from_config(cfg), f"{root} (rank 0)"))
     with group.main_first(lambda: LogitsStoreWriter(root, manifest, dataset.get_keys(), job=job)) as writer:
-        pending = group.on_main(lambda: [epoch for epoch in wanted if not writer.is_sealed(epoch)])
+        # Asking a sealed epoch what it lacks clears away what a crash may have left beside it.
+        pending = group.on_main(lambda: [epoch for epoch in wanted if not writer.is_sealed(epoch) or len(writer.missing(epoch))])
         if not pending:
             log.info("%s: epochs %s are complete, nothing is left to do", root, ranges(wanted))
             return 0

@@ -116,6 +116,15 @@ def test_a_complete_store_is_left_alone(four, capsys):
     assert sealed_bytes(four) == before
 
 
+def test_what_a_crash_left_beside_a_sealed_epoch_is_cleared_away(store, four):
+    copied(four, store)
+    (store / "epoch_0002.parts").mkdir()
+    (store / "epoch_0002.parts" / "0000-1.part").write_bytes(b"rest")
+    (store / "epoch_0002.lock").write_text("{}")
+    assert run(store, "TRAIN.EPOCHS", 4) == 0
+    assert not (store / "epoch_0002.parts").exists() and not (store / "epoch_0002.lock").exists() and sealed_bytes(store) == sealed_bytes(four)
+
+
 def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
     monkeypatch.setattr(save_logits, "progress", partial(save_logits.progress, interval=0))
     assert run(store, "TRAIN.EPOCHS", 2) == 0
