@@ -12,7 +12,7 @@ _C.BASE = [""]  # YAML files to read first, relative to the file that names them
 _C.EXPLICIT = []  # written by load_config: the keys that a file, --opts or a flag set (all others are defaults)
 _C.WORLD_SIZE = 1  # written by load_config: number of processes of this run
 
-# ---------------------------------------------------------------- data
+# Data
 _C.DATA = CfgNode()
 _C.DATA.BATCH_SIZE = 128  # images per process and forward pass
 _C.DATA.DATA_PATH = ""  # folder (or the folder that holds train.tar and val.tar); may be empty for `shapes`
@@ -43,7 +43,7 @@ _C.DATA.SHAPES.TRAIN_IMAGES = 5000  # images drawn for `shapes`
 _C.DATA.SHAPES.VAL_IMAGES = 1000
 _C.DATA.SHAPES.SIZE = 64  # pixels a side of the drawn images
 
-# ---------------------------------------------------------------- model
+# Model
 _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "tiny_vit"  # tiny_vit | clip_vit_large14_224 | timm | package.module:function
 _C.MODEL.NAME = "tiny_vit"  # names the run's folder; for TYPE timm the timm model to build
@@ -63,7 +63,7 @@ _C.MODEL.TINY_VIT.MLP_RATIO = 4.0
 _C.MODEL.TINY_VIT.MBCONV_EXPAND_RATIO = 4.0
 _C.MODEL.TINY_VIT.LOCAL_CONV_SIZE = 3
 
-# ---------------------------------------------------------------- distillation
+# Distillation
 _C.DISTILL = CfgNode()
 _C.DISTILL.ENABLED = False  # train on teacher probabilities; a TEACHER_LOGITS_PATH or ONLINE turns it on
 _C.DISTILL.TEACHER_LOGITS_PATH = ""  # the logits store
@@ -81,7 +81,7 @@ _C.DISTILL.ONLINE = False  # run the teacher in the training loop instead of rea
 _C.DISTILL.TEACHER_CFG = ""  # YAML file of the online teacher
 _C.DISTILL.TEACHER_WEIGHTS = ""  # checkpoint of the online teacher
 
-# ---------------------------------------------------------------- training
+# Training
 _C.TRAIN = CfgNode()
 _C.TRAIN.START_EPOCH = 0
 _C.TRAIN.EPOCHS = 300
@@ -115,7 +115,7 @@ _C.TRAIN.OPTIMIZER.EPS = 1e-8
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)
 _C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # sgd (Nesterov)
 
-# ---------------------------------------------------------------- augmentation
+# Augmentation
 _C.AUG = CfgNode()
 _C.AUG.COLOR_JITTER = 0.4  # used when AUTO_AUGMENT is none
 _C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"  # rand[-m9-n2-mstd0.5-mmax10-w0-inc1] | original[-mstd0.5] | v0[-mstd0.5] | none
@@ -134,7 +134,7 @@ _C.AUG.HFLIP = 0.5
 _C.AUG.VFLIP = 0.0
 _C.AUG.FILL = []  # RGB, 0..255, of pixels that geometric ops bring in; [] = round(255 * mean)
 
-# ---------------------------------------------------------------- evaluation and the rest
+# Evaluation and the rest
 _C.TEST = CfgNode()
 _C.TEST.CROP = True  # resize to 256/224 of the size and crop the centre; False = resize straight to the size
 _C.TEST.BATCH_SIZE = 0  # 0 = DATA.BATCH_SIZE
