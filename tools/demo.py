@@ -138,7 +138,8 @@ class Demo:
         """Run a Python command from the repository's root, its output shown as it comes; returns exit status and output."""
         print(f"\n$ python {shlex.join(words)}", flush=True)
         begun, lines = time.monotonic(), []
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # One thread beside one loader process: more of them wait for each other on two cores.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
         try:
