@@ -143,9 +143,12 @@ class Demo:
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)
         try:
+            is_config = False  # the resolved configuration is in the run's log; here it would drown the rest
             for line in process.stdout:
                 lines.append(line)
-                print(f"  {line}", end="", flush=True)
+                is_config = line.strip() != "" and (is_config or "resolved configuration:" in line)
+                if not is_config:
+                    print(f"  {line}", end="", flush=True)
             status = process.wait()
         finally:
             if process.poll() is None:
