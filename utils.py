@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -127,10 +128,7 @@ def init_distributed(
     on_gpu = chosen.type == "cuda"
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=join_timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # On a fixed port torchrun's store outlives a restart: the addresses of processes that are gone must not be found. (Several
-            # nodes may count their restarts differently; they need --rdzv-backend c10d, which has a new store each time.)
-            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = fresh_store(store, rank, world_size, join_timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu and dist.is_nccl_available() else "gloo",
             store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=chosen if on_gpu else None,
@@ -142,6 +140,30 @@ def init_distributed(
             "torchrun another --master-port; else see that every process was started and that this address is reachable"
         ) from error
     return Distributed(rank, world_size, local_rank, chosen)
+
+
+def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The part of a store that belongs to the processes that are joining now.
+
+    torchrun's store outlives a restart, and the addresses that ended processes have left there must not be found; its count of
+    restarts is of no help, nodes may count differently. So rank 0 opens a session of a new name and waits until all others are in it.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    session = uuid.uuid4().hex
+    if rank == 0:
+        store.set("session", session)
+    place = world_size
+    while True:
+        if rank == 0 and store.add(f"{session}/arrived", 0) == world_size - 1:
+            store.set(f"{session}/complete", "")
+            return dist.PrefixStore(session, store)
+        if rank > 0 and store.check(["session"]) and (found := store.get("session").decode()) != session:
+            session, place = found, store.add(f"{found}/arrived", 1)
+        if place < world_size and store.check([f"{session}/complete"]):  # a late comer to an old session gets no place in it
+            return dist.PrefixStore(session, store)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all have come within {timeout.total_seconds():.0f} s")
+        time.sleep(0.01)
 
 
 def _environment(name: str, default: int) -> int:

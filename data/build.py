@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ class Epochs:
         if self._stager:
             self._stager.advance(self._epoch_of(epoch), self._epoch_of(epoch + 1) if epoch + 1 < self._end else None)
         self._batches.set_epoch(self._epoch_of(epoch), start, wanted)
-        batches = iter(self._loader)
+        with _signals_held():  # by loader processes that start here, until they know what to do
+            batches = iter(self._loader)
         return _with_plain_errors(batches) if self._loader.num_workers else batches
 
     def count(self, epoch: int = 0) -> int:
@@ -214,15 +216,30 @@ def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
         raise ValueError(f"a loader process has died ({what}): was the memory used up? Try fewer DATA.NUM_WORKERS") from error
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals wait, here and in processes that are started meanwhile."""
+    if not hasattr(signal, "pthread_sigmask"):  # as on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _obey_parent_alone(worker: int) -> None:
     """Make a loader process deaf to signals but its parent's SIGTERM: batch systems and Ctrl-C signal all processes of a job at once,
     and the parent still needs its batches to come to an orderly end."""
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # here and in the threads that start from now on
         threading.Thread(target=_end_when_told, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):  # as on macOS
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_when_told(parent: int) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import main
+import save_logits
 import utils
 from configs import load_config
 from configs.continuation import FREE, check_continuation
@@ -600,3 +602,66 @@ def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
     assert "batch norm sees" not in log_of(tmp_path, "fixed") and "WARNING images are mixed within a pass" in log_of(tmp_path, "fixed")
     assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8, "AUG.MIXUP_MODE", "pair2", flags=["--tag", "pairs"]) == 0
     assert "mixed within a pass" not in log_of(tmp_path, "pairs")
+
+
+# ---- the documented way from ImageNet-22k to higher resolutions, in small
+
+
+@pytest.fixture(scope="module")
+def two_imagenets(tmp_path_factory) -> Path:
+    """ImageNet-22k's layout of three classes with ImageNet's beside it, of two of these."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "ImageNet-22k").mkdir()
+    of_1k = imagenet_wnids(1000)
+    wnids = [of_1k[5], of_1k[700], next(wnid for wnid in imagenet_wnids(21841) if wnid not in of_1k)]
+    names = []
+    for number, wnid in enumerate(sorted(wnids)):
+        with zipfile.ZipFile(root / "ImageNet-22k" / f"{wnid}.zip", "w") as archive:
+            for index in range(5):
+                place = root / f"{index}.jpeg"
+                pixels = np.random.default_rng([number, index]).integers(0, 256, (44, 44, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place)
+                archive.write(place, f"{wnid}_{index}.jpeg")
+                names.append(f"{wnid}_{index}")
+    (root / "ImageNet-22k" / "in22k_image_names.txt").write_text("".join(f"{name}\n" for name in names))
+    for split, count in (("train", 4), ("val", 2)):
+        for wnid in wnids[:2]:
+            place = root / "ImageNet" / split / wnid
+            place.mkdir(parents=True)
+            for index in range(count):
+                shutil.copy(root / f"{index}.jpeg", place / f"{index}.JPEG")
+    return root
+
+
+def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, capsys):
+    tiny = [*OPTS[: len(TINY_MODEL)], "DATA.IMG_SIZE", 40, "DATA.NUM_WORKERS", 0, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.EPOCHS", 1]
+    alone = [word for word in tiny if word not in ("MODEL.NAME", "tiny")]
+    in22k, in1k, store = two_imagenets / "ImageNet-22k", two_imagenets / "ImageNet", tmp_path / "logits"
+
+    def command(recipe: str, data: Path, *opts, flags=(), program=main) -> None:
+        words = ["--only-cpu", "--cfg", f"configs/{recipe}.yaml", "--data-path", data, "--batch-size", 4, "--output", tmp_path, *flags]
+        assert program.main([*map(str, words), "--opts", *map(str, [*alone, *opts])]) == 0
+
+    every = ["DATA.CLASS_LIST", "imagenet22k"]  # the real 22k has all of its classes
+    teacher = ["MODEL.TYPE", "tests.teachers:glance", "MODEL.NUM_CLASSES", 21841, "DISTILL.TEACHER_LOGITS_PATH", store]
+    command("22k_distill/tiny_vit_5m_22k_distill", in22k, *every, *teacher, flags=["--skip-eval"], program=save_logits)
+    command("22k_distill/tiny_vit_5m_22k_distill", in22k, *every, "DISTILL.TEACHER_LOGITS_PATH", store)
+    pretrained = tmp_path / "TinyViT-5M-22k-distill" / "default" / "checkpoints" / "last.pth"
+    head = state_of(pretrained)["model"]["head.weight"]
+    assert head.shape == (21841, 16)
+    capsys.readouterr()
+    command("22k_distill/tiny_vit_5m_22k_distill", in22k, *every, flags=["--eval", "--resume", pretrained])
+    assert re.search(r"last.pth: 4 validation images: top-1 [\d.]+%", capsys.readouterr().out)  # 1k labels, through the class map
+    ids = ["DATA.CLASS_LIST", "imagenet1k"]
+    command("22kto1k/tiny_vit_5m_22kto1k", in1k, *ids, "MODEL.NUM_CLASSES", 1000, flags=["--pretrained", pretrained])
+    assert "adapted: head.weight ([21841, 16] in the file, [1000, 16] here)" in capsys.readouterr().out
+    tuned = tmp_path / "TinyViT-5M-22kto1k" / "default" / "checkpoints" / "last.pth"
+    start = head[torch.from_numpy(map_22k_to_1k())[5]]
+    assert torch.allclose(state_of(tuned)["model"]["head.weight"][5], start, atol=0.05) and start.abs().max() > 0
+    larger = ["DATA.IMG_SIZE", 64, "MODEL.TINY_VIT.WINDOW_SIZES", "[4,4,4,2]"]
+    command("higher_resolution/tiny_vit_21m_224to384", in1k, *ids, *larger, flags=["--pretrained", tuned, "--accumulation-steps", 2])
+    assert "attn.attention_biases (window 2 to 4)" in (out := capsys.readouterr().out) and "2 passes x 4" in out
+
+
+def state_of(path: Path) -> dict:
+    return torch.load(path, weights_only=True)

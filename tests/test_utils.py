@@ -8,13 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import utils
@@ -116,6 +119,33 @@ def test_processes_exchange_tensors_and_objects(world_size):
             "on main": 0,
             "fault": ("ElsewhereError" if rank else "ValueError", "invalid literal for int() with base 10: 'not 0'"),
         }
+
+
+@pytest.mark.parametrize("left_behind", ["nothing", "a whole group", "an early end", "some who came"])
+def test_processes_that_join_find_nothing_of_those_before(left_behind):
+    """In one store, as torchrun's outlives a restart."""
+    store, moment = dist.HashStore(), timedelta(seconds=0.2)
+
+    def join(rank: int, timeout: timedelta = timedelta(seconds=20)):
+        found = utils.fresh_store(store, rank, 3, timeout)
+        found.set(f"of {rank}", "here")
+        return found
+
+    if left_behind == "a whole group":
+        with ThreadPoolExecutor(3) as pool:
+            old = list(pool.map(join, range(3)))
+    elif left_behind != "nothing":
+        with ThreadPoolExecutor(2) as pool:
+            waits = [pool.submit(join, rank, moment) for rank in ((0,) if left_behind == "an early end" else (0, 1))]
+        assert all("not all have come" in str(wait.exception()) for wait in waits)
+    with ThreadPoolExecutor(3) as pool:
+        late = [pool.submit(join, rank) for rank in (1, 2)]
+        time.sleep(0.1)  # they meet what was left behind before rank 0 comes
+        new = [join(0), *(wait.result() for wait in late)]
+    assert all(store.check([f"of {rank}" for rank in range(3)]) for store in new)
+    if left_behind == "a whole group":
+        new[0].set("new", "")
+        assert new[1].check(["new"]) and not any(store.check(["new"]) for store in old)
 
 
 def exchange_alone():
