@@ -211,7 +211,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shared = () if self.window is None else (window_offsets(self.window, x.device),)
         for block in self.blocks:
-            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, *shared, use_reentrant=False, **_recompute_options(block))
             else:
                 x = block(x, *shared)
