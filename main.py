@@ -239,7 +239,7 @@ def open_validation(
     dataset, most = epochs.dataset.dataset, world.broadcast_object(epochs.count())
     outputs, reason = outputs_of_labels(cfg.MODEL.NUM_CLASSES, dataset.num_classes, numbers_own)
     if outputs is None:
-        log.warning(f"accuracies on the validation data are absent: {reason}")
+        log.warning(f"accuracies are absent: {reason}")
     known = torch.from_numpy(np.array([False]) if outputs is None else outputs >= 0)
     is_other = outputs is not None and not np.array_equal(outputs, np.arange(len(outputs)))
 

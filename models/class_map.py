@@ -41,12 +41,12 @@ def outputs_of_labels(num_outputs: int, num_labels: int, numbers_own: bool) -> t
     With `numbers_own` it is such data that numbers the outputs; else they have a meaning already.
     """
     if not num_labels:
-        return None, "it has no labels"
+        return None, "the data has no labels"
     mapping = class_map(num_outputs, num_labels)
     if mapping is None and numbers_own:
         return np.arange(num_labels), ""
     return mapping, "" if mapping is not None else (
-        f"it has {num_labels} classes and the model {num_outputs}, and nothing says which is which: "
+        f"the data has {num_labels} classes and the model {num_outputs}, and nothing says which is which: "
         "name the model's classes in DATA.CLASS_LIST, so that the data's get their ids")  # fmt: skip
 
 
