@@ -275,13 +275,16 @@ def _one_process(path: Path) -> Iterator[None]:
 
 def _known(root: Path, stem: str) -> list[tuple[int, Path]]:
     """(time made, folder) of all listings of a source, newest first."""
-    found = []
-    for path in root.glob(f"{stem}.*/listing.json"):
+    return sorted(((made, path.parent) for made, path in _dated(root.glob(f"{stem}.*/listing.json"))), reverse=True)
+
+
+def _dated(paths: Iterable[Path]) -> Iterator[tuple[int, Path]]:
+    """(time made, path) of those that no other process removes meanwhile."""
+    for path in paths:
         try:
-            found.append((path.stat().st_mtime_ns, path.parent))
-        except OSError:  # removed meanwhile
+            yield path.stat().st_mtime_ns, path
+        except OSError:
             pass
-    return sorted(found, reverse=True)
 
 
 def _fresh(root: Path, stem: str, since: int = 0) -> Listing | None:
@@ -308,8 +311,7 @@ def _opened(folder: Path) -> Listing | None:
 
 
 def _remove_old(root: Path, stem: str, kept: Path) -> None:
-    left_behind = [(path.stat().st_mtime_ns, path) for path in root.glob(f".{stem}.*")]
-    for made, folder in _known(root, stem) + left_behind:
+    for made, folder in [*_known(root, stem), *_dated(root.glob(f".{stem}.*"))]:
         if folder != kept and time.time_ns() - made > LEFT_BEHIND_SECONDS * 1e9:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -485,6 +485,11 @@ def test_without_locks_several_may_scan_and_all_get_a_whole_listing(tmp_path, mo
     assert results == [(["a", "b"], [0, 1])] * 4
 
 
+def test_what_another_process_removes_meanwhile_is_no_fault(tmp_path):
+    (tmp_path / "there").mkdir()
+    assert [path for _, path in listing_module._dated([tmp_path / "gone", tmp_path / "there"])] == [tmp_path / "there"]
+
+
 def test_a_long_scan_says_how_far_it_is(capsys, monkeypatch):
     clock = iter(np.arange(0, 100, 0.5))
     monkeypatch.setattr(listing_module.time, "monotonic", lambda: next(clock))
