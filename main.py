@@ -138,7 +138,8 @@ def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tenso
     if cfg.DISTILL.ENABLED:
         stored = batch.indices.to(device, non_blocking=True), batch.probs.to(device, non_blocking=True)
         indices, probs = run.teacher(images) if run.teacher else stored
-        loss = distillation_loss(logits, indices, probs, targets, cfg.DISTILL.ALPHA, cfg.DISTILL.TEMPERATURE, cfg.DISTILL.HARD)
+        loss = distillation_loss(logits, indices, probs, targets, cfg.DISTILL.ALPHA, cfg.DISTILL.TEMPERATURE, cfg.DISTILL.HARD,
+                                 cfg.DISTILL.EXCESS == "subtract")
         answers.append(indices[:, 0])
     else:
         loss = label_cross_entropy(logits, targets)

@@ -73,6 +73,7 @@ _C.DISTILL.TEMPERATURE = 1.0  # saving: probabilities are softmax(logits / T); a
 _C.DISTILL.CLASS_SUBSET = ""  # saving: file of class indices or names to which the teacher's outputs are cut and renormalised
 _C.DISTILL.ALPHA = 1.0  # loss = (1 - ALPHA) * cross entropy with labels + ALPHA * T^2 * cross entropy with the teacher
 _C.DISTILL.HARD = False  # use the teacher's top-1 class as a hard target
+_C.DISTILL.EXCESS = "auto"  # of K probabilities that sum to over 1: rescale | subtract (from other classes) | auto (as in the store)
 _C.DISTILL.REUSE_EPOCHS = False  # epoch e of a longer run is the store's epoch e modulo its number of epochs
 _C.DISTILL.STAGE_DIR = ""  # local folder to which the next epoch of a slow store is copied in the background
 _C.DISTILL.OTHER_SIZE = False  # allow a student of another image size than the store's

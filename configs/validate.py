@@ -22,6 +22,7 @@ CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.WORKER_START": ("auto", "fork", "spawn", "forkserver"),
     "DATA.ON_CORRUPT": ("error", "neighbour"),
+    "DISTILL.EXCESS": ("auto", "rescale", "subtract"),
     "DISTILL.UPSTREAM_ORDER": ("folder", "tar"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.datasets import build_dataset
 from data.decoder import AugmentDecoder, eval_transform, mean_and_std
-from data.identity import adopted_values, check_proof, is_paired
+from data.identity import adopted_values, check_proof, excess_of, is_paired
 from data.logits_store import LogitsStoreReader, map_positions, store_epoch
 from data.replay import ReplayDataset, Sample
 from data.sampler import EpochBatches, EpochSampler, Wanted
@@ -184,7 +184,8 @@ def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:
             topk = cfg.DISTILL.LOGITS_TOPK
             if topk > store.k:
                 raise ValueError(f"DISTILL.LOGITS_TOPK = {topk}, but the store {store.root} holds top-{store.k}: set {store.k} or less")
-            values |= {"MODEL.NUM_CLASSES": store.num_classes, "DISTILL.LOGITS_TOPK": topk or store.k, "DATA.SEED": 0}
+            values |= {"MODEL.NUM_CLASSES": store.num_classes, "DISTILL.LOGITS_TOPK": topk or store.k, "DATA.SEED": 0,
+                       "DISTILL.EXCESS": excess_of(cfg, "subtract")}  # fmt: skip
     classes = values["MODEL.NUM_CLASSES"]
     if classes < 1:
         raise ValueError(f"DATA.DATASET = {cfg.DATA.DATASET}: no labels tell the number of classes: set MODEL.NUM_CLASSES")

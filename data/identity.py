@@ -63,7 +63,12 @@ def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any
     topk, k = cfg.DISTILL.LOGITS_TOPK, identity["k"]
     if topk > k:
         raise IdentityError(f"DISTILL.LOGITS_TOPK = {topk}, but the store {root} holds top-{k}: set DISTILL.LOGITS_TOPK {k} or less")
-    return {**stored, "DISTILL.LOGITS_TOPK": topk or k}
+    return {**stored, "DISTILL.LOGITS_TOPK": topk or k, "DISTILL.EXCESS": excess_of(cfg, identity.get("excess", "rescale"))}
+
+
+def excess_of(cfg, theirs: str) -> str:
+    """What becomes of probabilities that sum to more than 1: what the store's writer makes of them, unless the user says."""
+    return theirs if cfg.DISTILL.EXCESS == "auto" else cfg.DISTILL.EXCESS
 
 
 def proof_of(cfg, dataset, decoder: AugmentDecoder) -> dict[str, Any]:

@@ -77,16 +77,18 @@ def class_subset(logits: torch.Tensor, indices: Sequence[int] | torch.Tensor) ->
     return logits.index_select(-1, torch.as_tensor(indices, device=logits.device))
 
 
-def densify(indices: torch.Tensor, probs: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """The whole target [B, C] that K stored probabilities stand for, in float32."""
-    probs, rest = _split(probs.float(), num_classes)
+def densify(indices: torch.Tensor, probs: torch.Tensor, num_classes: int, subtract: bool = False) -> torch.Tensor:
+    """The whole target [B, C] that K stored probabilities stand for, in float32; `subtract` as of `_split`."""
+    probs, rest = _split(probs.float(), num_classes, subtract)
     return rest.expand(-1, num_classes).scatter(-1, indices.long(), probs)
 
 
-def sparse_soft_cross_entropy(student_logits: torch.Tensor, indices: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of a student [B, C] with stored probabilities [B, K]: the mean over the batch of -sum target log softmax."""
+def sparse_soft_cross_entropy(
+    student_logits: torch.Tensor, indices: torch.Tensor, probs: torch.Tensor, subtract: bool = False
+) -> torch.Tensor:
+    """Cross entropy of a student [B, C] with `densify`'s targets, which are never built: the mean over the batch."""
     log_probs = torch.log_softmax(_at_least_float32(student_logits), dim=-1)
-    probs, rest = _split(probs.to(log_probs.dtype), log_probs.shape[-1])
+    probs, rest = _split(probs.to(log_probs.dtype), log_probs.shape[-1], subtract)
     kept = ((probs - rest) * log_probs.gather(-1, indices.long())).sum(-1)
     return -(kept + rest.squeeze(-1) * log_probs.sum(-1)).mean()
 
@@ -105,6 +107,7 @@ def distillation_loss(
     alpha: float = 1.0,
     temperature: float = 1.0,
     hard: bool = False,
+    subtract: bool = False,
 ) -> torch.Tensor:
     """(1 - alpha) * cross entropy with dense label targets + alpha * temperature^2 * cross entropy with the teacher at that temperature.
 
@@ -116,7 +119,7 @@ def distillation_loss(
         teacher = functional.cross_entropy(_at_least_float32(student_logits), indices[:, 0].long())
     else:
         student = _at_least_float32(student_logits) / temperature
-        teacher = temperature**2 * sparse_soft_cross_entropy(student, indices, probs)
+        teacher = temperature**2 * sparse_soft_cross_entropy(student, indices, probs, subtract)
     if alpha == 1:
         return teacher
     return (1 - alpha) * label_cross_entropy(student_logits, targets) + alpha * teacher
@@ -128,10 +131,15 @@ def share_right(targets: torch.Tensor, answers: torch.Tensor, smoothing: float) 
     return 100 * (shown.clamp(min=0) / (1 - smoothing)).mean()
 
 
-def _split(probs: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored probabilities, brought to a sum of at most 1, and what each other class gets [B, 1]."""
+def _split(probs: torch.Tensor, num_classes: int, subtract: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored probabilities, and what each other class gets [B, 1], so that all sum to 1.
+
+    Float16 may have rounded a row's sum up beyond 1: it is scaled back; or, with `subtract`, the other classes get what is below 0.
+    """
     total = probs.sum(-1, keepdim=True)
     others = num_classes - probs.shape[-1]
+    if others > 0 and subtract:
+        return probs, (1 - total) / others
     rest = (1 - total).clamp(min=0) / others if others > 0 else torch.zeros_like(total)
     return probs / total.clamp(min=1), rest
 

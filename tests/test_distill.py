@@ -105,6 +105,24 @@ def test_sums_above_one_are_rescaled():
     assert sparse_soft_cross_entropy(logits, indices, probs).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_or_the_excess_is_taken_from_the_other_classes():
+    """As the original does: its targets are negative there."""
+    indices, probs = torch.tensor([[2, 0], [1, 3]]), torch.tensor([[0.8, 0.201], [0.5, 0.41]], dtype=torch.float16)
+    stored = probs.double().numpy()
+    targets = np.repeat((1 - stored.sum(1, keepdims=True)) / 3, 5, axis=1)
+    np.put_along_axis(targets, indices.numpy(), stored, axis=1)
+    assert targets[0].min() < 0 < targets[1].min()
+    np.testing.assert_allclose(densify(indices, probs, 5, subtract=True).numpy(), targets, rtol=1e-6, atol=1e-7)
+    logits = student(2, 5, dtype=torch.float64)
+    expected, expected_gradient = naive_cross_entropy(logits, targets.tolist())
+    for loss_of in (sparse_soft_cross_entropy, distillation_loss):
+        loss, gradient = both(lambda z, loss_of=loss_of: loss_of(z, indices, probs, subtract=True), logits)
+        assert loss == pytest.approx(expected, rel=1e-12)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-12)
+    no_other = densify(torch.tensor([[1, 0]]), torch.tensor([[0.8, 0.4]]), 2, subtract=True)
+    assert no_other.sum().item() == pytest.approx(1)
+
+
 def test_all_classes_stored_leaves_no_rest():
     indices, probs = torch.tensor([[1, 0, 2]]), torch.tensor([[0.5, 0.25, 0.125]])
     assert densify(indices, probs, 3).tolist() == [[0.25, 0.5, 0.125]]

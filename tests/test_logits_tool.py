@@ -222,7 +222,7 @@ def test_converting_with_the_data_set(goldens, root, recipe, run):
     identity = reader.manifest["identity"]
     assert (identity["base_seed"], identity["shuffle_seed"], identity["paired"], identity["image_size"]) == (0, 0, True, 64)
     assert identity["recipe"]["AUG.FILL"] == [124, 116, 104] and identity["k"] == 10 and identity["num_classes"] == 1000
-    assert reader.manifest["teacher"]["name"] == "golden"
+    assert identity["excess"] == "subtract" and reader.manifest["teacher"]["name"] == "golden"
     assert reader.manifest["proof"]["canary"] and len(reader.manifest["proof"]["images"]["sha256"]) == 64
     assert run(*command)[0] == 0  # nothing is left to do
     assert run("verify", root, "--epochs", 2)[0] == 0

@@ -141,7 +141,7 @@ def convert(args: argparse.Namespace) -> int:
     from data.build import resolve
     from data.datasets import build_dataset
     from data.decoder import AugmentDecoder, fill_color
-    from data.identity import identity_of, proof_of
+    from data.identity import excess_of, identity_of, proof_of
 
     data = ["--data-path", args.data_path] if args.data_path else []
     cfg = load_config(["--cfg", args.cfg, *data, "--opts", *args.opts, "DISTILL.TEACHER_LOGITS_PATH", str(args.source)])
@@ -162,7 +162,7 @@ def convert(args: argparse.Namespace) -> int:
     decoder = AugmentDecoder.from_config(cfg)
     no_images = {"positions": [], "sha256": []}
     manifest = {
-        "identity": identity_of(cfg, len(keys), keys.digest()),
+        "identity": {**identity_of(cfg, len(keys), keys.digest()), "excess": excess_of(cfg, "subtract")},
         "teacher": {"name": args.teacher, "weights_sha256": "unknown", "dtype": "unknown"},
         "proof": proof_of(cfg, dataset, decoder) if dataset is not None else {"canary": decoder.canary(), "images": no_images},
         "info": {"converted_from": str(args.source)},
