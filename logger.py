@@ -33,6 +33,17 @@ class _Console(logging.Handler):
             self.handleError(record)  # a closed terminal must not end a training
 
 
+class _File(logging.FileHandler):
+    """Says once that it can't be written, where logging would print a traceback for each line: a full disk must not end a training."""
+
+    is_whole = True
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if self.is_whole:
+            print(f"warning: {self.baseFilename} can't be written ({sys.exc_info()[1]}) and lacks lines from now on", file=sys.stderr)
+        self.is_whole = False
+
+
 class _Coloured(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when, message = colored(self.formatTime(record, "%H:%M:%S"), "green"), super().format(record)
@@ -57,7 +68,7 @@ def create_logger(folder: str | Path | None, rank: int = 0, name: str = "tinyvit
         log.addHandler(console)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(folder) / f"log_rank{rank}.txt", encoding="utf-8")
+        file = _File(Path(folder) / f"log_rank{rank}.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
     return log

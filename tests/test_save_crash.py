@@ -1,14 +1,11 @@
 """Saving with real processes that are killed, starved or set against each other: clear errors, no half epoch, and a rerun that finishes."""
 
 import contextlib
-import ctypes
 import io
 import os
 import random
 import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ import save_logits
 from data import shapes
 from data.logits_store import LogitsStoreReader, LogitsStoreWriter
 from data.rng import sample_seed
-from tests.helpers import run_ranks
+from tests.mounts import READ_ONLY, alone, mount_small, needs_mounts
 from tests.saving import IMAGES, Job, command, finish, run, sealed_bytes, wait_for
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -203,30 +200,6 @@ def test_a_rank_on_a_machine_that_augments_otherwise(store):
 
 # ---- file systems of a test's own, seen by one process alone
 
-NEW_NAMESPACE, NEW_USER, READ_ONLY, REMOUNT, RECURSIVE_PRIVATE = 0x20000, 0x10000000, 1, 32, 0x44000
-
-
-def call(function, *args) -> None:
-    if function(*args) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{function.__name__}: {os.strerror(number)}")
-
-
-def mount_small(folder: Path, kilobytes: int) -> Callable[[int], None]:
-    """Give this process a tmpfs of its own on a folder; returns a function that changes its flags."""
-    system = ctypes.CDLL(None, use_errno=True)
-    uid, gid = os.getuid(), os.getgid()
-    try:
-        call(system.unshare, NEW_NAMESPACE)
-    except OSError:
-        call(system.unshare, NEW_NAMESPACE | NEW_USER)
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-            Path(f"/proc/self/{name}").write_text(text)
-    call(system.mount, None, b"/", None, RECURSIVE_PRIVATE, None)
-    options = f"size={kilobytes}k".encode()
-    call(system.mount, b"tmpfs", bytes(folder), b"tmpfs", 0, options)
-    return lambda flags: call(system.mount, b"tmpfs", bytes(folder), b"tmpfs", REMOUNT | flags, options)
-
 
 def said(arguments: list[str]) -> tuple[int, str]:
     """Exit code and standard error of a run in this process."""
@@ -259,17 +232,6 @@ def on_a_read_only_disk(folder: str, arguments: list[str]) -> dict:
     refused = said(arguments)
     remount(0)
     return {"refused": refused, "again": said(arguments)}
-
-
-def alone(function: Callable, *args: object) -> dict:
-    """What a function gives in a process of its own; skips where that may not mount."""
-    result = run_ranks(function, 1, *args)[0]
-    if "skip" in result:
-        pytest.skip(f"no file system can be mounted here, also not in a user namespace: {result['skip']}")
-    return result
-
-
-needs_mounts = pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 
 
 @needs_mounts
