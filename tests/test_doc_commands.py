@@ -87,28 +87,32 @@ def test_no_command_is_missed(page):
         assert " --" not in line or line.startswith((*STARTS, "#")), f"{page.name}: {line}"
 
 
-@pytest.mark.parametrize("text", [
-    "python -m tools.unknown", "python -m tools.logits unknown STORE", "python other.py", "python other.py ...", "make unknown",
-    "python main.py --throughput --unknown", "python main.py --cfg configs/unknown.yaml --throughput", "torchrun --unknown 8 ...",
-    "python main.py --cfg configs/1k/tiny_vit_5m.yaml --data-path ./ImageNet --eval --resume ./checkpoints/unknown.pth",
-    "python main.py --throughput --opts DATA.UNKNOWN 1", "python -m benchmarks.store --unknown", "python -m benchmarks.unknown",
+@pytest.mark.parametrize(("text", "reason"), [
+    ("make unknown", "No rule to make target"), ("python other.py ...", "No module named 'other'"),
+    ("python -m tools.unknown", "nothing here knows tools.unknown"), ("python other.py --flag", "nothing here knows other.py"),
+    ("python -m tools.logits unknown STORE", "nothing here knows tools.logits unknown"), ("torchrun --unknown 8 ...", "2"),
+    ("python -m benchmarks.unknown", "No module named"), ("python -m benchmarks.store --unknown", "2"),
+    ("python main.py --throughput --unknown", "unrecognized arguments: --unknown"),
+    ("python main.py --throughput --opts DATA.UNKNOWN 1", "DATA.UNKNOWN = '1': unknown key"),
+    ("python main.py --cfg configs/unknown.yaml --throughput", "configs/unknown.yaml: no such file"),
+    ("python main.py --data-path ./ImageNet --eval --resume ./checkpoints/unknown.pth", "there is no such checkpoint file"),
 ])  # fmt: skip
-def test_what_does_not_run_is_noticed(text, workplace, monkeypatch, capsys):
-    with pytest.raises((AssertionError, ImportError, SystemExit, ValueError)):
+def test_what_does_not_run_is_noticed(text, reason, workplace, monkeypatch, capsys):
+    with pytest.raises((AssertionError, ImportError, SystemExit, ValueError), match=reason):
         judge(text.split(), workplace, monkeypatch, capsys)
 
 
-def judge(words: list[str], place: Path, monkeypatch, capsys) -> None:
-    """Run what stands for a command and assert its results; one that ends in ... is asked for its help."""
+def judge(words: list[str], place: Path, monkeypatch, capsys) -> str:
+    """Run what stands for a command and assert its results; one that ends in ... is asked for its help. What main.py printed."""
     text, shortened = " ".join(words), "..." in words
     words = [word for word in words if word != "..."]
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, f"{text}\n{done.stderr}"
-        return
+        return ""
     if not any(word.endswith(".py") or word == "-m" for word in words):  # the launcher's flags alone
         parsed([*words, "main.py"])
-        return
+        return ""
     command = parsed(words)
     if shortened:
         assert run(command._replace(arguments=["--help"]), monkeypatch, capsys)[0] == 0
@@ -117,11 +121,14 @@ def judge(words: list[str], place: Path, monkeypatch, capsys) -> None:
         small = twin(command)
         if command.program == "main.py":
             use_store(config_of(small), place)
-        assert_ran(small, *run(small, monkeypatch, capsys), text)
+        code, out = run(small, monkeypatch, capsys)
+        assert_ran(small, code, out, text)
+        return out
     elif command.program.startswith("benchmarks."):
         assert_begins(command, monkeypatch)
     else:
         assert_tool_ran(command, place, monkeypatch, capsys)
+    return ""
 
 
 def run(command: Command, monkeypatch, capsys) -> tuple[int, str]:
@@ -229,7 +236,8 @@ def test_imagenet_in_five_commands(workplace, monkeypatch, capsys):
     done = torchrun([ROOT / small.program, *small.arguments], nproc=2, cwd=workplace)
     assert_ran(small, done.returncode, done.stdout + done.stderr, " ".join(train))
     assert "3 updates an epoch, each of 8 images: 2 processes x 1 passes x 4" in done.stdout
-    judge(evaluate, workplace, monkeypatch, capsys)
+    best = json.loads(next(workplace.glob("output/*/*/metrics.jsonl")).read_text().splitlines()[-1])["best_top1"]
+    assert f"top-1 {best:.3f}%" in judge(evaluate, workplace, monkeypatch, capsys)
     judge(plot, workplace, monkeypatch, capsys)
 
 

@@ -41,10 +41,10 @@ VARIANTS = {
 VARIANTS["21m_384"] = {**VARIANTS["21m"], "img_size": 64, "window_sizes": (4, 4, 4, 2)}
 VARIANTS["21m_512"] = {**VARIANTS["21m"], "img_size": 80, "window_sizes": (5, 5, 5, 3)}
 CLIP = {"embed_dim": 16, "image_resolution": 40, "vision_layers": 1, "vision_width": 64, "vision_patch_size": 8}
-TIMM = "test_convnext"  # timm's own model for tests, in place of a large one
+TIMM = "convnext_atto"  # the smallest of the documented family
 SIDE = 40  # pixels
 WNIDS = sorted([imagenet_wnids(1000)[5], imagenet_wnids(1000)[700], imagenet_wnids(1000)[999]])
-TRAIN, VAL, SHAPES = 8, 2, 160  # images of a class, and of all shapes
+TRAIN, VAL, SHAPES = 8, 2, 80  # images of a class, and of all shapes
 STORES = {"imagenet": "1k_distill/tiny_vit_5m_1k_distill", "imagenet22k": "22k_distill/tiny_vit_5m_22k_distill"}  # recipes of stores
 # What the documents leave to the reader, and folders outside of the repository.
 PLACES = {
