@@ -394,9 +394,8 @@ def describe(run: Training) -> None:
     (run_folder(cfg) / "config.yaml").write_text(dump(cfg), encoding="utf-8")
     log.info(f"code {git_state(Path(__file__).parent)}, torch {torch.__version__}, {world.world_size} x {world.device.type}, "
              f"{utils.precision(run.dtype)}")
-    adds = count_multiply_adds(model, cfg.DATA.IMG_SIZE)
     log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters ({count_parameters(model, trainable=True):,} train), "
-             f"{f'{adds / 1e9:.3f} G' if adds else 'unknown'} multiply-adds at {cfg.DATA.IMG_SIZE} px, {cfg.MODEL.NUM_CLASSES} classes")
+             f"{multiply_adds(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes")
     log.info("each image: " + "; ".join(map(str, run.epochs.dataset.decoder.ops)))
     log.info(f"{len(run.epochs.dataset):,} images, {run.epochs.count() // plan.accumulation:,} updates an epoch, each of {plan.per_update} "
              f"images: {world.world_size} processes x {plan.accumulation} passes x {plan.per_process}")
@@ -406,6 +405,12 @@ def describe(run: Training) -> None:
                     "and so the result, a little (TRAIN.EVAL_BN_WHEN_TRAINING avoids that)")
     if cfg.TRAIN.GLOBAL_BATCH and run.mixer.enabled and isinstance(run.mixer, BatchMix):
         log.warning("images are mixed within a pass: another number of processes will mix others (AUG.MIXUP_MODE pair2 avoids that)")
+
+
+def multiply_adds(model: nn.Module, image_size: int) -> str:
+    """What one image costs, in words."""
+    count = count_multiply_adds(model, image_size)
+    return f"{f'{count / 1e9:.3f} G' if count else 'unknown'} multiply-adds at {image_size} px"
 
 
 # ---- programs
@@ -438,6 +443,7 @@ def measure_throughput(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Modu
     """--throughput: images a second of the model alone, without loading them."""
     model = build_teacher(cfg, log=log.info).to(world.device)
     batch, size, dtype = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, utils.amp_dtype(cfg, world.device)
+    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters, {multiply_adds(model, size)}")
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(cfg.SEED)).to(world.device)
     if cfg.TRAIN.CHANNELS_LAST:
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The documents tell the truth: their examples run, and every flag, key and file they name exists."""
+"""The documents tell the truth: their examples run, and every key, link and test they name exists."""
 
 import os
 import re
@@ -13,17 +13,11 @@ import torch
 from configs import load_config
 from configs.defaults import get_defaults
 from models.build import build_model
+from tests.documents import PAGES, marked
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = ["DATA.SHAPES.TRAIN_IMAGES", "512", "DATA.SHAPES.VAL_IMAGES", "20", "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "1",
         "TRAIN.WARMUP_EPOCHS", "0"]  # fmt: skip
-
-
-def marked(page: Path, kind: str) -> list[tuple[str, str]]:
-    """(name, text) of the code blocks under a comment <!-- kind: name -->."""
-    pattern = rf"<!-- {kind}:? ?([\w.-]*) -->\n```\w*\n(.*?)```"
-    return re.findall(pattern, page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def all_keys(node, prefix: str = "") -> set[str]:
@@ -32,48 +26,6 @@ def all_keys(node, prefix: str = "") -> set[str]:
         keys.add(f"{prefix}{name}")
         keys |= all_keys(value, f"{prefix}{name}.") if hasattr(value, "items") else set()
     return keys
-
-
-def flags_of(program: str) -> set[str]:
-    """The flags a program's --help names."""
-    words = ["-m", program] if program.startswith("tools.") else [program]
-    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", done.stdout))
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The commands in a page's code blocks, continuation lines joined."""
-    blocks = re.findall(r"```(?:bash|sh|console)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun "))]
-
-
-@pytest.fixture(scope="module")
-def known_flags() -> dict[str, set[str]]:
-    """The flags of every program that a page names."""
-    programs = {name for page in PAGES for words in commands(page) for name in programs_in(words)}
-    return {program: flags_of(program) for program in sorted(programs)}
-
-
-def programs_in(words: list[str]) -> list[str]:
-    if "-m" in words and words[words.index("-m") + 1].startswith("tools."):
-        return [words[words.index("-m") + 1]]
-    return [word for word in words if word in ("main.py", "save_logits.py")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_flags_keys_and_files_in_commands_exist(page, known_flags):
-    keys = all_keys(get_defaults())
-    for words in commands(page):
-        for program in programs_in(words):
-            rest = words[words.index(program) + 1 :]
-            unknown = {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)} - known_flags[program]
-            assert not unknown, f"{page.name}: {program} has no {unknown}"
-        named = {word for word in words if re.fullmatch(r"[A-Z][A-Z_]+(\.[A-Z_]+)+", word)}
-        assert named <= keys, f"{page.name}: no such keys {named - keys}"
-        for word in words:
-            if word.startswith(("configs/", "tools/")) and word.endswith((".yaml", ".py")):
-                assert (ROOT / word).is_file(), f"{page.name}: {word}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
