@@ -92,6 +92,8 @@ def twin(command: Command) -> Command:
         opts += ["TRAIN.GLOBAL_BATCH", 8]
     if cfg.DATA.DATASET == "shapes":
         opts += ["DATA.SHAPES.TRAIN_IMAGES", SHAPES, "DATA.SHAPES.VAL_IMAGES", 20]
+    elif cfg.DATA.DATASET == "cifar10":
+        opts += ["DATA.SUBSET", 1.0]
     elif Path(cfg.DATA.DATA_PATH).name.startswith("ImageNet"):  # which has all of its classes, unlike the stand-in
         opts += ["DATA.CLASS_LIST", "imagenet22k" if cfg.DATA.DATASET == "imagenet22k" else "imagenet1k"]
     return Command(command.program, [*command.arguments, "--batch-size", "4", "--only-cpu", "--opts", *map(str, opts)])
@@ -104,10 +106,10 @@ def _small_model(cfg) -> list[object]:
             assert timm.get_pretrained_cfg(cfg.MODEL.NAME).has_weights, f"timm has no weights for {cfg.MODEL.NAME}"
             return ["MODEL.NAME", TIMM, "DATA.IMG_SIZE", SIDE]
         case "tiny_vit" if cfg.DATA.DATASET != "shapes":
-            small = VARIANTS[_official(cfg)]
-            shape = [word for key in ("DEPTHS", "EMBED_DIMS", "NUM_HEADS", "WINDOW_SIZES")
-                     for word in (f"MODEL.TINY_VIT.{key}", list(small[key.lower()]))]  # fmt: skip
-            return ["DATA.IMG_SIZE", small["img_size"], *shape]
+            small, is_small_already = VARIANTS[_official(cfg)], cfg.DATA.DATASET == "cifar10"
+            keys = ("DEPTHS", "EMBED_DIMS", "NUM_HEADS", *([] if is_small_already else ["WINDOW_SIZES"]))
+            shape = [word for key in keys for word in (f"MODEL.TINY_VIT.{key}", list(small[key.lower()]))]
+            return [*([] if is_small_already else ["DATA.IMG_SIZE", small["img_size"]]), *shape]
         case "tiny_vit":
             return []
         case _:
@@ -115,11 +117,10 @@ def _small_model(cfg) -> list[object]:
 
 
 def _official(cfg) -> str:
-    """The official variant that a configuration describes."""
-    shape = cfg.MODEL.TINY_VIT
-    found = [name for name, variant in OFFICIAL.items()
-             if (variant["embed_dims"], variant.get("window_sizes", (7, 7, 14, 7))) == (tuple(shape.EMBED_DIMS), tuple(shape.WINDOW_SIZES))]
-    return found[0]
+    """The official variant that a configuration describes, by its windows too where these are an official variant's."""
+    found = [name for name, variant in OFFICIAL.items() if variant["embed_dims"] == tuple(cfg.MODEL.TINY_VIT.EMBED_DIMS)]
+    windows = tuple(cfg.MODEL.TINY_VIT.WINDOW_SIZES)
+    return next((name for name in found if OFFICIAL[name].get("window_sizes") == windows), found[0])
 
 
 # ---- stand-ins
@@ -129,6 +130,7 @@ def write_stand_ins(root: Path) -> None:
     """Everything that the documents' commands find in the folder where they are started, in small, but no result of theirs."""
     (root / "configs").symlink_to(ROOT / "configs")
     _write_pictures(root / "ImageNet", WNIDS, "JPEG")
+    _write_pictures(root / "cifar10", ["airplane", "bird", "cat"], "jpg")
     _write_pictures(root / "flowers", ["daisy", "rose"], "jpg")
     shutil.copy(root / "flowers" / "train" / "daisy" / "0.jpg", root / "photo.jpg")
     _write_zips(root / "ImageNet-22k")
