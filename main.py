@@ -280,6 +280,7 @@ def save(run: Training, *names: str) -> bool:
         "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
         "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),
         "measured": run.measured.state, "step": run.progress.update, "metric_lines": run.writer.lines, "config": dump(run.cfg),
+        "class_names": class_names(run),
     }  # fmt: skip
     for name in names:
         try:
@@ -289,6 +290,12 @@ def save(run: Training, *names: str) -> bool:
             run.log.error(f"NO CHECKPOINT WRITTEN: {error}. Training goes on; make room, or this work can be lost")
             is_written = False
     return is_written
+
+
+def class_names(run: Training) -> list[str]:
+    """What the outputs are called, where the data numbers them."""
+    names = list(run.epochs.dataset.dataset.class_names) if run.outputs is not None else []
+    return names if len(names) == run.cfg.MODEL.NUM_CLASSES else []
 
 
 def find_state(cfg: CfgNode, log: Logger) -> dict[str, Any] | None:

@@ -81,6 +81,16 @@ def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
     return _unwrap(content, path, ema)
 
 
+def read_notes(source: str | Path) -> dict[str, object]:
+    """What a checkpoint of a training of ours tells beside its weights: `config`, its YAML, and `class_names`; others tell nothing."""
+    path = cached_download(source) if _is_url(source) else Path(source).expanduser()
+    if path.suffix == ".safetensors":
+        return {}
+    content = _load_plain(path)
+    kinds = {"config": str, "class_names": list}
+    return {key: content[key] for key, kind in kinds.items() if isinstance(content, Mapping) and isinstance(content.get(key), kind)}
+
+
 def load_weights(
     model: nn.Module,
     source: str | Path | Mapping[str, torch.Tensor],

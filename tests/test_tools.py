@@ -7,9 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
+from data.build import val_epochs
+from data.decoder import eval_transform
 from models.pretrained import to_timm
 from models.tiny_vit import VARIANTS, TinyViT
+from tests import training
 from tools import demo, plot, predict, verify_zoo
+
+SHORT = ["DATA.SHAPES.TRAIN_IMAGES", 24, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]
 
 SMALL = {"img_size": 48, "num_classes": 7, "embed_dims": [16, 32, 48, 64], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4],
          "window_sizes": [3, 3, 3, 3]}  # fmt: skip
@@ -75,11 +80,27 @@ def test_predict_tells_the_models_classes(naming, tmp_path, capsys):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(image)
     assert predict.main([str(image.parent), "--weights", str(path), "--json", "--topk", "3"]) == 0
     line = json.loads(capsys.readouterr().out)
-    built, size = predict.build_model(str(path))
+    built, cfg, names = predict.load_model(str(path))
     x = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    assert size == 48 and torch.equal(built(x), model(x))
+    assert cfg.DATA.IMG_SIZE == 48 and torch.equal(built(x), model(x)) and not names
     assert line["image"] == str(image) and [entry["name"] for entry in line["classes"]] == [f"class {e['class']}" for e in line["classes"]]
     assert len(line["classes"]) == 3 and line["classes"][0]["probability"] >= line["classes"][1]["probability"]
+
+
+def test_predict_takes_all_from_a_trainings_own_checkpoint(tmp_path):
+    """Model, size, normalisation and names of the classes, also of a model that no shapes could tell."""
+    opts = ["MODEL.TYPE", "timm", "MODEL.NAME", "test_byobnet", "DATA.MEAN_AND_STD_TYPE", "half", *SHORT]
+    assert training.run(tmp_path, *opts) == 0
+    checkpoint = tmp_path / "test_byobnet" / "default" / "checkpoints" / "last.pth"
+    model, cfg, names = predict.load_model(str(checkpoint))
+    assert (cfg.MODEL.NAME, cfg.DATA.IMG_SIZE, cfg.DATA.MEAN_AND_STD_TYPE) == ("test_byobnet", 40, "half")
+    assert len(names) == 10 and names == val_epochs(cfg, 0).dataset.dataset.class_names
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
+    image.save(tmp_path / "noise.png")
+    ((path, classes),) = predict.predict([tmp_path / "noise.png"], str(checkpoint), topk=1)
+    probs = model(eval_transform(cfg)(image)[None]).softmax(1)[0]
+    assert path == tmp_path / "noise.png" and classes == [
+        {"class": int(probs.argmax()), "name": names[probs.argmax()], "probability": round(probs.max().item(), 6)}]  # fmt: skip
 
 
 def test_predict_names_its_faults(tmp_path, capsys):

@@ -21,7 +21,7 @@ import torch
 
 from configs import load_config
 from data.build import resolve, val_epochs
-from tools.predict import build_model
+from tools.predict import load_model
 from tools.replay_sheet import main as replay_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +100,7 @@ class Demo:
         """Counts [true class, answer] over the validation images, and the classes' names."""
         opts = ["DATA.NUM_WORKERS", "0", *self.opts[: len(self.opts) // 2 * 2]]
         cfg = resolve(load_config(["--cfg", str(ROOT / f"configs/shapes/{RECIPES[role]}.yaml"), "--eval", "--opts", *opts]))
-        model, _ = build_model(str(self.run_folder(role) / "checkpoints" / "last.pth"))
+        model, _, _ = load_model(str(self.run_folder(role) / "checkpoints" / "last.pth"))
         epochs = val_epochs(cfg, 0)
         names = epochs.dataset.dataset.class_names
         matrix = np.zeros((len(names), len(names)), int)

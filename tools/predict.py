@@ -6,17 +6,21 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 
+import timm
 import torch
 from torch import nn
+from yacs.config import CfgNode
 
-from configs import load_config
+from configs import load_config, replace
 from data.datasets import IMAGE_SUFFIXES, read_rgb
 from data.decoder import eval_transform
-from models.pretrained import from_timm, load_weights, read_state_dict
+from models.build import build_teacher
+from models.pretrained import from_timm, load_weights, read_notes, read_state_dict
 from models.tiny_vit import TinyViT
 
 STRIDE = 16  # pixels a point of the third stage's map stands for, which official models cover with one window
@@ -27,56 +31,68 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.predict", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("images", metavar="IMAGE|FOLDER", nargs="+", type=Path, help="image files, or folders that are searched for images")
-    add("--weights", required=True, metavar="FILE|URL", help="a checkpoint; the TinyViT it belongs to is read from its shapes")
+    add("--weights", required=True, metavar="FILE|URL", help="a checkpoint; what model it belongs to is read from it")
     add("--timm", metavar="NAME", help="the weights are of this timm model")
-    add("--cfg", metavar="FILE", help="take image size, mean and std from this recipe or a run's config.yaml")
+    add("--cfg", metavar="FILE", help="take image size, mean and std from this recipe (default: the checkpoint's own)")
     add("--image-size", type=int, metavar="PIXELS", help="default: the size the model was built for")
-    add("--classes", metavar="FILE", type=Path, help="class names, one a line; default: ImageNet's for 1,000 or 21,841 classes")
+    add("--classes", metavar="FILE", type=Path, help="class names, one a line; default: the checkpoint's, or ImageNet's")
     add("--topk", type=int, default=5, metavar="K", help="classes to show of each image (default 5)")
     add("--batch-size", type=int, default=16, metavar="N", help="images per forward pass (default 16)")
     add("--json", action="store_true", help="one JSON object a line instead of a table")
-    args = parser.parse_args(argv)
+    args = vars(parser.parse_args(argv))
+    as_json = args.pop("json")
     try:
-        for path, classes in predictions(args):
-            print(json.dumps({"image": str(path), "classes": classes}) if args.json else _rows(path, classes), flush=True)
+        for path, classes in predict(**args):
+            print(json.dumps({"image": str(path), "classes": classes}) if as_json else _rows(path, classes), flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def predictions(args: argparse.Namespace) -> Iterator[tuple[Path, list[dict]]]:
-    """Each image's path and its classes, most probable first: {"class", "name", "probability"}."""
-    paths = list(_image_files(args.images))
-    model, size = build_model(args.weights, args.timm)
-    options = ["--cfg", args.cfg] if args.cfg else ["--opts", *(("MODEL.TYPE", "timm", "MODEL.NAME", args.timm) if args.timm else ())]
-    sizes = args.image_size or (None if args.cfg or args.timm else size)
-    cfg = load_config([*options, *(["--opts", "DATA.IMG_SIZE", str(sizes)] if sizes else []), "--eval"])
-    transform, names = eval_transform(cfg), None
-    for start in range(0, len(paths), args.batch_size):
-        batch = paths[start : start + args.batch_size]
+def predict(
+    images: Sequence[str | Path], weights: str, *, timm: str | None = None, cfg: str | None = None, image_size: int | None = None,
+    classes: Path | None = None, topk: int = 5, batch_size: int = 16,
+) -> Iterator[tuple[Path, list[dict]]]:  # fmt: skip
+    """Each image's path and its classes, most probable first: {"class", "name", "probability"}; arguments as the command's."""
+    if topk < 1 or batch_size < 1:
+        raise ValueError(f"topk {topk}, batch size {batch_size}: numbers from 1 up")
+    paths = list(_image_files([Path(image) for image in images]))
+    model, settings, names = load_model(weights, timm)
+    if cfg:
+        settings = load_config(["--cfg", cfg, "--eval"])
+    if image_size:
+        settings = replace(settings, {"DATA.IMG_SIZE": image_size})
+    transform = eval_transform(settings)
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
         with torch.inference_mode():
-            probs = model(torch.stack([transform(read_rgb(path, cfg.DATA.MAX_PIXELS)) for path in batch])).float().softmax(-1)
-        names = names or class_names(probs.shape[1], args.classes)
-        values, indices = probs.topk(min(args.topk, probs.shape[1]))
-        for path, row, classes in zip(batch, values.tolist(), indices.tolist()):
-            yield path, [{"class": i, "name": names[i], "probability": round(p, 6)} for p, i in zip(row, classes)]
+            probs = model(torch.stack([transform(read_rgb(path, settings.DATA.MAX_PIXELS)) for path in batch])).float().softmax(-1)
+        names = class_names(probs.shape[1], classes, names)
+        values, indices = probs.topk(min(topk, probs.shape[1]))
+        for path, row, found in zip(batch, values.tolist(), indices.tolist()):
+            yield path, [{"class": i, "name": names[i], "probability": round(p, 6)} for p, i in zip(row, found)]
 
 
-def build_model(weights: str, timm_name: str | None = None) -> tuple[nn.Module, int]:
-    """The model of a checkpoint, in eval mode, and its image size in pixels."""
+def load_model(weights: str, timm_name: str | None = None) -> tuple[nn.Module, CfgNode, Sequence[str]]:
+    """The model of a checkpoint, in eval mode; a configuration that tells how it sees images; and its class names, if it has such."""
     state = read_state_dict(weights)
+    notes = {} if timm_name else read_notes(weights)
+    if "config" in notes:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.yaml").write_text(notes["config"], encoding="utf-8")
+            cfg = load_config(["--cfg", f"{folder}/config.yaml", "--eval", "--resume", str(weights)])
+        return build_teacher(cfg, log=lambda text: None), cfg, notes.get("class_names", ())
     if timm_name:
-        import timm
-
-        model = timm.create_model(timm_name, num_classes=_head_rows(state))
-        size = model.pretrained_cfg["input_size"][-1]
+        cfg = load_config(["--opts", "MODEL.TYPE", "timm", "MODEL.NAME", timm_name, "--eval"])
+        model: nn.Module = timm.create_model(timm_name, num_classes=_head_rows(state))
     else:
         state = from_timm(state) if "patch_embed.conv1.conv.weight" in state else state
         settings = tiny_vit_settings(state, weights)
-        model, size = TinyViT(**settings), settings["img_size"]
+        cfg = load_config(["--opts", "DATA.IMG_SIZE", str(settings["img_size"]), "--eval"])
+        model = TinyViT(**settings)
     load_weights(model, state, exact=True, log=lambda text: None)
-    return model.eval(), size
+    return model.eval(), cfg, ()
 
 
 def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
@@ -102,15 +118,15 @@ def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
     }
 
 
-def class_names(count: int, file: Path | None) -> Sequence[str]:
-    """The names of so many classes: a file's, ImageNet's, or their numbers."""
+def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Sequence[str]:
+    """The names of so many classes: a file's, ImageNet's, the checkpoint's `own`, or their numbers."""
     if file:
-        names = file.read_text(encoding="utf-8").splitlines()
+        names = Path(file).read_text(encoding="utf-8").splitlines()
         if len(names) != count:
             raise ValueError(f"{file}: holds {len(names)} names, the model has {count} classes")
         return names
     if count not in (1000, 21841):
-        return [f"class {i}" for i in range(count)]
+        return own or [f"class {i}" for i in range(count)]
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k" if count == 1000 else "imagenet-22k")
