@@ -10,17 +10,17 @@ import os
 import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
-from logging import Logger
+from logging import ERROR, FileHandler, Logger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,8 +28,8 @@ from yacs.config import CfgNode
 
 import utils
 from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, load_config, run_folder
-from configs.continuation import check_continuation
-from data.build import Epochs, Sample, check_store, resolve, train_epochs, val_epochs
+from configs.continuation import check_continuation, check_sources
+from data.build import Epochs, Sample, check_store, resolve, sources_of, train_epochs, val_epochs
 from data.decoder import mean_and_std
 from data.mix import BatchMix, Mixer, PairMix
 from data.rng import run_seed
@@ -42,10 +42,11 @@ from models.distill import distillation_loss, label_cross_entropy, share_right
 from models.param_groups import build_optimizer
 from models.pretrained import load_weights, read_state_dict, save_weights
 from models.teacher import Teacher
-from models.update import Average, guarded_step, restore_unless, running_statistics, set_training_mode
+from models.update import Average, guarded_step, kept, restore_unless, running_statistics, set_training_mode
 from utils import Distributed, ElsewhereError, Measurements, StopRequest, Waiting
 
 FAULT = 2
+STATE_KEYS = {"model", "model_ema", "optimizer", "scaler", "progress", "measured", "step", "metric_lines", "config"}  # of a checkpoint
 STOPPED = 75  # EX_TEMPFAIL: the same command goes on from here
 
 
@@ -86,6 +87,7 @@ class Training:
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast; None is float32
     progress: Progress
+    sources: dict[str, Any]  # which images and which teacher it learns from
     measured: Measurements  # what `train_step` returns: gradient norm, loss and accuracies
 
 
@@ -106,7 +108,8 @@ def train_step(run: Training, batches: Iterator[Sample]) -> tuple[Tensor, Tensor
             loss, accuracies = forward(run, batch, epoch, index)
             # A loss that is not finite makes all gradients so, on every process: the norm alone then decides for all.
             poison = torch.where(torch.isfinite(loss), 1.0, torch.nan)
-            run.scaler.scale(loss / passes * poison).backward()
+            with kept(moving if run.cfg.TRAIN.USE_CHECKPOINT else []):
+                run.scaler.scale(loss / passes * poison).backward()
         measured.append(torch.stack([loss.detach(), *accuracies]))
         positions.append(batch.position)
     run.scaler.unscale_(run.optimizer)
@@ -148,9 +151,8 @@ def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tenso
 
 def train(run: Training) -> None:
     """Train to the end of the last epoch; Stopped if a request comes first, and what is done is then saved."""
-    cfg, progress, saved = run.cfg, run.progress, time.monotonic()
+    cfg, progress, saved, is_saved = run.cfg, run.progress, time.monotonic(), True
     journal = Journal(run.log.info, run.writer, cfg.TRAIN.EPOCHS, run.plan.per_update, progress.update)
-    recent: deque[Tensor] = deque(maxlen=2 * cfg.TRAIN.MAX_BAD_STEPS)  # positions of the last updates' images
     while progress.epoch < cfg.TRAIN.EPOCHS:
         set_training_mode(run.model, cfg.TRAIN.FREEZE == "backbone", cfg.TRAIN.EVAL_BN_WHEN_TRAINING)
         steps = run.epochs.count(progress.epoch) // run.plan.accumulation
@@ -159,16 +161,14 @@ def train(run: Training) -> None:
         batches = Waiting(progress_bar(loader, (steps - progress.step) * run.plan.accumulation, f"epoch {progress.epoch + 1}", enabled=bar))
         journal.begin_epoch(progress.update)
         while progress.step < steps:
-            measured, positions = train_step(run, batches)
-            run.measured.add(measured)
-            recent.append(positions)
+            run.measured.add(*train_step(run, batches))
             progress.step += 1
             progress.update += 1
             is_due = 0 < cfg.TRAIN.CHECKPOINT_MINUTES <= (time.monotonic() - saved) / 60
             must_stop, must_save = run.world.any_of(run.stop.received is not None, is_due and run.world.is_main)
             speaks = progress.update % cfg.PRINT_FREQ == 0
-            if speaks or must_stop or must_save or progress.step == steps or progress.update % cfg.TRAIN.MAX_BAD_STEPS == 0:
-                collect(run, recent)
+            if speaks or must_stop or must_save or progress.step == steps:
+                collect(run)
             if speaks:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
                 journal.speak(progress.update, progress.epoch, progress.step, steps, run.measured.take_window(), rates,
@@ -178,27 +178,29 @@ def train(run: Training) -> None:
                 is_saved, saved = save(run, "last.pth"), time.monotonic()
             if must_stop:
                 raise Stopped(is_saved)
-        end_epoch(run)
-        saved = time.monotonic()
+        is_saved, saved = end_epoch(run), time.monotonic()
+    if not is_saved and not save(run, "last.pth"):
+        raise OSError(f"all epochs are done, but their result is not saved in {run_folder(cfg) / 'checkpoints'}: make room and start "
+                      "the same command again, which goes on from the newest checkpoint there")
 
 
-def collect(run: Training, recent: Sequence[Tensor]) -> None:
+def collect(run: Training) -> None:
     """Wait for what the updates so far have measured; too many in a row without effect are an error that names their images."""
     limit, progress = run.cfg.TRAIN.MAX_BAD_STEPS, run.progress
-    if run.measured.collect() < limit:
+    if not run.measured.collect(limit):
         return
-    places = sorted({place for part in run.world.gather_objects(torch.cat(list(recent)).tolist()) for place in part})
+    places = sorted({place for part in run.world.gather_objects(torch.cat(run.measured.streak).tolist()) for place in part})
     names = run.epochs.dataset.keys_of(places)
     listed = run_folder(run.cfg) / "bad_images.txt"
     if run.world.is_main:
         listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     raise ValueError(f"{limit} updates in a row had a non-finite loss or gradient, up to number {progress.update} (epoch "
-                     f"{progress.epoch + 1}). Images of the last updates are listed in {listed} (first: {', '.join(names[:3])}): leave "
-                     "broken ones out with DATA.EXCLUDE, or try a lower TRAIN.BASE_LR or --disable_amp")
+                     f"{progress.epoch + 1}). Their images are listed in {listed} (first: {', '.join(names[:3])}): leave broken ones out "
+                     "with DATA.EXCLUDE, or try a lower TRAIN.BASE_LR or --disable_amp; with a new --tag, and --pretrained last.pth")
 
 
-def end_epoch(run: Training) -> None:
-    """Evaluate, write the epoch's metrics and checkpoints, and move on to the next epoch."""
+def end_epoch(run: Training) -> bool:
+    """Evaluate, write the epoch's metrics and checkpoints, and move on to the next epoch; whether its state was saved."""
     cfg, progress, done = run.cfg, run.progress, run.progress.epoch + 1
     models = {"val": run.model, **({"average": run.average.model} if run.average else {})}
     results: dict[str, float] = {}
@@ -211,12 +213,16 @@ def end_epoch(run: Training) -> None:
         results |= {f"{name}_{key}": found[key] for key in ("loss", "top1", "top5") if key in found}
         run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {in_words(found)}")
     score = max((results[f"{name}_top1"] for name in models if f"{name}_top1" in results), default=-1.0)
-    is_best, is_kept = score > progress.best, done % cfg.SAVE_FREQ == 0
-    progress.best = max(score, progress.best)
+    before = progress.best
+    is_best, is_kept = score > before, done % cfg.SAVE_FREQ == 0
+    progress.best = max(score, before)
     means = {f"train_{name}": value for name, value in run.measured.take_epoch().items()}
     run.writer.write(progress.update, done, **means, **results, **({"best_top1": progress.best} if progress.best >= 0 else {}))
     progress.epoch, progress.step = done, 0
-    save(run, *["best.pth"] * is_best, *[f"epoch_{done:04d}.pth"] * is_kept, "last.pth")
+    is_saved = save(run, *["best.pth"] * is_best, *[f"epoch_{done:04d}.pth"] * is_kept, "last.pth")
+    if not is_saved:
+        progress.best = before  # so that a later epoch can still become the best that is kept
+    return is_saved
 
 
 # ---- evaluation
@@ -272,24 +278,24 @@ def in_words(measured: dict[str, Any]) -> str:
 
 
 def save(run: Training, *names: str) -> bool:
-    """Write the state of a run under some names; where that fails the files of before are kept. Whether the last was written."""
-    is_written = True
-    if not run.world.is_main:
-        return is_written
-    state = {
-        "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
-        "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),
-        "measured": run.measured.state, "step": run.progress.update, "metric_lines": run.writer.lines, "config": dump(run.cfg),
-        "class_names": class_names(run),
-    }  # fmt: skip
-    for name in names:
+    """Write the state of a run under some names; where that fails the files of before are kept. Whether all were written."""
+    fault = ""
+    if run.world.is_main:
+        state = {
+            "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
+            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),
+            "measured": run.measured.state, "step": run.progress.update, "metric_lines": run.writer.lines, "config": dump(run.cfg),
+            "sources": run.sources, "class_names": class_names(run),
+        }  # fmt: skip
+        first, *others = (run_folder(run.cfg) / "checkpoints" / name for name in names)
         try:
-            utils.save_atomic(state, run_folder(run.cfg) / "checkpoints" / name)
-            is_written = True
+            utils.save_atomic(state, first)
+            for other in others:
+                utils.save_also(first, other)
         except OSError as error:
-            run.log.error(f"NO CHECKPOINT WRITTEN: {error}. Training goes on; make room, or this work can be lost")
-            is_written = False
-    return is_written
+            fault = str(error)
+            run.log.error(f"NO CHECKPOINT WRITTEN: {fault}. Training goes on; make room, or this work can be lost")
+    return not run.world.broadcast_object(fault)
 
 
 def class_names(run: Training) -> list[str]:
@@ -298,24 +304,36 @@ def class_names(run: Training) -> list[str]:
     return names if len(names) == run.cfg.MODEL.NUM_CLASSES else []
 
 
-def find_state(cfg: CfgNode, log: Logger) -> dict[str, Any] | None:
-    """The state to go on from: the newest valid one of the run's folder, else --resume's; None to begin anew."""
+def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, Any] | None:
+    """The state to go on from: the newest valid one of the run's folder, else --resume's; None to begin anew.
+
+    `sources` are this run's data and teacher, which must be those that the state comes from.
+    """
     folder = run_folder(cfg) / "checkpoints"
     path: Path | str | None = utils.newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
+    if cfg.TRAIN.AUTO_RESUME and not path and any(folder.glob("*.pth")):
+        raise ValueError(f"{folder}: none of the checkpoints there can be used: begin another run with --tag, or move them away with "
+                         "TRAIN.AUTO_RESUME False")
+    state, path = None, path or cfg.MODEL.RESUME
+    if path:
+        if Path(path).suffix == ".safetensors":
+            raise ValueError(f"{path} holds weights alone, so no training goes on from it: take them with --pretrained")
+        state = utils.load_checkpoint(path)
+        if missing := sorted(STATE_KEYS - state.keys()):
+            raise ValueError(f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its weights with "
+                             "--pretrained")
+        for change in check_continuation(state["config"], cfg, str(path)):
+            follows = "; learning rates follow it" if change.key == "TRAIN.EPOCHS" else ""
+            log.warning(f"CHANGED SINCE THE CHECKPOINT: {change}{follows}")
+        check_sources(state.get("sources", {}), sources, str(path))
+        log.info(f"continuing from {path}: {state['step']} updates are done, the next is in epoch {state['progress']['epoch'] + 1}")
+        for name in {cfg.MODEL.RESUME, cfg.MODEL.PRETRAINED} - {"", path}:
+            log.info(f"not loaded: {name}")
     if not cfg.TRAIN.AUTO_RESUME and any(folder.glob("*.pth")):
         aside = next(name for name in (folder.with_name(f"checkpoints_before_{n}") for n in range(1, 10**6)) if not name.exists())
         log.warning(f"TRAIN.AUTO_RESUME is off: the checkpoints of an earlier run move to {folder.rename(aside)}")
+        (folder.parent / "wandb_id.txt").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (path := path or cfg.MODEL.RESUME):
-        return None
-    state = utils.load_checkpoint(path)
-    if missing := [key for key in ("model", "optimizer", "progress", "config") if key not in state]:
-        raise ValueError(f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its weights with --pretrained")
-    for change in check_continuation(state["config"], cfg, str(path)):
-        log.warning(f"CHANGED SINCE THE CHECKPOINT: {change}{'; learning rates follow it' if change.key == 'TRAIN.EPOCHS' else ''}")
-    log.info(f"continuing from {path}: {state['step']} updates are done, the next is in epoch {state['progress']['epoch'] + 1}")
-    for name in {cfg.MODEL.RESUME, cfg.MODEL.PRETRAINED} - {"", path}:
-        log.info(f"not loaded: {name}")
     return state
 
 
@@ -340,9 +358,10 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     model = build_model(cfg, load=False, log=log.info).to(world.device)
     if cfg.TRAIN.CHANNELS_LAST and cfg.MODEL.TYPE != "tiny_vit":  # which does so by itself
         model = model.to(memory_format=torch.channels_last)
-    state = world.on_main(lambda: find_state(cfg, log))
+    sources = world.on_main(lambda: sources_of(cfg) | ({"teacher": teacher.identity()} if teacher else {}))
+    state = world.on_main(lambda: find_state(cfg, log, sources))
     if state:
-        model.load_state_dict(state["model"])
+        restore(model, state["model"])
     elif cfg.MODEL.PRETRAINED:
         world.on_main(lambda: load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info) and None)
         world.broadcast_tensors(model.state_dict().values())
@@ -368,10 +387,21 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     return Training(
         cfg=cfg, world=world, log=log, writer=open_writer(cfg, world, log, state), stop=stop, plan=plan, epochs=epochs, model=model,
         validate=open_validation(cfg, world, log, uses_labels, stop), network=utils.wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
-        average=average, teacher=in_the_loop, mixer=(PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix).from_config(cfg),
+        sources=sources, average=average, teacher=in_the_loop,
+        mixer=(PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix).from_config(cfg),
         outputs=torch.from_numpy(outputs).to(world.device) if labelled else None, optimizer=optimizer, scheduler=scheduler, scaler=scaler,
         dtype=dtype, progress=progress, measured=Measurements(columns, world, state and state["measured"]),
     )  # fmt: skip
+
+
+def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a checkpoint's weights; what does not fit is told in one line."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"the checkpoint is of another {type(model).__name__} ({reason}): begin another run with --tag, or give the "
+                         "model back that it was written for") from None
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -484,30 +514,51 @@ def main(argv: list[str] | None = None) -> int:
     parser = argument_parser(str(__doc__).partition("\n")[0])
     parser.add_argument("--save-model", metavar="FILE", default="", help="write the weights alone, as safetensors, when done")
     parser.add_argument("--per-class-csv", metavar="FILE", help="with --eval: write each class's accuracy (TEST.PER_CLASS_CSV)")
-    args, rank = parser.parse_args(argv), os.environ.get("RANK", "0")
+    args, rank, log = parser.parse_args(argv), os.environ.get("RANK", "0"), None
     try:
         given = {"TEST.PER_CLASS_CSV": args.per_class_csv} if args.per_class_csv else {}
-        cfg = config_from_args(args, int(os.environ.get("WORLD_SIZE", "1")), given)
+        cfg = config_from_args(args, utils.from_environment("WORLD_SIZE", 1), given)
         for name, path in (("--save-model", args.save_model), ("TEST.PER_CLASS_CSV", cfg.TEST.PER_CLASS_CSV)):
-            if path and (Path(path).is_dir() or not os.access(Path(path).absolute().parent, os.W_OK)):
-                raise ValueError(f"{name} {path}: can't be written there, name a file in a folder that exists")
+            if path and not utils.is_writable(path):
+                raise ValueError(f"{name} {path}: can't be written there, name a file in a folder of yours")
         world = utils.init_distributed(cfg.DEVICE)
         utils.choose_kernels(cfg.TRAIN.DETERMINISTIC)
-        log = create_logger(None if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE else run_folder(cfg), world.rank)
         program = measure_throughput if cfg.THROUGHPUT_MODE else evaluate_weights if cfg.EVAL_MODE else run_training
-        model = program(cfg, world, log)
+        folder = run_folder(cfg) if program is run_training else None
+        with ExitStack() as stack:
+            if folder:
+                world.on_main(lambda: stack.enter_context(utils.sole_user(folder / "log_rank0.txt")))
+            log = create_logger(folder, world.rank)
+            model = program(cfg, world, log)
         if args.save_model and world.is_main:
             save_weights(model, args.save_model)
             log.info(f"weights written to {args.save_model}")
         world.destroy()
         return 0
     except Stopped as stopped:
-        return STOPPED if stopped.args[0] else FAULT
+        is_saved = stopped.args[0]
+        log.info(f"stopped on request: {'the same command goes on from here' if is_saved else 'and nothing could be saved'}")
+        return STOPPED if is_saved else FAULT
     except ElsewhereError:
         return FAULT
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-        return FAULT
+    except (ValueError, OSError, torch.OutOfMemoryError, dist.DistError) as error:
+        return fail(error, rank, log)
+    except RuntimeError as error:
+        if "onnection" not in str(error):  # how gloo says that another process is gone
+            raise
+        return fail(error, rank, log)
+
+
+def fail(error: Exception, rank: str, log: Logger | None) -> int:
+    """Tell a fault in one line, in the log as well, as far as there is one; the exit code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        text = f"the connection to another process is lost, whose own message tells why ({text[:120]})"
+    print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+    for handler in log.handlers if log else ():
+        if isinstance(handler, FileHandler):
+            handler.handle(log.makeRecord(log.name, ERROR, "", 0, text, (), None))
+    return FAULT
 
 
 if __name__ == "__main__":

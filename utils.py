@@ -4,13 +4,14 @@ import errno
 import math
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from inspect import signature
@@ -114,8 +115,8 @@ def init_distributed(
     `join_timeout` is how long to wait for the others at the start, `timeout` how long for any later exchange: rank 0 may be
     listing millions of images meanwhile.
     """
-    rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    local_rank = _environment("LOCAL_RANK", rank)
+    rank, world_size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    local_rank = from_environment("LOCAL_RANK", rank)
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
         raise ValueError("of the environment variables RANK and WORLD_SIZE only one is set: start with torchrun, or set both or none")
     if not 0 <= rank < world_size:
@@ -166,7 +167,8 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelt
         time.sleep(0.01)
 
 
-def _environment(name: str, default: int) -> int:
+def from_environment(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment."""
     text = os.environ.get(name, str(default))
     try:
         return int(text)
@@ -297,6 +299,34 @@ def grad_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.Gr
 # ---- checkpoints
 
 
+@contextmanager
+def sole_user(path: str | Path) -> Iterator[None]:
+    """Let no other process in that asks for the same file, as far as the system has such locks; one that dies lets go."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            import fcntl  # absent on Windows
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which children do not inherit
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"{path.parent} is in use: another process writes to this run; wait for its end, or give this one another "
+                             "--tag") from None
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+def is_writable(path: str | Path) -> bool:
+    """Whether a file can be written there; folders that it lacks are made."""
+    path = Path(path).absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return not path.is_dir() and os.access(path.parent, os.W_OK)
+
+
 def save_atomic(state: dict[str, Any], path: str | Path) -> None:
     """Write tensors and plain values so that `path` is at any time either the old file or the whole new one."""
     path = Path(path)
@@ -318,6 +348,24 @@ def save_atomic(state: dict[str, Any], path: str | Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def save_also(path: str | Path, other: str | Path) -> None:
+    """Give a checkpoint that was just written a second name: a link to the same file where there can be links, else a copy."""
+    path, other = Path(path), Path(other)
+    temporary = other.with_name(f".{other.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, other)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(other.parent)
 
 
 def _assert_plain(value: Any, name: str) -> None:
@@ -359,6 +407,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}") from None
+    except (OSError, MemoryError) as error:  # which say nothing of what the file holds
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"this checkpoint can't be read now ({error})", str(path)) from error
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the checkpoint {path} is damaged or of another kind ({reason}): use another one") from error
@@ -368,14 +418,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date; damaged ones are named and skipped."""
+    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date; damaged ones are named and skipped.
 
-    def progress(path: Path) -> tuple[float, int]:
+    One that can't be read, for no fault of its own, is an OSError.
+    """
+
+    def progress(path: Path) -> tuple[float, int, bool]:
         try:
             step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
         except Exception:
             step = math.inf  # it comes first, to be reported
-        return step, path.stat().st_mtime_ns
+        return step, path.stat().st_mtime_ns, path.name == "last.pth"
 
     for path in sorted(Path(folder).glob("*.pth"), key=progress, reverse=True):
         try:
@@ -398,35 +451,39 @@ def _wide(device: torch.device) -> torch.dtype:
 class Measurements:
     """What updates measure, kept on their device until `collect`; an update whose first column is not finite counts as skipped.
 
-    `state` is plain values: with it a resumed run goes on exactly.
+    `state` is plain values: with it a resumed run goes on exactly. `streak` has the images' positions of each of the last updates,
+    as far as these were skipped.
     """
 
     def __init__(self, columns: Sequence[str], world: Distributed, state: dict[str, Any] | None = None) -> None:
         self.columns, self.world = tuple(columns), world
         self.state = state or {"window": [], "epoch": [], "skipped": 0, "skipped_in_a_row": 0}
-        self._pending: list[Tensor] = []
+        self.streak: list[Tensor] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, row: Tensor) -> None:
-        """Take one update's columns; nothing waits for the device."""
-        self._pending.append(row)
+    def add(self, row: Tensor, positions: Tensor) -> None:
+        """Take one update's columns, and its images; nothing waits for the device."""
+        self._pending.append((row, positions))
 
-    def collect(self) -> int:
-        """Wait for the pending rows, as means over all processes; returns the largest number of updates skipped in a row by now."""
-        longest = self.state["skipped_in_a_row"]
+    def collect(self, limit: float = math.inf) -> bool:
+        """Wait for the pending rows, as means over all processes; stops, and tells, when `limit` updates in a row were skipped."""
         if not self._pending:
-            return longest
-        rows = self.world.all_reduce_sum(torch.stack(self._pending).detach().cpu().double()) / self.world.world_size
-        for row in rows.tolist():
+            return False
+        rows = self.world.all_reduce_sum(torch.stack([row for row, _ in self._pending]).detach().cpu().double()) / self.world.world_size
+        pending, self._pending = self._pending, []
+        for row, (_, positions) in zip(rows.tolist(), pending):
             if math.isfinite(row[0]):
                 self.state["window"].append(row)
                 self.state["epoch"] = [total + value for total, value in zip(self.state["epoch"] or [0.0] * (len(row) + 1), (*row, 1.0))]
                 self.state["skipped_in_a_row"] = 0
+                self.streak = []
             else:
                 self.state["skipped"] += 1
                 self.state["skipped_in_a_row"] += 1
-                longest = max(longest, self.state["skipped_in_a_row"])
-        self._pending.clear()
-        return longest
+                self.streak.append(positions)
+                if self.state["skipped_in_a_row"] >= limit:
+                    return True
+        return False
 
     def take_window(self) -> dict[str, float]:
         """The means over what was collected since this was last called."""

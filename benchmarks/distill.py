@@ -66,8 +66,7 @@ def work(pipe: Connection, words: list[str]) -> None:
         run.progress.epoch, run.progress.step = epoch, 0
         batches = Waiting(run.epochs.batches(epoch))
         for _ in range(run.epochs.count(epoch)):
-            measured, _ = main.train_step(run, batches)
-            run.measured.add(measured)
+            run.measured.add(*main.train_step(run, batches))
             run.progress.step += 1
             if run.progress.step % 10 == 0:  # as often as a training speaks
                 run.measured.collect()

@@ -15,9 +15,10 @@ from configs.validate import ConfigError
 FREE = {
     "EXPLICIT", "BASE", "OUTPUT", "TAG", "PRINT_FREQ", "SAVE_FREQ", "USE_WANDB", "WANDB_PROJECT", "LOCAL_RANK", "EVAL_MODE",
     "THROUGHPUT_MODE", "DATA.DATA_PATH", "DATA.VAL_PATH", "DATA.INDEX_DIR", "DATA.REINDEX", "DATA.DOWNLOAD", "DATA.NUM_WORKERS",
-    "DATA.WORKER_START", "DATA.PREFETCH", "DATA.PIN_MEMORY", "MODEL.PRETRAINED", "MODEL.RESUME", "DISTILL.TEACHER_LOGITS_PATH",
+    "DATA.WORKER_START", "DATA.PREFETCH", "DATA.PIN_MEMORY", "DATA.ON_CORRUPT", "DATA.MAX_PIXELS",
+    "MODEL.PRETRAINED", "MODEL.RESUME", "DISTILL.TEACHER_LOGITS_PATH",
     "DISTILL.STAGE_DIR", "DISTILL.TEACHER_CFG", "DISTILL.TEACHER_WEIGHTS", "TRAIN.EPOCHS", "TRAIN.AUTO_RESUME",
-    "TRAIN.CHECKPOINT_MINUTES", "TRAIN.USE_CHECKPOINT", "TEST.PER_CLASS_CSV",
+    "TRAIN.CHECKPOINT_MINUTES", "TRAIN.USE_CHECKPOINT", "TRAIN.MAX_BAD_STEPS", "TEST.BATCH_SIZE", "TEST.EVERY", "TEST.PER_CLASS_CSV",
 }
 # How an update is split; free as soon as GLOBAL_BATCH says how large it is in all.
 SPLIT = {"WORLD_SIZE", "DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS"}
@@ -51,6 +52,14 @@ def check_continuation(before: str, cfg: CfgNode, where: str) -> list[Change]:
             way_out += f"; with {GLOBAL} {was} any number of processes may go on that shares so many images evenly"
         raise ConfigError(f"{where} was written under another configuration ({'; '.join(map(str, refused))}): {way_out}")
     return [change for change in changes if change.key in SPLIT | {"TRAIN.EPOCHS"}]
+
+
+def check_sources(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """A ConfigError if a checkpoint comes from other images, or another teacher, than lie now where the configuration says."""
+    changes = [Change(key, before[key], now[key]) for key in now if key in before and before[key] != now[key]]
+    if changes:
+        raise ConfigError(f"{where} comes from other data than this run would see ({'; '.join(map(str, changes))}): give the old images, "
+                          "lists and teacher back, start anew with --tag <new name>, or take its weights alone with --pretrained")
 
 
 def _images_per_update(values: Mapping[str, Any]) -> int:

@@ -122,6 +122,15 @@ def check_store(cfg, wanted: Iterable[int] | None = None) -> str:
     return f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,} images, epochs {ranges(epochs)}"
 
 
+def sources_of(cfg) -> dict[str, Any]:
+    """Which images a training learns from, and which teacher's records: what must stay the same when it is continued."""
+    dataset = build_dataset(cfg, "train")
+    keys = dataset.get_keys()
+    found = {"images": len(dataset), "keys_sha256": keys.digest()}
+    store = open_store(cfg, keys) if reads_store(cfg) else None
+    return found | ({"teacher": store.manifest["teacher"]} if store and store.manifest["teacher"] else {})
+
+
 def val_epochs(cfg, rank: int) -> Epochs:
     """The validation images of one rank, every image once over all ranks, as (image, label)."""
     dataset = TransformedDataset(build_dataset(cfg, "val"), eval_transform(cfg))
@@ -259,4 +268,5 @@ def _loader_options(cfg) -> dict[str, Any]:
     return options
 
 
-__all__ = ["Epochs", "Sample", "check_store", "local_positions", "open_store", "reads_store", "resolve", "train_epochs", "val_epochs"]
+__all__ = ["Epochs", "Sample", "check_store", "local_positions", "open_store", "reads_store", "resolve", "sources_of", "train_epochs",
+           "val_epochs"]  # fmt: skip

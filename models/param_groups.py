@@ -6,7 +6,7 @@ from yacs.config import CfgNode
 
 from models.pretrained import classifier_names
 
-_FUSED_DEVICES = ("cpu", "cuda", "mps")
+_FUSED_DEVICES = {"cpu", "cuda", "mps"}
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -17,13 +17,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if cfg.TRAIN.FREEZE == "backbone":
         freeze_backbone(model)
     groups = parameter_groups(model, cfg.TRAIN.WEIGHT_DECAY, cfg.TRAIN.LAYER_LR_DECAY)
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
     settings = cfg.TRAIN.OPTIMIZER
     match settings.NAME:
         case "adamw":
-            fused = all(parameter.device.type in _FUSED_DEVICES for group in groups for parameter in group["params"])
+            fused = devices <= _FUSED_DEVICES
             return torch.optim.AdamW(groups, cfg.TRAIN.BASE_LR, tuple(settings.BETAS), settings.EPS, fused=fused)
         case "sgd":
-            return torch.optim.SGD(groups, cfg.TRAIN.BASE_LR, settings.MOMENTUM, nesterov=settings.MOMENTUM > 0)
+            fused = devices == {"cuda"}  # so that an update without effect need not ask the device
+            return torch.optim.SGD(groups, cfg.TRAIN.BASE_LR, settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, fused=fused)
     raise ValueError(f"TRAIN.OPTIMIZER.NAME = {settings.NAME!r}: expected adamw or sgd")
 
 

@@ -149,9 +149,17 @@ def load_weights(
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights alone, as safetensors; the file is whole or not there."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    safetensors.torch.save_file(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+    temporary = Path(f"{path}.tmp")
+    try:
+        safetensors.torch.save_file(state, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except safetensors.SafetensorError as error:  # how it tells of a full disk
+        raise OSError(f"{path}: the weights can't be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_pretrained(model: nn.Module, variant: str, which: str, log: Callable[[str], None] = print) -> LoadReport:

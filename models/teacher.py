@@ -57,7 +57,13 @@ class Teacher:
         device = next(self.model.parameters()).device
         (mean, std), (own_mean, own_std) = (torch.tensor(pair, device=device)[..., None, None] for pair in (statistics, own))
         is_same, scale, shift = statistics == own, std / own_std, (mean - own_mean) / own_std
-        return lambda images: encode(self.logits(images if is_same else images * scale + shift), k, temperature)
+        classes = None if self.classes is None else torch.tensor(self.classes, device=device)  # once: a copy to a GPU is waited for
+
+        def targets(images: Tensor) -> tuple[Tensor, Tensor]:
+            images = images if is_same else images * scale + shift
+            return encode(teacher_logits(self.model, images, classes, self.dtype), k, temperature)
+
+        return targets
 
     def label_map(self, num_data_classes: int) -> np.ndarray | None:
         """For each class of the data the kept output that stands for it, -1 where none does; None if the data's labels don't fit."""

@@ -1,6 +1,7 @@
 """What an update moves of a model and what it leaves alone; where a flag on the device says so, all of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -49,6 +50,16 @@ def restore_unless(is_good: Tensor, tensors: Iterable[Tensor], saved: Iterable[T
         return
     for tensor, before in zip(tensors, saved):
         tensor.copy_(torch.where(is_good, tensor, before))
+
+
+@contextmanager
+def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give tensors back what they hold now: running statistics, which a recomputed forward pass would move a second time."""
+    saved = [(tensor, tensor.clone()) for tensor in tensors]
+    yield
+    with torch.no_grad():
+        for tensor, before in saved:
+            tensor.copy_(before)
 
 
 class Average:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -552,21 +553,32 @@ def test_measurements_are_means_in_float64_over_windows_and_epochs():
     mean = {name: sum(row[i] for row in good) / 5 for i, name in enumerate("abc")}
     part = {name: (good[0][i] + good[1][i]) / 2 for i, name in enumerate("abc")}
     measured = Measurements("abc", Distributed())
-    assert measured.collect() == 0 and measured.take_window() == {} and measured.take_epoch() == {}
-    for row in rows[:4]:
-        measured.add(row.requires_grad_())
-    assert measured.collect() == 2 and measured.take_window() == pytest.approx(part, rel=1e-14)
+    assert not measured.collect(1) and measured.take_window() == {} and measured.take_epoch() == {}
+    for number, row in enumerate(rows[:4]):
+        measured.add(row.requires_grad_(), torch.tensor([number]))
+    assert not measured.collect(3) and torch.cat(measured.streak).tolist() == [2, 3]
+    assert measured.take_window() == pytest.approx(part, rel=1e-14)
     again = Measurements("abc", Distributed(), json.loads(json.dumps(measured.state)))  # as through a checkpoint
     for row in rows[4:]:
-        again.add(row)
-    assert again.collect() == 2 and again.collect() == 0 and again.state["skipped"] == 2
+        again.add(row, torch.tensor([0]))
+    assert not again.collect(1) and again.state["skipped"] == 2 and again.state["skipped_in_a_row"] == 0
     assert again.take_epoch() == pytest.approx(mean, rel=1e-14)
     assert list(again.take_window()) == list("abc") and again.take_window() == {} and again.take_epoch() == {}
     big = Measurements("a", Distributed())
-    big.add(torch.tensor([16777216.0]))
-    big.add(torch.tensor([1.0]))
+    big.add(torch.tensor([16777216.0]), torch.tensor([0]))
+    big.add(torch.tensor([1.0]), torch.tensor([1]))
     big.collect()
     assert big.take_window()["a"] * 2 == 16777217  # float32 would lose the last one
+
+
+def test_measurements_stop_at_so_many_updates_without_effect_in_a_row():
+    measured = Measurements("a", Distributed())
+    for number, value in enumerate([1.0, math.nan, 1.0, math.nan]):
+        measured.add(torch.tensor([value]), torch.tensor([number, 10 * number]))
+    assert not measured.collect(2) and torch.cat(measured.streak).tolist() == [3, 30]
+    for number, value in enumerate([math.inf, 1.0], 4):
+        measured.add(torch.tensor([value]), torch.tensor([number]))
+    assert measured.collect(2) and torch.cat(measured.streak).tolist() == [3, 30, 4] and measured.state["skipped"] == 3
 
 
 def test_measurements_do_not_wait_for_the_device_before_they_are_collected(monkeypatch):
@@ -577,7 +589,7 @@ def test_measurements_do_not_wait_for_the_device_before_they_are_collected(monke
 
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    measured.add(torch.ones(1))
+    measured.add(torch.ones(1), torch.zeros(1))
     with pytest.raises(AssertionError, match="waited for"):
         measured.collect()
 
@@ -736,7 +748,7 @@ def evaluate_part(counts):
     loader = batches(images[part], labels[part], 4) if counts[world.rank] else []
     result = evaluate(model, loader, world.device, world=world, num_classes=7)
     measured = Measurements("ab", world)
-    measured.add(torch.tensor([1.0, world.rank]))
+    measured.add(torch.tensor([1.0, world.rank]), torch.tensor([0]))
     measured.collect()
     world.destroy()
     return result, measured.take_window()
