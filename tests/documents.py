@@ -31,7 +31,7 @@ def commands(page: Path) -> list[list[str]]:
 
 def commands_in(text: str) -> list[list[str]]:
     """The commands in a block as words, comments left out."""
-    return [shlex.split(line, comments=True) for line in joined(text) if line.startswith(STARTS)]
+    return [shlex.split(line.removesuffix(" &"), comments=True) for line in joined(text) if line.startswith(STARTS)]
 
 
 def joined(text: str) -> list[str]:
