@@ -105,8 +105,24 @@ def test_killed_twice_and_stopped_once_it_ends_as_if_nothing_had_happened(untouc
 
 def test_so_it_does_with_two_processes_of_which_one_meets_the_signal(untouched, tmp_path):
     killed, stopped = (AT_UPDATE.format(update=update, ranks=[1], signal=signal) for update, signal in ((6, "SIGKILL"), (8, "SIGTERM")))
-    endure(tmp_path, 2, (killed, -9), (stopped, 75))
+    endure(tmp_path, 2, (killed, -9), (stopped, 75), (IN_EVALUATION.format(ranks=[1], signal="SIGTERM"), 75))
     assert_same_end(tmp_path, untouched(2))
+
+
+def test_what_was_done_since_the_last_checkpoint_is_done_again_and_the_same(tmp_path):
+    """Checkpoints come after epochs alone; an update takes two passes, and every second epoch is evaluated."""
+    opts = [*RUN, "DATA.BATCH_SIZE", 4, "TRAIN.ACCUMULATION_STEPS", 2, "TEST.EVERY", 2]
+    finish(tmp_path / "untouched", *opts)
+    for update in (4, 8, 13):
+        with Job(tmp_path / "killed", *opts, prepare=AT_UPDATE.format(update=update, ranks=[0], signal="SIGKILL")) as job:
+            assert job.wait() == [-9], job.text()
+    finish(tmp_path / "killed", *opts)
+    log = (folder(tmp_path / "killed") / "log_rank0.txt").read_text()
+    assert re.findall(r"last.pth: (\d+) updates are done", log) == ["5", "10"]  # the first was killed before there was one
+    for key in ("model", "model_ema", "optimizer", "measured", "step", "metric_lines"):
+        assert same_bits(state(tmp_path / "killed")[key], state(tmp_path / "untouched")[key]), key
+    ours, theirs = ((folder(tmp_path / output) / "metrics.jsonl").read_bytes() for output in ("killed", "untouched"))
+    assert ours == theirs and state(tmp_path / "killed")["step"] == 3 * UPDATES
 
 
 @pytest.mark.proof
