@@ -39,6 +39,7 @@ TOOLS = {
     "tools.logits merge": ("sealed now: 0", "merged/epoch_0000.npy"),
     "tools.logits histogram": ("logits.png: written", "logits.png"),
     "tools.logits convert": ("1 epochs of 24 images", "converted/epoch_0000.npy"),
+    "tools.verify_zoo": ("0 of 8 checkpoints agree within 0.1 points", ""),
 }
 
 
@@ -202,10 +203,12 @@ def assert_tool_ran(command: Command, place: Path, monkeypatch, capsys) -> None:
         code, out = run(command._replace(arguments=[*words, "--help"]), monkeypatch, capsys)
         assert code == 0 and f"usage: python -m {name}" in out
         return
-    options = {"tools.logits convert": ["--opts", "DATA.CLASS_LIST", "imagenet1k", "DATA.IMG_SIZE", "40"]}
+    options = {"tools.logits convert": ["--opts", "DATA.CLASS_LIST", "imagenet1k", "DATA.IMG_SIZE", "40"],
+               "tools.verify_zoo": ["--workers", "0"]}  # fmt: skip
     code, out = run(command._replace(arguments=[*words, *options.get(name, [])]), monkeypatch, capsys)
     said, file = TOOLS[name]
-    assert code == 0 and said in out and (place / file).exists(), f"{name}\n{out}"
+    # Random weights have other accuracies than the published ones, and that is what its exit code tells.
+    assert code == (name == "tools.verify_zoo") and said in out and (place / file).exists(), f"{name}\n{out}"
 
 
 class Began(Exception):

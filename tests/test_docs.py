@@ -12,9 +12,12 @@ import torch
 
 from configs import load_config
 from configs.defaults import get_defaults
-from models.build import build_model
-from tests.documents import PAGES, marked
+from models.build import build_model, count_parameters
+from models.pretrained import zoo_url
+from models.tiny_vit import TinyViT
+from tests.documents import PAGES, README, marked
 from tests.helpers import ROOT
+from tools import verify_zoo
 
 TINY = ["DATA.SHAPES.TRAIN_IMAGES", "512", "DATA.SHAPES.VAL_IMAGES", "20", "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "1",
         "TRAIN.WARMUP_EPOCHS", "0"]  # fmt: skip
@@ -85,6 +88,20 @@ def test_the_readmes_own_loop_runs(workplace):
     run(["save_logits.py", *recipe, "--skip-eval", "--resume", "teacher.pth", "--opts", *opts], workplace)
     source = source.replace('"DISTILL.TEACHER_LOGITS_PATH"', ", ".join(f'"{word}"' for word in [*TINY, "DISTILL.TEACHER_LOGITS_PATH"]))
     run(["-c", source + "\nassert torch.isfinite(loss) and epoch == 0\n"], workplace)
+
+
+def test_the_readmes_table_of_models_is_right():
+    """Links lead where the code fetches from; published figures, parameters and multiply-adds are those that the code knows or counts."""
+    text = README.read_text(encoding="utf-8")
+    links = dict(re.findall(r"^\[(\w+)\]: (\S+)$", text, re.MULTILINE))
+    shown = {links[name]: float(top1) for top1, name in re.findall(r"\[([\d.]+)\]\[(\w+)\]", text)}
+    assert shown == {zoo_url(entry.variant, entry.which): entry.top1 for entry in verify_zoo.ZOO}
+    weights = {links[name] for name in re.findall(r"\[weights\]\[(\w+)\]", text)}
+    assert weights == {zoo_url(size, "22k_distill") for size in ("5m", "11m", "21m")}
+    for name, parameters, adds, size in re.findall(r"^\| TinyViT-(\S+) \| ([\d.]+) M \| ([\d.]+) G \| (\d+) \|", text, re.MULTILINE):
+        model = TinyViT.from_config(name.lower().replace("-", "_"))
+        assert model.img_size == int(size) and f"{count_parameters(model) / 1e6:.1f}" == parameters
+        assert f"{model.flops() / 1e9:.1f}" == adds
 
 
 def test_results_say_how_they_were_made():
