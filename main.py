@@ -36,6 +36,7 @@ from data.rng import run_seed
 from logger import Journal, NullWriter, create_logger, create_metric_writer, git_state, write_classes
 from logger import progress as progress_bar
 from lr_scheduler import LearningRateScheduler, build_scheduler
+from models import checkpoints
 from models.build import build_model, build_teacher, count_multiply_adds, count_parameters, load_named_weights, num_outputs
 from models.class_map import map_outputs, outputs_of_labels
 from models.distill import distillation_loss, label_cross_entropy, share_right
@@ -289,9 +290,9 @@ def save(run: Training, *names: str) -> bool:
         }  # fmt: skip
         first, *others = (run_folder(run.cfg) / "checkpoints" / name for name in names)
         try:
-            utils.save_atomic(state, first)
+            checkpoints.save_atomic(state, first)
             for other in others:
-                utils.save_also(first, other)
+                checkpoints.save_also(first, other)
         except OSError as error:
             fault = str(error)
             run.log.error(f"NO CHECKPOINT WRITTEN: {fault}. Training goes on; make room, or this work can be lost")
@@ -310,7 +311,7 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
     `sources` are this run's data and teacher, which must be those that the state comes from.
     """
     folder = run_folder(cfg) / "checkpoints"
-    path: Path | str | None = utils.newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
+    path: Path | str | None = checkpoints.newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
     if cfg.TRAIN.AUTO_RESUME and not path and any(folder.glob("*.pth")):
         raise ValueError(f"{folder}: none of the checkpoints there can be used: begin another run with --tag, or move them away with "
                          "TRAIN.AUTO_RESUME False")
@@ -318,7 +319,7 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
     if path:
         if Path(path).suffix == ".safetensors":
             raise ValueError(f"{path} holds weights alone, so no training goes on from it: take them with --pretrained")
-        state = utils.load_checkpoint(path)
+        state = checkpoints.load_checkpoint(path)
         if missing := sorted(STATE_KEYS - state.keys()):
             raise ValueError(f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its weights with "
                              "--pretrained")

@@ -29,14 +29,14 @@ def meeting(run, batches):
 main.train_step = meeting
 """
 IN_SAVING = """
-import os, signal, utils
+import os, signal
 replace, left = os.replace, [{count}]
 def meeting(source, target):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.{signal})
     replace(source, target)
-utils.os = type("os", (), dict(vars(os), replace=staticmethod(meeting)))
+main.checkpoints.os = type("os", (), dict(vars(os), replace=staticmethod(meeting)))
 """
 IN_EVALUATION = """
 import os, signal
