@@ -92,9 +92,6 @@ class Training:
     measured: Measurements  # what `train_step` returns: gradient norm, loss and accuracies
 
 
-# ---- the step and the loop
-
-
 def train_step(run: Training, batches: Iterator[Sample]) -> tuple[Tensor, Tensor]:
     """One update from as many batches as it accumulates: what it measures, still on the device, and the positions of its images."""
     epoch, passes = run.progress.epoch, run.plan.accumulation
@@ -226,9 +223,6 @@ def end_epoch(run: Training) -> bool:
     return is_saved
 
 
-# ---- evaluation
-
-
 def open_validation(
     cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool, stop: StopRequest | None = None
 ) -> Callable[[nn.Module], dict[str, Any]] | None:
@@ -273,9 +267,6 @@ def in_words(measured: dict[str, Any]) -> str:
     """The result of an evaluation."""
     text = f"{measured['count']:,} validation images"
     return text + (": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured) if "top1" in measured else "")
-
-
-# ---- what a training says and saves
 
 
 def save(run: Training, *names: str) -> bool:
@@ -336,9 +327,6 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
         (folder.parent / "wandb_id.txt").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return state
-
-
-# ---- building
 
 
 def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequest) -> Training:
@@ -449,9 +437,6 @@ def multiply_adds(model: nn.Module, image_size: int) -> str:
     """What one image costs, in words."""
     count = count_multiply_adds(model, image_size)
     return f"{f'{count / 1e9:.3f} G' if count else 'unknown'} multiply-adds at {image_size} px"
-
-
-# ---- programs
 
 
 def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:

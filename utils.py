@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# ---- processes and devices
-
 
 class ElsewhereError(ValueError):
     """A fault of another process, which reports it."""
@@ -262,9 +260,6 @@ class StopRequest:
         return bool(world.all_reduce_sum(torch.tensor(float(self.received is not None), device=world.device)) > 0)
 
 
-# ---- precision
-
-
 def amp_dtype(cfg, device: torch.device) -> torch.dtype | None:
     """The type of mixed precision that AMP_ENABLE and AMP_DTYPE mean on a device; None is float32 throughout."""
     name = cfg.AMP_DTYPE if cfg.AMP_ENABLE else "off"
@@ -293,9 +288,6 @@ def grad_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.Gr
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-# ---- checkpoints
-
-
 @contextmanager
 def sole_user(path: str | Path) -> Iterator[None]:
     """Let no other process in that asks for the same file, as far as the system has such locks; one that dies lets go."""
@@ -322,9 +314,6 @@ def is_writable(path: str | Path) -> bool:
     except OSError:
         return False
     return not path.is_dir() and os.access(path.parent, os.W_OK)
-
-
-# ---- meters and evaluation
 
 
 def _wide(device: torch.device) -> torch.dtype:
