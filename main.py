@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
-from logging import ERROR, FileHandler, Logger
+from logging import Logger
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 import utils
-from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, load_config, run_folder
+from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, run_folder, teacher_config
 from configs.continuation import check_continuation, check_sources
 from data.build import Epochs, Sample, check_store, resolve, sources_of, train_epochs, val_epochs
 from data.decoder import mean_and_std
 from data.mix import BatchMix, Mixer, PairMix
 from data.rng import run_seed
-from logger import Journal, NullWriter, create_logger, create_metric_writer, git_state, write_classes
+from logger import Journal, NullWriter, create_logger, create_metric_writer, evaluation_in_words, git_state, note_fault, write_classes
 from logger import progress as progress_bar
 from lr_scheduler import LearningRateScheduler, build_scheduler
 from models import checkpoints
-from models.build import build_model, build_teacher, count_multiply_adds, count_parameters, load_named_weights, num_outputs
+from models.build import build_model, build_teacher, count_parameters, load_named_weights, multiply_adds_in_words, num_outputs
 from models.class_map import map_outputs, outputs_of_labels
 from models.distill import distillation_loss, label_cross_entropy, share_right
 from models.param_groups import build_optimizer
@@ -45,6 +45,8 @@ from models.pretrained import load_weights, read_state_dict, save_weights
 from models.teacher import Teacher
 from models.update import Average, guarded_step, kept, restore_unless, running_statistics, set_training_mode
 from utils import Distributed, ElsewhereError, Measurements, StopRequest, Waiting
+
+Validate = Callable[[nn.Module], dict[str, Any]]  # from a model to what `utils.evaluate` measures
 
 FAULT = 2
 STATE_KEYS = {"model", "model_ema", "optimizer", "scaler", "progress", "measured", "step", "metric_lines", "config"}  # of a checkpoint
@@ -76,7 +78,7 @@ class Training:
     stop: StopRequest
     plan: BatchPlan
     epochs: Epochs
-    validate: Callable[[nn.Module], dict[str, Any]] | None
+    validate: Validate | None
     model: nn.Module
     network: nn.Module  # the model, or the wrapper that averages its gradients over processes
     average: Average | None
@@ -209,7 +211,7 @@ def end_epoch(run: Training) -> bool:
         except Stopped:
             raise Stopped(save(run, "last.pth"))  # which goes on with this evaluation
         results |= {f"{name}_{key}": found[key] for key in ("loss", "top1", "top5") if key in found}
-        run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {in_words(found)}")
+        run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {evaluation_in_words(found)}")
     score = max((results[f"{name}_top1"] for name in models if f"{name}_top1" in results), default=-1.0)
     before = progress.best
     is_best, is_kept = score > before, done % cfg.SAVE_FREQ == 0
@@ -223,10 +225,8 @@ def end_epoch(run: Training) -> bool:
     return is_saved
 
 
-def open_validation(
-    cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool, stop: StopRequest | None = None
-) -> Callable[[nn.Module], dict[str, Any]] | None:
-    """A function from a model to what `utils.evaluate` measures over the validation images; None where unlabelled data has none.
+def open_validation(cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool, stop: StopRequest | None = None) -> Validate | None:
+    """How good a model is over the validation images; None where unlabelled data has none.
 
     With `numbers_own` the training data numbers the model's classes; else these are somebody's own. Rank 0 lists the images first.
     """
@@ -261,12 +261,6 @@ def open_validation(
         return found | {"class_names": dataset.class_names}
 
     return validate
-
-
-def in_words(measured: dict[str, Any]) -> str:
-    """The result of an evaluation."""
-    text = f"{measured['count']:,} validation images"
-    return text + (": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured) if "top1" in measured else "")
 
 
 def save(run: Training, *names: str) -> bool:
@@ -350,7 +344,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     sources = world.on_main(lambda: sources_of(cfg) | ({"teacher": teacher.identity()} if teacher else {}))
     state = world.on_main(lambda: find_state(cfg, log, sources))
     if state:
-        restore(model, state["model"])
+        checkpoints.restore(model, state["model"])
     elif cfg.MODEL.PRETRAINED:
         world.on_main(lambda: load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info) and None)
         world.broadcast_tensors(model.state_dict().values())
@@ -370,46 +364,20 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         if average:
             average.model.load_state_dict(state["model_ema"])
     scheduler.prepare(progress.update)
+    writer = create_metric_writer(run_folder(cfg), world.rank, cfg.WANDB_PROJECT if cfg.USE_WANDB else "", f"{cfg.MODEL.NAME}/{cfg.TAG}",
+                                  yaml.safe_load(dump(cfg)), log.warning)
+    writer.cut_back(state["step"] if state else -1, state["metric_lines"] if state else None)  # what comes after will be made again
     labelled = outputs is not None
     in_the_loop = teacher and teacher.in_the_loop(cfg.DISTILL.LOGITS_TOPK, cfg.DISTILL.TEMPERATURE, mean_and_std(cfg), mean_and_std(theirs))
     columns = ["norm", "loss", *["top1"] * labelled, *["teacher_top1"] * (labelled and cfg.DISTILL.ENABLED)]
     return Training(
-        cfg=cfg, world=world, log=log, writer=open_writer(cfg, world, log, state), stop=stop, plan=plan, epochs=epochs, model=model,
+        cfg=cfg, world=world, log=log, writer=writer, stop=stop, plan=plan, epochs=epochs, model=model,
         validate=open_validation(cfg, world, log, uses_labels, stop), network=utils.wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
         sources=sources, average=average, teacher=in_the_loop,
         mixer=(PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix).from_config(cfg),
         outputs=torch.from_numpy(outputs).to(world.device) if labelled else None, optimizer=optimizer, scheduler=scheduler, scaler=scaler,
         dtype=dtype, progress=progress, measured=Measurements(columns, world, state and state["measured"]),
     )  # fmt: skip
-
-
-def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights; what does not fit is told in one line."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"the checkpoint is of another {type(model).__name__} ({reason}): begin another run with --tag, or give the "
-                         "model back that it was written for") from None
-
-
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The configuration of the teacher that runs in the loop; it sees the student's images."""
-    weights = ["--resume", cfg.DISTILL.TEACHER_WEIGHTS] if cfg.DISTILL.TEACHER_WEIGHTS else []
-    subset = ["--opts", "DISTILL.CLASS_SUBSET", cfg.DISTILL.CLASS_SUBSET] if cfg.DISTILL.CLASS_SUBSET else []
-    theirs = load_config(["--cfg", cfg.DISTILL.TEACHER_CFG, "--eval", *weights, *subset, *["--disable_amp"] * (not cfg.AMP_ENABLE)])
-    if theirs.DATA.IMG_SIZE != cfg.DATA.IMG_SIZE:
-        raise ValueError(f"DATA.IMG_SIZE = {cfg.DATA.IMG_SIZE}, but the teacher {cfg.DISTILL.TEACHER_CFG} takes images of "
-                         f"{theirs.DATA.IMG_SIZE} pixels: set the one or the other")
-    return theirs
-
-
-def open_writer(cfg: CfgNode, world: Distributed, log: Logger, state: dict[str, Any] | None) -> NullWriter:
-    """Where metrics go, without those of updates that will be made again."""
-    writer = create_metric_writer(run_folder(cfg), world.rank, cfg.WANDB_PROJECT if cfg.USE_WANDB else "", f"{cfg.MODEL.NAME}/{cfg.TAG}",
-                                  yaml.safe_load(dump(cfg)), log.warning)
-    writer.cut_back(state["step"] if state else -1, state["metric_lines"] if state else None)
-    return writer
 
 
 def describe(run: Training) -> None:
@@ -421,7 +389,7 @@ def describe(run: Training) -> None:
     log.info(f"code {git_state(Path(__file__).parent)}, torch {torch.__version__}, {world.world_size} x {world.device.type}, "
              f"{utils.precision(run.dtype)}")
     log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters ({count_parameters(model, trainable=True):,} train), "
-             f"{multiply_adds(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes")
+             f"{multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes")
     log.info("each image: " + "; ".join(map(str, run.epochs.dataset.decoder.ops)))
     log.info(f"{len(run.epochs.dataset):,} images, {run.epochs.count() // plan.accumulation:,} updates an epoch, each of {plan.per_update} "
              f"images: {world.world_size} processes x {plan.accumulation} passes x {plan.per_process}")
@@ -433,12 +401,6 @@ def describe(run: Training) -> None:
         log.warning("images are mixed within a pass: another number of processes will mix others (AUG.MIXUP_MODE pair2 avoids that)")
 
 
-def multiply_adds(model: nn.Module, image_size: int) -> str:
-    """What one image costs, in words."""
-    count = count_multiply_adds(model, image_size)
-    return f"{f'{count / 1e9:.3f} G' if count else 'unknown'} multiply-adds at {image_size} px"
-
-
 def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
     """--eval: how good exactly the named weights are, and the averaged ones if the file has such."""
     name = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
@@ -448,7 +410,7 @@ def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module
     cfg = world.on_main(lambda: resolve(cfg, num_outputs(model)))
     validate = open_validation(cfg, world, log, numbers_own=False)
     found = validate(model)
-    log.info(f"{name or cfg.MODEL.TYPE}: {in_words(found)}")
+    log.info(f"{name or cfg.MODEL.TYPE}: {evaluation_in_words(found)}")
     if world.is_main and (path := cfg.TEST.PER_CLASS_CSV):
         if "class_count" not in found:
             raise ValueError(f"TEST.PER_CLASS_CSV = {path}: there are no accuracies, the labels are of no use to this model")
@@ -458,7 +420,7 @@ def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module
     except ValueError:
         return model
     load_weights(model, averaged, exact=True, label=f"{name}, averaged weights", log=log.info)
-    log.info(f"{name}, averaged weights: {in_words(validate(model))}")
+    log.info(f"{name}, averaged weights: {evaluation_in_words(validate(model))}")
     return model
 
 
@@ -466,7 +428,7 @@ def measure_throughput(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Modu
     """--throughput: images a second of the model alone, without loading them."""
     model = build_teacher(cfg, log=log.info).to(world.device)
     batch, size, dtype = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, utils.amp_dtype(cfg, world.device)
-    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters, {multiply_adds(model, size)}")
+    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters, {multiply_adds_in_words(model, size)}")
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(cfg.SEED)).to(world.device)
     if cfg.TRAIN.CHANNELS_LAST:
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
@@ -527,23 +489,20 @@ def main(argv: list[str] | None = None) -> int:
         return STOPPED if is_saved else FAULT
     except ElsewhereError:
         return FAULT
-    except (ValueError, OSError, torch.OutOfMemoryError, dist.DistError) as error:
-        return fail(error, rank, log)
-    except RuntimeError as error:
-        if "onnection" not in str(error):  # how gloo says that another process is gone
-            raise
+    except (ValueError, OSError, RuntimeError) as error:
         return fail(error, rank, log)
 
 
 def fail(error: Exception, rank: str, log: Logger | None) -> int:
-    """Tell a fault in one line, in the log as well, as far as there is one; the exit code."""
+    """Tell a fault in one line, in the log as well, as far as there is one; the exit code. A fault of the program itself is raised."""
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        if "onnection" not in text and not isinstance(error, dist.DistError):  # how gloo and NCCL say that another process is gone
+            raise error
         text = f"the connection to another process is lost, whose own message tells why ({text[:120]})"
     print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-    for handler in log.handlers if log else ():
-        if isinstance(handler, FileHandler):
-            handler.handle(log.makeRecord(log.name, ERROR, "", 0, text, (), None))
+    if log:
+        note_fault(log, text)
     return FAULT
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def save_atomic(state: dict[str, Any], path: str | Path) -> None:
@@ -125,3 +125,13 @@ def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path
         else:
             return path
     return None
+
+
+def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a checkpoint's weights; what does not fit is told in one line."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"the checkpoint is of another {type(model).__name__} ({reason}): begin another run with --tag, or give the "
+                         "model back that it was written for") from None

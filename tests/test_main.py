@@ -719,6 +719,27 @@ def test_other_ranks_name_themselves(tmp_path, capsys, monkeypatch):
     assert fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH", 16).endswith(" (rank 2)")
 
 
+BROKEN = """
+step = main.train_step
+def broken(run, batches):
+    if run.progress.update == 2 and rank == 1:
+        raise ValueError("something is wrong")
+    return step(run, batches)
+main.train_step = broken
+"""
+
+
+def test_a_fault_of_one_process_ends_all_with_one_line_each(tmp_path):
+    with Job(tmp_path, "DATA.BATCH_SIZE", 4, world=2, prepare=BROKEN) as job:
+        assert job.wait() == [2, 2], job.text()
+    assert "Traceback" not in job.text(0) + job.text(1)  # PyTorch's own warnings are there
+    told = [[line for line in job.text(rank).splitlines() if line.startswith("error: ")] for rank in (0, 1)]
+    assert told[1] == ["error: something is wrong (rank 1)"]
+    assert len(told[0]) == 1 and told[0][0].startswith("error: the connection to another process is lost")
+    assert told[0][0].replace("error: ", "ERROR ") in log_of(tmp_path)
+    assert "ERROR something is wrong\n" in (folder(tmp_path) / "log_rank1.txt").read_text()
+
+
 def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
     assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8) == 0
     assert "WARNING batch norm sees the 8 images of a pass: another number of processes will change its statistics" in log_of(tmp_path)
