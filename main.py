@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 import utils
@@ -43,11 +42,10 @@ from models.distill import distillation_loss, label_cross_entropy, share_right
 from models.param_groups import build_optimizer
 from models.pretrained import load_weights, read_state_dict, save_weights
 from models.teacher import Teacher
-from models.update import Average, guarded_step, kept, restore_unless, running_statistics, set_training_mode
+from models.update import Average, batch_norms, guarded_step, kept, restore_unless, running_statistics, set_training_mode
 from utils import Distributed, ElsewhereError, Measurements, StopRequest, Waiting
 
 Validate = Callable[[nn.Module], dict[str, Any]]  # from a model to what `utils.evaluate` measures
-
 FAULT = 2
 STATE_KEYS = {"model", "model_ema", "optimizer", "scaler", "progress", "measured", "step", "metric_lines", "config"}  # of a checkpoint
 STOPPED = 75  # EX_TEMPFAIL: the same command goes on from here
@@ -151,14 +149,15 @@ def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tenso
 
 def train(run: Training) -> None:
     """Train to the end of the last epoch; Stopped if a request comes first, and what is done is then saved."""
-    cfg, progress, saved, is_saved = run.cfg, run.progress, time.monotonic(), True
+    cfg, progress, passes = run.cfg, run.progress, run.plan.accumulation
+    saved, is_saved = time.monotonic(), True
     journal = Journal(run.log.info, run.writer, cfg.TRAIN.EPOCHS, run.plan.per_update, progress.update)
     while progress.epoch < cfg.TRAIN.EPOCHS:
         set_training_mode(run.model, cfg.TRAIN.FREEZE == "backbone", cfg.TRAIN.EVAL_BN_WHEN_TRAINING)
-        steps = run.epochs.count(progress.epoch) // run.plan.accumulation
-        loader = run.epochs.batches(progress.epoch, progress.step * run.plan.per_process * run.plan.accumulation)
+        steps, done = run.epochs.count(progress.epoch) // passes, progress.step * passes
+        loader = run.epochs.batches(progress.epoch, done * run.plan.per_process)
         bar = run.world.is_main and sys.stderr.isatty()
-        batches = Waiting(progress_bar(loader, (steps - progress.step) * run.plan.accumulation, f"epoch {progress.epoch + 1}", enabled=bar))
+        batches = Waiting(progress_bar(loader, steps * passes - done, f"epoch {progress.epoch + 1}", enabled=bar))
         journal.begin_epoch(progress.update)
         while progress.step < steps:
             run.measured.add(*train_step(run, batches))
@@ -212,14 +211,12 @@ def end_epoch(run: Training) -> bool:
             raise Stopped(save(run, "last.pth"))  # which goes on with this evaluation
         results |= {f"{name}_{key}": found[key] for key in ("loss", "top1", "top5") if key in found}
         run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {evaluation_in_words(found)}")
-    score = max((results[f"{name}_top1"] for name in models if f"{name}_top1" in results), default=-1.0)
-    before = progress.best
-    is_best, is_kept = score > before, done % cfg.SAVE_FREQ == 0
+    before, score = progress.best, max((value for name, value in results.items() if name.endswith("_top1")), default=-1.0)
     progress.best = max(score, before)
     means = {f"train_{name}": value for name, value in run.measured.take_epoch().items()}
     run.writer.write(progress.update, done, **means, **results, **({"best_top1": progress.best} if progress.best >= 0 else {}))
     progress.epoch, progress.step = done, 0
-    is_saved = save(run, *["best.pth"] * is_best, *[f"epoch_{done:04d}.pth"] * is_kept, "last.pth")
+    is_saved = save(run, *["best.pth"] * (score > before), *[f"epoch_{done:04d}.pth"] * (done % cfg.SAVE_FREQ == 0), "last.pth")
     if not is_saved:
         progress.best = before  # so that a later epoch can still become the best that is kept
     return is_saved
@@ -267,11 +264,13 @@ def save(run: Training, *names: str) -> bool:
     """Write the state of a run under some names; where that fails the files of before are kept. Whether all were written."""
     fault = ""
     if run.world.is_main:
+        classes = run.epochs.dataset.dataset.class_names
+        are_outputs = run.outputs is not None and len(classes) == run.cfg.MODEL.NUM_CLASSES
         state = {
             "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
             "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),
             "measured": run.measured.state, "step": run.progress.update, "metric_lines": run.writer.lines, "config": dump(run.cfg),
-            "sources": run.sources, "class_names": class_names(run),
+            "sources": run.sources, "class_names": list(classes) if are_outputs else [],
         }  # fmt: skip
         first, *others = (run_folder(run.cfg) / "checkpoints" / name for name in names)
         try:
@@ -282,12 +281,6 @@ def save(run: Training, *names: str) -> bool:
             fault = str(error)
             run.log.error(f"NO CHECKPOINT WRITTEN: {fault}. Training goes on; make room, or this work can be lost")
     return not run.world.broadcast_object(fault)
-
-
-def class_names(run: Training) -> list[str]:
-    """What the outputs are called, where the data numbers them."""
-    names = list(run.epochs.dataset.dataset.class_names) if run.outputs is not None else []
-    return names if len(names) == run.cfg.MODEL.NUM_CLASSES else []
 
 
 def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, Any] | None:
@@ -302,8 +295,6 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
                          "TRAIN.AUTO_RESUME False")
     state, path = None, path or cfg.MODEL.RESUME
     if path:
-        if Path(path).suffix == ".safetensors":
-            raise ValueError(f"{path} holds weights alone, so no training goes on from it: take them with --pretrained")
         state = checkpoints.load_checkpoint(path)
         if missing := sorted(STATE_KEYS - state.keys()):
             raise ValueError(f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its weights with "
@@ -393,8 +384,7 @@ def describe(run: Training) -> None:
     log.info("each image: " + "; ".join(map(str, run.epochs.dataset.decoder.ops)))
     log.info(f"{len(run.epochs.dataset):,} images, {run.epochs.count() // plan.accumulation:,} updates an epoch, each of {plan.per_update} "
              f"images: {world.world_size} processes x {plan.accumulation} passes x {plan.per_process}")
-    has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if cfg.TRAIN.GLOBAL_BATCH and has_statistics and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
+    if cfg.TRAIN.GLOBAL_BATCH and batch_norms(model) and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
         log.warning(f"batch norm sees the {plan.per_process} images of a pass: another number of processes will change its statistics, "
                     "and so the result, a little (TRAIN.EVAL_BN_WHEN_TRAINING avoids that)")
     if cfg.TRAIN.GLOBAL_BATCH and run.mixer.enabled and isinstance(run.mixer, BatchMix):
@@ -434,9 +424,9 @@ def measure_throughput(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Modu
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
     network = utils.wrap(model, Distributed(device=world.device), cfg.TRAIN.COMPILE, log.warning)
     with torch.inference_mode(), utils.autocast(world.device, dtype):
-        speeds = sorted(batch / seconds for seconds in utils.time_calls(lambda: network(images), world.device))
-    low, _, high = statistics.quantiles(speeds, n=4, method="inclusive")
-    log.info(f"{cfg.MODEL.NAME}: {statistics.median(speeds):,.1f} images/s (middle half {low:,.1f} to {high:,.1f}; {len(speeds)} batches "
+        speeds = [batch / seconds for seconds in utils.time_calls(lambda: network(images), world.device)]
+    low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    log.info(f"{cfg.MODEL.NAME}: {median:,.1f} images/s (middle half {low:,.1f} to {high:,.1f}; {len(speeds)} batches "
              f"of {batch} at {size} px, {utils.precision(dtype)}), {utils.peak_memory(world.device):.2f} GB")
     return model
 

@@ -84,6 +84,8 @@ def _sync_folder(folder: Path) -> None:
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint that `save_atomic` wrote, on the CPU; no code in it is ever run, and a damaged file is a ValueError."""
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path} holds weights alone, so no training goes on from it: take them with --pretrained")
     try:
         # torch does not compare checksums: without this a flipped bit would become a weight.
         with zipfile.ZipFile(path) as archive:
