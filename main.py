@@ -265,7 +265,7 @@ def save(run: Training, *names: str) -> bool:
     fault = ""
     if run.world.is_main:
         classes = run.epochs.dataset.dataset.class_names
-        are_outputs = run.outputs is not None and len(classes) == run.cfg.MODEL.NUM_CLASSES
+        are_outputs = run.outputs is not None and len(classes) == run.cfg.MODEL.NUM_CLASSES  # else these are no names of them
         state = {
             "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
             "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.checkpoints import load_checkpoint, newest_valid, save_atomic
+from models.checkpoints import load_checkpoint, newest_valid, restore, save_also, save_atomic
 from utils import grad_scaler
 
 
@@ -160,6 +160,27 @@ def test_damaged_and_foreign_files_are_errors_that_name_them(tmp_path, monkeypat
         load_checkpoint("list.pth")
     with pytest.raises(ValueError, match=r"there is no checkpoint none\.pth"):
         load_checkpoint("none.pth")
+
+
+def test_a_state_is_more_than_weights_and_belongs_to_one_model(tmp_path):
+    with pytest.raises(ValueError, match="model.safetensors holds weights alone, so no training goes on from it"):
+        load_checkpoint(tmp_path / "model.safetensors")
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    restore(model, other.state_dict())
+    assert torch.equal(model.weight, other.weight)
+    with pytest.raises(ValueError, match=r"the checkpoint is of another Linear \(Missing key.*: begin another run with --tag"):
+        restore(model, {"weight": other.weight})
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_second_name_is_a_link_or_a_copy(has_links, tmp_path, monkeypatch):
+    save_atomic({"step": 1}, tmp_path / "last.pth")
+    (tmp_path / "best.pth").write_bytes(b"an older one")
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda source, target: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links here")))
+    save_also(tmp_path / "last.pth", tmp_path / "best.pth")
+    assert load_checkpoint(tmp_path / "best.pth") == {"step": 1} and sorted(os.listdir(tmp_path)) == ["best.pth", "last.pth"]
+    assert (tmp_path / "best.pth").samefile(tmp_path / "last.pth") == has_links
 
 
 def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path):
