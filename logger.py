@@ -184,6 +184,19 @@ class Journal:
                   f"{speed:,.1f} images/s, data wait {wait:.0f}%, {memory_gb:.2f} GB, {timedelta(seconds=round(left))} left")
 
 
+def evaluation_in_words(measured: dict[str, Any]) -> str:
+    """The result of an evaluation."""
+    text = f"{measured['count']:,} validation images"
+    return text + (": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured) if "top1" in measured else "")
+
+
+def note_fault(log: logging.Logger, text: str) -> None:
+    """Write an error to a log's file alone: on the console the program's last line tells it."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+
+
 def write_classes(path: str | Path, names: Sequence[str], counts: Sequence[int], right: Sequence[int]) -> None:
     """The accuracy of each class as CSV, given how many images it has and how many of them are right."""
     with open(path, "w", newline="", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
-from logging import ERROR, FileHandler, Logger
+from logging import Logger
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,29 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 import utils
-from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, load_config, run_folder
+from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, run_folder, teacher_config
 from configs.continuation import check_continuation, check_sources
 from data.build import Epochs, Sample, check_store, resolve, sources_of, train_epochs, val_epochs
 from data.decoder import mean_and_std
 from data.mix import BatchMix, Mixer, PairMix
 from data.rng import run_seed
-from logger import Journal, NullWriter, create_logger, create_metric_writer, git_state, write_classes
+from logger import Journal, NullWriter, create_logger, create_metric_writer, evaluation_in_words, git_state, note_fault, write_classes
 from logger import progress as progress_bar
 from lr_scheduler import LearningRateScheduler, build_scheduler
-from models.build import build_model, build_teacher, count_multiply_adds, count_parameters, load_named_weights, num_outputs
+from models import checkpoints
+from models.build import build_model, build_teacher, count_parameters, load_named_weights, multiply_adds_in_words, num_outputs
 from models.class_map import map_outputs, outputs_of_labels
 from models.distill import distillation_loss, label_cross_entropy, share_right
 from models.param_groups import build_optimizer
 from models.pretrained import load_weights, read_state_dict, save_weights
 from models.teacher import Teacher
-from models.update import Average, guarded_step, kept, restore_unless, running_statistics, set_training_mode
+from models.update import Average, batch_norms, guarded_step, kept, restore_unless, running_statistics, set_training_mode
 from utils import Distributed, ElsewhereError, Measurements, StopRequest, Waiting
 
+Validate = Callable[[nn.Module], dict[str, Any]]  # from a model to what `utils.evaluate` measures
 FAULT = 2
 STATE_KEYS = {"model", "model_ema", "optimizer", "scaler", "progress", "measured", "step", "metric_lines", "config"}  # of a checkpoint
 STOPPED = 75  # EX_TEMPFAIL: the same command goes on from here
@@ -75,7 +76,7 @@ class Training:
     stop: StopRequest
     plan: BatchPlan
     epochs: Epochs
-    validate: Callable[[nn.Module], dict[str, Any]] | None
+    validate: Validate | None
     model: nn.Module
     network: nn.Module  # the model, or the wrapper that averages its gradients over processes
     average: Average | None
@@ -89,9 +90,6 @@ class Training:
     progress: Progress
     sources: dict[str, Any]  # which images and which teacher it learns from
     measured: Measurements  # what `train_step` returns: gradient norm, loss and accuracies
-
-
-# ---- the step and the loop
 
 
 def train_step(run: Training, batches: Iterator[Sample]) -> tuple[Tensor, Tensor]:
@@ -151,14 +149,15 @@ def forward(run: Training, batch: Sample, epoch: int, index: int) -> tuple[Tenso
 
 def train(run: Training) -> None:
     """Train to the end of the last epoch; Stopped if a request comes first, and what is done is then saved."""
-    cfg, progress, saved, is_saved = run.cfg, run.progress, time.monotonic(), True
+    cfg, progress, passes = run.cfg, run.progress, run.plan.accumulation
+    saved, is_saved = time.monotonic(), True
     journal = Journal(run.log.info, run.writer, cfg.TRAIN.EPOCHS, run.plan.per_update, progress.update)
     while progress.epoch < cfg.TRAIN.EPOCHS:
         set_training_mode(run.model, cfg.TRAIN.FREEZE == "backbone", cfg.TRAIN.EVAL_BN_WHEN_TRAINING)
-        steps = run.epochs.count(progress.epoch) // run.plan.accumulation
-        loader = run.epochs.batches(progress.epoch, progress.step * run.plan.per_process * run.plan.accumulation)
+        steps, done = run.epochs.count(progress.epoch) // passes, progress.step * passes
+        loader = run.epochs.batches(progress.epoch, done * run.plan.per_process)
         bar = run.world.is_main and sys.stderr.isatty()
-        batches = Waiting(progress_bar(loader, (steps - progress.step) * run.plan.accumulation, f"epoch {progress.epoch + 1}", enabled=bar))
+        batches = Waiting(progress_bar(loader, steps * passes - done, f"epoch {progress.epoch + 1}", enabled=bar))
         journal.begin_epoch(progress.update)
         while progress.step < steps:
             run.measured.add(*train_step(run, batches))
@@ -211,27 +210,20 @@ def end_epoch(run: Training) -> bool:
         except Stopped:
             raise Stopped(save(run, "last.pth"))  # which goes on with this evaluation
         results |= {f"{name}_{key}": found[key] for key in ("loss", "top1", "top5") if key in found}
-        run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {in_words(found)}")
-    score = max((results[f"{name}_top1"] for name in models if f"{name}_top1" in results), default=-1.0)
-    before = progress.best
-    is_best, is_kept = score > before, done % cfg.SAVE_FREQ == 0
+        run.log.info(f"epoch {done}{', averaged weights' * (name == 'average')}: {evaluation_in_words(found)}")
+    before, score = progress.best, max((value for name, value in results.items() if name.endswith("_top1")), default=-1.0)
     progress.best = max(score, before)
     means = {f"train_{name}": value for name, value in run.measured.take_epoch().items()}
     run.writer.write(progress.update, done, **means, **results, **({"best_top1": progress.best} if progress.best >= 0 else {}))
     progress.epoch, progress.step = done, 0
-    is_saved = save(run, *["best.pth"] * is_best, *[f"epoch_{done:04d}.pth"] * is_kept, "last.pth")
+    is_saved = save(run, *["best.pth"] * (score > before), *[f"epoch_{done:04d}.pth"] * (done % cfg.SAVE_FREQ == 0), "last.pth")
     if not is_saved:
         progress.best = before  # so that a later epoch can still become the best that is kept
     return is_saved
 
 
-# ---- evaluation
-
-
-def open_validation(
-    cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool, stop: StopRequest | None = None
-) -> Callable[[nn.Module], dict[str, Any]] | None:
-    """A function from a model to what `utils.evaluate` measures over the validation images; None where unlabelled data has none.
+def open_validation(cfg: CfgNode, world: Distributed, log: Logger, numbers_own: bool, stop: StopRequest | None = None) -> Validate | None:
+    """How good a model is over the validation images; None where unlabelled data has none.
 
     With `numbers_own` the training data numbers the model's classes; else these are somebody's own. Rank 0 lists the images first.
     """
@@ -268,40 +260,27 @@ def open_validation(
     return validate
 
 
-def in_words(measured: dict[str, Any]) -> str:
-    """The result of an evaluation."""
-    text = f"{measured['count']:,} validation images"
-    return text + (": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured) if "top1" in measured else "")
-
-
-# ---- what a training says and saves
-
-
 def save(run: Training, *names: str) -> bool:
     """Write the state of a run under some names; where that fails the files of before are kept. Whether all were written."""
     fault = ""
     if run.world.is_main:
+        classes = run.epochs.dataset.dataset.class_names
+        are_outputs = run.outputs is not None and len(classes) == run.cfg.MODEL.NUM_CLASSES  # else these are no names of them
         state = {
             "model": run.model.state_dict(), "model_ema": run.average.model.state_dict() if run.average else None,
             "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "progress": asdict(run.progress),
             "measured": run.measured.state, "step": run.progress.update, "metric_lines": run.writer.lines, "config": dump(run.cfg),
-            "sources": run.sources, "class_names": class_names(run),
+            "sources": run.sources, "class_names": list(classes) if are_outputs else [],
         }  # fmt: skip
         first, *others = (run_folder(run.cfg) / "checkpoints" / name for name in names)
         try:
-            utils.save_atomic(state, first)
+            checkpoints.save_atomic(state, first)
             for other in others:
-                utils.save_also(first, other)
+                checkpoints.save_also(first, other)
         except OSError as error:
             fault = str(error)
             run.log.error(f"NO CHECKPOINT WRITTEN: {fault}. Training goes on; make room, or this work can be lost")
     return not run.world.broadcast_object(fault)
-
-
-def class_names(run: Training) -> list[str]:
-    """What the outputs are called, where the data numbers them."""
-    names = list(run.epochs.dataset.dataset.class_names) if run.outputs is not None else []
-    return names if len(names) == run.cfg.MODEL.NUM_CLASSES else []
 
 
 def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, Any] | None:
@@ -310,15 +289,13 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
     `sources` are this run's data and teacher, which must be those that the state comes from.
     """
     folder = run_folder(cfg) / "checkpoints"
-    path: Path | str | None = utils.newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
+    path: Path | str | None = checkpoints.newest_valid(folder, log.warning) if cfg.TRAIN.AUTO_RESUME else None
     if cfg.TRAIN.AUTO_RESUME and not path and any(folder.glob("*.pth")):
         raise ValueError(f"{folder}: none of the checkpoints there can be used: begin another run with --tag, or move them away with "
                          "TRAIN.AUTO_RESUME False")
     state, path = None, path or cfg.MODEL.RESUME
     if path:
-        if Path(path).suffix == ".safetensors":
-            raise ValueError(f"{path} holds weights alone, so no training goes on from it: take them with --pretrained")
-        state = utils.load_checkpoint(path)
+        state = checkpoints.load_checkpoint(path)
         if missing := sorted(STATE_KEYS - state.keys()):
             raise ValueError(f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its weights with "
                              "--pretrained")
@@ -335,9 +312,6 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
         (folder.parent / "wandb_id.txt").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     return state
-
-
-# ---- building
 
 
 def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequest) -> Training:
@@ -361,7 +335,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     sources = world.on_main(lambda: sources_of(cfg) | ({"teacher": teacher.identity()} if teacher else {}))
     state = world.on_main(lambda: find_state(cfg, log, sources))
     if state:
-        restore(model, state["model"])
+        checkpoints.restore(model, state["model"])
     elif cfg.MODEL.PRETRAINED:
         world.on_main(lambda: load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info) and None)
         world.broadcast_tensors(model.state_dict().values())
@@ -381,46 +355,20 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         if average:
             average.model.load_state_dict(state["model_ema"])
     scheduler.prepare(progress.update)
+    writer = create_metric_writer(run_folder(cfg), world.rank, cfg.WANDB_PROJECT if cfg.USE_WANDB else "", f"{cfg.MODEL.NAME}/{cfg.TAG}",
+                                  yaml.safe_load(dump(cfg)), log.warning)
+    writer.cut_back(state["step"] if state else -1, state["metric_lines"] if state else None)  # what comes after will be made again
     labelled = outputs is not None
     in_the_loop = teacher and teacher.in_the_loop(cfg.DISTILL.LOGITS_TOPK, cfg.DISTILL.TEMPERATURE, mean_and_std(cfg), mean_and_std(theirs))
     columns = ["norm", "loss", *["top1"] * labelled, *["teacher_top1"] * (labelled and cfg.DISTILL.ENABLED)]
     return Training(
-        cfg=cfg, world=world, log=log, writer=open_writer(cfg, world, log, state), stop=stop, plan=plan, epochs=epochs, model=model,
+        cfg=cfg, world=world, log=log, writer=writer, stop=stop, plan=plan, epochs=epochs, model=model,
         validate=open_validation(cfg, world, log, uses_labels, stop), network=utils.wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
         sources=sources, average=average, teacher=in_the_loop,
         mixer=(PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix).from_config(cfg),
         outputs=torch.from_numpy(outputs).to(world.device) if labelled else None, optimizer=optimizer, scheduler=scheduler, scaler=scaler,
         dtype=dtype, progress=progress, measured=Measurements(columns, world, state and state["measured"]),
     )  # fmt: skip
-
-
-def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a checkpoint's weights; what does not fit is told in one line."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"the checkpoint is of another {type(model).__name__} ({reason}): begin another run with --tag, or give the "
-                         "model back that it was written for") from None
-
-
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The configuration of the teacher that runs in the loop; it sees the student's images."""
-    weights = ["--resume", cfg.DISTILL.TEACHER_WEIGHTS] if cfg.DISTILL.TEACHER_WEIGHTS else []
-    subset = ["--opts", "DISTILL.CLASS_SUBSET", cfg.DISTILL.CLASS_SUBSET] if cfg.DISTILL.CLASS_SUBSET else []
-    theirs = load_config(["--cfg", cfg.DISTILL.TEACHER_CFG, "--eval", *weights, *subset, *["--disable_amp"] * (not cfg.AMP_ENABLE)])
-    if theirs.DATA.IMG_SIZE != cfg.DATA.IMG_SIZE:
-        raise ValueError(f"DATA.IMG_SIZE = {cfg.DATA.IMG_SIZE}, but the teacher {cfg.DISTILL.TEACHER_CFG} takes images of "
-                         f"{theirs.DATA.IMG_SIZE} pixels: set the one or the other")
-    return theirs
-
-
-def open_writer(cfg: CfgNode, world: Distributed, log: Logger, state: dict[str, Any] | None) -> NullWriter:
-    """Where metrics go, without those of updates that will be made again."""
-    writer = create_metric_writer(run_folder(cfg), world.rank, cfg.WANDB_PROJECT if cfg.USE_WANDB else "", f"{cfg.MODEL.NAME}/{cfg.TAG}",
-                                  yaml.safe_load(dump(cfg)), log.warning)
-    writer.cut_back(state["step"] if state else -1, state["metric_lines"] if state else None)
-    return writer
 
 
 def describe(run: Training) -> None:
@@ -432,25 +380,15 @@ def describe(run: Training) -> None:
     log.info(f"code {git_state(Path(__file__).parent)}, torch {torch.__version__}, {world.world_size} x {world.device.type}, "
              f"{utils.precision(run.dtype)}")
     log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters ({count_parameters(model, trainable=True):,} train), "
-             f"{multiply_adds(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes")
+             f"{multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes")
     log.info("each image: " + "; ".join(map(str, run.epochs.dataset.decoder.ops)))
     log.info(f"{len(run.epochs.dataset):,} images, {run.epochs.count() // plan.accumulation:,} updates an epoch, each of {plan.per_update} "
              f"images: {world.world_size} processes x {plan.accumulation} passes x {plan.per_process}")
-    has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if cfg.TRAIN.GLOBAL_BATCH and has_statistics and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
+    if cfg.TRAIN.GLOBAL_BATCH and batch_norms(model) and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
         log.warning(f"batch norm sees the {plan.per_process} images of a pass: another number of processes will change its statistics, "
                     "and so the result, a little (TRAIN.EVAL_BN_WHEN_TRAINING avoids that)")
     if cfg.TRAIN.GLOBAL_BATCH and run.mixer.enabled and isinstance(run.mixer, BatchMix):
         log.warning("images are mixed within a pass: another number of processes will mix others (AUG.MIXUP_MODE pair2 avoids that)")
-
-
-def multiply_adds(model: nn.Module, image_size: int) -> str:
-    """What one image costs, in words."""
-    count = count_multiply_adds(model, image_size)
-    return f"{f'{count / 1e9:.3f} G' if count else 'unknown'} multiply-adds at {image_size} px"
-
-
-# ---- programs
 
 
 def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
@@ -462,7 +400,7 @@ def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module
     cfg = world.on_main(lambda: resolve(cfg, num_outputs(model)))
     validate = open_validation(cfg, world, log, numbers_own=False)
     found = validate(model)
-    log.info(f"{name or cfg.MODEL.TYPE}: {in_words(found)}")
+    log.info(f"{name or cfg.MODEL.TYPE}: {evaluation_in_words(found)}")
     if world.is_main and (path := cfg.TEST.PER_CLASS_CSV):
         if "class_count" not in found:
             raise ValueError(f"TEST.PER_CLASS_CSV = {path}: there are no accuracies, the labels are of no use to this model")
@@ -472,7 +410,7 @@ def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module
     except ValueError:
         return model
     load_weights(model, averaged, exact=True, label=f"{name}, averaged weights", log=log.info)
-    log.info(f"{name}, averaged weights: {in_words(validate(model))}")
+    log.info(f"{name}, averaged weights: {evaluation_in_words(validate(model))}")
     return model
 
 
@@ -480,15 +418,15 @@ def measure_throughput(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Modu
     """--throughput: images a second of the model alone, without loading them."""
     model = build_teacher(cfg, log=log.info).to(world.device)
     batch, size, dtype = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, utils.amp_dtype(cfg, world.device)
-    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters, {multiply_adds(model, size)}")
+    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters, {multiply_adds_in_words(model, size)}")
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(cfg.SEED)).to(world.device)
     if cfg.TRAIN.CHANNELS_LAST:
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
     network = utils.wrap(model, Distributed(device=world.device), cfg.TRAIN.COMPILE, log.warning)
     with torch.inference_mode(), utils.autocast(world.device, dtype):
-        speeds = sorted(batch / seconds for seconds in utils.time_calls(lambda: network(images), world.device))
-    low, _, high = statistics.quantiles(speeds, n=4, method="inclusive")
-    log.info(f"{cfg.MODEL.NAME}: {statistics.median(speeds):,.1f} images/s (middle half {low:,.1f} to {high:,.1f}; {len(speeds)} batches "
+        speeds = [batch / seconds for seconds in utils.time_calls(lambda: network(images), world.device)]
+    low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    log.info(f"{cfg.MODEL.NAME}: {median:,.1f} images/s (middle half {low:,.1f} to {high:,.1f}; {len(speeds)} batches "
              f"of {batch} at {size} px, {utils.precision(dtype)}), {utils.peak_memory(world.device):.2f} GB")
     return model
 
@@ -541,23 +479,20 @@ def main(argv: list[str] | None = None) -> int:
         return STOPPED if is_saved else FAULT
     except ElsewhereError:
         return FAULT
-    except (ValueError, OSError, torch.OutOfMemoryError, dist.DistError) as error:
-        return fail(error, rank, log)
-    except RuntimeError as error:
-        if "onnection" not in str(error):  # how gloo says that another process is gone
-            raise
+    except (ValueError, OSError, RuntimeError) as error:
         return fail(error, rank, log)
 
 
 def fail(error: Exception, rank: str, log: Logger | None) -> int:
-    """Tell a fault in one line, in the log as well, as far as there is one; the exit code."""
+    """Tell a fault in one line, in the log as well, as far as there is one; the exit code. A fault of the program itself is raised."""
     text = " ".join(str(error).split())
     if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        if "onnection" not in text and not isinstance(error, dist.DistError):  # how gloo and NCCL say that another process is gone
+            raise error
         text = f"the connection to another process is lost, whose own message tells why ({text[:120]})"
     print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-    for handler in log.handlers if log else ():
-        if isinstance(handler, FileHandler):
-            handler.handle(log.makeRecord(log.name, ERROR, "", 0, text, (), None))
+    if log:
+        note_fault(log, text)
     return FAULT
 
 

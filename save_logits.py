@@ -262,9 +262,6 @@ def _check_shared(root: Path, group: Group) -> None:
             remove_token(root, token)
 
 
-# ---- saving
-
-
 def _save(run: Run, skip_eval: bool) -> int:
     """Write the epochs that are not sealed yet."""
     cfg, group, log = run.cfg, run.group, run.log
@@ -405,9 +402,6 @@ def _evaluate(run: Run) -> None:
                     "numbered as its outputs are (DATA.CLASS_LIST)? Its answers are saved all the same")  # fmt: skip
 
 
-# ---- checking
-
-
 def _check(run: Run, exact: bool, percent: float | None) -> int:
     """Compare sealed epochs with what the teacher says now; 0 if models/agreement.py finds them the same."""
     cfg, group, log = run.cfg, run.group, run.log
@@ -463,9 +457,6 @@ def _compare(run: Run, store, epochs: list[int], data: Epochs, percent: float | 
                       torch.tensor([a != b for a, b in zip(seeds, right_seeds)], dtype=torch.bool),
                       lambda row, epoch=epoch, positions=positions: f"epoch {epoch}, {store.keys[positions[row]]}")  # fmt: skip
     return found, left_out
-
-
-# ---- faults
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

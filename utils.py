@@ -1,15 +1,12 @@
-"""What every program needs around a model: processes and devices, autocast, checkpoints, meters and evaluation."""
+"""What every program needs around a model: processes and devices, autocast, meters and evaluation."""
 
-import errno
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import time
 import uuid
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,8 +22,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-# ---- processes and devices
 
 
 class ElsewhereError(ValueError):
@@ -265,9 +260,6 @@ class StopRequest:
         return bool(world.all_reduce_sum(torch.tensor(float(self.received is not None), device=world.device)) > 0)
 
 
-# ---- precision
-
-
 def amp_dtype(cfg, device: torch.device) -> torch.dtype | None:
     """The type of mixed precision that AMP_ENABLE and AMP_DTYPE mean on a device; None is float32 throughout."""
     name = cfg.AMP_DTYPE if cfg.AMP_ENABLE else "off"
@@ -296,9 +288,6 @@ def grad_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.Gr
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-# ---- checkpoints
-
-
 @contextmanager
 def sole_user(path: str | Path) -> Iterator[None]:
     """Let no other process in that asks for the same file, as far as the system has such locks; one that dies lets go."""
@@ -325,123 +314,6 @@ def is_writable(path: str | Path) -> bool:
     except OSError:
         return False
     return not path.is_dir() and os.access(path.parent, os.W_OK)
-
-
-def save_atomic(state: dict[str, Any], path: str | Path) -> None:
-    """Write tensors and plain values so that `path` is at any time either the old file or the whole new one."""
-    path = Path(path)
-    _assert_plain(state, "state")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError in whose context the system's error is.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        kept = "; the file that was there is unchanged" if path.exists() else ""
-        raise OSError(cause.errno or errno.EIO, f"can't write the checkpoint ({cause.strerror}){kept}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def save_also(path: str | Path, other: str | Path) -> None:
-    """Give a checkpoint that was just written a second name: a link to the same file where there can be links, else a copy."""
-    path, other = Path(path), Path(other)
-    temporary = other.with_name(f".{other.name}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, other)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(other.parent)
-
-
-def _assert_plain(value: Any, name: str) -> None:
-    """Only what `torch.load(weights_only=True)` reads in any version may be saved."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            assert type(key) in (str, int), f"{name} has the key {key!r}, which is neither text nor a number"
-            _assert_plain(item, f"{name}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _assert_plain(item, f"{name}[{i}]")
-    else:
-        plain = type(value) in (Tensor, int, float, bool, str, bytes, type(None))
-        assert plain, f"{name} is a {type(value).__module__}.{type(value).__qualname__}: save plain values and tensors"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder outlast a power cut, where the system can (Windows can't)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that `save_atomic` wrote, on the CPU; no code in it is ever run, and a damaged file is a ValueError."""
-    try:
-        # torch does not compare checksums: without this a flipped bit would become a weight.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}") from None
-    except (OSError, MemoryError) as error:  # which say nothing of what the file holds
-        raise OSError(getattr(error, "errno", None) or errno.EIO, f"this checkpoint can't be read now ({error})", str(path)) from error
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the checkpoint {path} is damaged or of another kind ({reason}): use another one") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"the checkpoint {path} holds a {type(state).__name__} instead of a training state: use another one")
-    return state
-
-
-def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date; damaged ones are named and skipped.
-
-    One that can't be read, for no fault of its own, is an OSError.
-    """
-
-    def progress(path: Path) -> tuple[float, int, bool]:
-        try:
-            step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-        except Exception:
-            step = math.inf  # it comes first, to be reported
-        return step, path.stat().st_mtime_ns, path.name == "last.pth"
-
-    for path in sorted(Path(folder).glob("*.pth"), key=progress, reverse=True):
-        try:
-            if "step" not in load_checkpoint(path):
-                raise ValueError(f"{path} is no training state of this program: it has no 'step'")
-        except ValueError as error:
-            log(f"skipped: {error}")
-        else:
-            return path
-    return None
-
-
-# ---- meters and evaluation
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -25,7 +25,8 @@ from configs import argument_parser as base_parser
 from configs import config_from_args, load_config
 from logger import create_logger
 from models.build import build_model, count_multiply_adds, count_parameters
-from utils import StopRequest, Waiting, choose_kernels, init_distributed, peak_memory, save_atomic
+from models.checkpoints import save_atomic
+from utils import StopRequest, Waiting, choose_kernels, init_distributed, peak_memory
 
 MODES = ("labels", "stored", "online")
 SHAPES = {  # name -> DEPTHS, NUM_HEADS, WINDOW_SIZES, EMBED_DIMS

@@ -16,7 +16,7 @@ from configs.defaults import get_defaults
 from configs.validate import ConfigError, is_paired, validate
 
 __all__ = ["BatchPlan", "ConfigError", "LearningRates", "argument_parser", "batch_plan", "config_from_args", "dump", "is_paired",
-           "learning_rates", "load_config", "replace", "run_folder"]
+           "learning_rates", "load_config", "replace", "run_folder", "teacher_config"]
 
 # Values that load_config derives from other keys; a file that gives them is neither wrong nor heeded.
 _DERIVED = ("WORLD_SIZE", "EXPLICIT", "BASE")
@@ -90,6 +90,17 @@ def config_from_args(args: argparse.Namespace, world_size: int = 1, overrides: M
         source = sources.get(str(error).split(" ", 1)[0], "default")  # the message begins with the key
         raise ConfigError(f"{source}: {error}") from None
     return cfg
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The configuration of the teacher that runs in the loop; it sees the student's images."""
+    weights = ["--resume", cfg.DISTILL.TEACHER_WEIGHTS] if cfg.DISTILL.TEACHER_WEIGHTS else []
+    subset = ["--opts", "DISTILL.CLASS_SUBSET", cfg.DISTILL.CLASS_SUBSET] if cfg.DISTILL.CLASS_SUBSET else []
+    theirs = load_config(["--cfg", cfg.DISTILL.TEACHER_CFG, "--eval", *weights, *subset, *["--disable_amp"] * (not cfg.AMP_ENABLE)])
+    if theirs.DATA.IMG_SIZE != cfg.DATA.IMG_SIZE:
+        raise ConfigError(f"DATA.IMG_SIZE = {cfg.DATA.IMG_SIZE}, but the teacher {cfg.DISTILL.TEACHER_CFG} takes images of "
+                          f"{theirs.DATA.IMG_SIZE} pixels: set the one or the other")
+    return theirs
 
 
 def replace(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:

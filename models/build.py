@@ -92,6 +92,12 @@ def count_multiply_adds(model: nn.Module, image_size: int) -> int | None:
     return counter.get_total_flops() // 2
 
 
+def multiply_adds_in_words(model: nn.Module, image_size: int) -> str:
+    """What one image costs, in words."""
+    count = count_multiply_adds(model, image_size)
+    return f"{f'{count / 1e9:.3f} G' if count else 'unknown'} multiply-adds at {image_size} px"
+
+
 def load_function(spec: str) -> Callable[..., Any]:
     """The function that `package.module:function` names."""
     module_name, _, name = spec.partition(":")

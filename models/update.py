@@ -9,13 +9,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The layers that normalise by the statistics of a batch."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
 def set_training_mode(model: nn.Module, frozen: bool, keep_statistics: bool) -> None:
     """Training mode, but not for what is to stay as it is: a frozen backbone, or running statistics."""
     model.train(not frozen)
     if keep_statistics:
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+        for module in batch_norms(model):
+            module.eval()
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, is_good: Tensor, wait: bool | None = None) -> None:
@@ -40,7 +44,7 @@ def guarded_step(optimizer: torch.optim.Optimizer, is_good: Tensor, wait: bool |
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The buffers that a forward pass in training mode changes."""
-    return [buffer for module in model.modules() if isinstance(module, _BatchNorm) and module.training for buffer in module.buffers(False)]
+    return [buffer for module in batch_norms(model) if module.training for buffer in module.buffers(False)]
 
 
 @torch.no_grad()

@@ -29,14 +29,14 @@ def meeting(run, batches):
 main.train_step = meeting
 """
 IN_SAVING = """
-import os, signal, utils
+import os, signal
 replace, left = os.replace, [{count}]
 def meeting(source, target):
     left[0] -= 1
     if not left[0]:
         os.kill(os.getpid(), signal.{signal})
     replace(source, target)
-utils.os = type("os", (), dict(vars(os), replace=staticmethod(meeting)))
+main.checkpoints.os = type("os", (), dict(vars(os), replace=staticmethod(meeting)))
 """
 IN_EVALUATION = """
 import os, signal
@@ -75,6 +75,11 @@ def accuracies(output: Path) -> list[str]:
     return sorted(set(lines))
 
 
+def stop_requests(output: Path) -> int:
+    """How often the log says that the run was asked to stop, and that it can go on."""
+    return (folder(output) / "log_rank0.txt").read_text().count("INFO stopped on request: the same command goes on from here\n")
+
+
 def assert_same_end(output: Path, expected: Path) -> None:
     """Weights, metrics and printed accuracies to the last bit."""
     ours, theirs = state(output), state(expected)
@@ -100,12 +105,14 @@ def test_killed_twice_and_stopped_once_it_ends_as_if_nothing_had_happened(untouc
     killed = AT_UPDATE.format(update=3, ranks=[0], signal="SIGKILL"), IN_SAVING.format(count=3, signal="SIGKILL")
     stopped = AT_UPDATE.format(update=7, ranks=[0], signal="SIGTERM"), IN_EVALUATION.format(ranks=[0], signal="SIGUSR1")
     endure(tmp_path, 1, *((event, -9) for event in killed), *((event, 75) for event in stopped))
+    assert stop_requests(tmp_path) == 2
     assert_same_end(tmp_path, untouched(1))
 
 
 def test_so_it_does_with_two_processes_of_which_one_meets_the_signal(untouched, tmp_path):
     killed, stopped = (AT_UPDATE.format(update=update, ranks=[1], signal=signal) for update, signal in ((6, "SIGKILL"), (8, "SIGTERM")))
     endure(tmp_path, 2, (killed, -9), (stopped, 75), (IN_EVALUATION.format(ranks=[1], signal="SIGTERM"), 75))
+    assert stop_requests(tmp_path) == 2
     assert_same_end(tmp_path, untouched(2))
 
 

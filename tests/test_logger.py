@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import logger
-from logger import MetricWriter, NullWriter, create_logger, create_metric_writer, progress
+from logger import MetricWriter, NullWriter, create_logger, create_metric_writer, note_fault, progress
 
 
 @pytest.fixture
@@ -59,6 +59,11 @@ def test_without_a_folder_there_is_no_file_and_other_ranks_are_silent(tmp_path, 
     captured = capsys.readouterr()
     assert captured.out.endswith("seen\n") and "not" not in captured.out + captured.err
     assert os.listdir(tmp_path) == []
+
+
+def test_a_fault_is_noted_in_the_file_alone(tmp_path, name, capsys):
+    note_fault(create_logger(tmp_path, 0, name), "all is lost")
+    assert capsys.readouterr().out == "" and (tmp_path / "log_rank0.txt").read_text().endswith(" ERROR all is lost\n")
 
 
 def test_nothing_reaches_the_root_logger(tmp_path, name, caplog):

@@ -174,7 +174,7 @@ def test_where_nothing_can_be_read_nothing_is_overwritten(trained, tmp_path, cap
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     checkpoints, lines = folder(tmp_path) / "checkpoints", (folder(tmp_path) / "metrics.jsonl").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(utils.zipfile, "ZipFile", lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")))
+        patch.setattr(main.checkpoints.zipfile, "ZipFile", lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")))
         assert "this checkpoint can't be read now ([Errno 116] Stale file handle)" in fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9)
     for path in checkpoints.iterdir():
         path.write_bytes(b"")
@@ -288,7 +288,7 @@ def test_a_full_disk_does_not_end_a_training(tmp_path):
 
 def test_a_disk_that_was_full_for_a_while_costs_no_best_checkpoint(tmp_path, monkeypatch):
     """The best epoch is the first, whose checkpoint could not be written: the best of those that can be is kept."""
-    scores, write, written = iter([49.0, 47.0, 48.0]), utils.save_atomic, []
+    scores, write, written = iter([49.0, 47.0, 48.0]), main.checkpoints.save_atomic, []
     monkeypatch.setattr(main, "open_validation", lambda *args: lambda model: {"count": 20, "loss": 1.0, "top1": next(scores), "top5": 90.0})
 
     def full_at_first(state, path):
@@ -297,7 +297,7 @@ def test_a_disk_that_was_full_for_a_while_costs_no_best_checkpoint(tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         write(state, path)
 
-    monkeypatch.setattr(utils, "save_atomic", full_at_first)
+    monkeypatch.setattr(main.checkpoints, "save_atomic", full_at_first)
     assert run(tmp_path, *SHORT, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 100) == 0
     assert state(tmp_path, "best.pth")["progress"]["best"] == 48.0 and state(tmp_path, "best.pth")["step"] == 9
 
@@ -325,9 +325,12 @@ def test_a_stop_that_cannot_be_saved_is_a_fault(tmp_path, monkeypatch):
         run.stop.received = "SIGTERM"
         return step(run, batches)
 
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(main, "train_step", asked)
     assert run(tmp_path, *SHORT) == 75 and state(tmp_path)["step"] == 1
-    monkeypatch.setattr(utils.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(main.checkpoints.os, "fsync", full)
     assert run(tmp_path, *SHORT) == 2 and state(tmp_path)["step"] == 1
     assert "NO CHECKPOINT WRITTEN" in log_of(tmp_path)
 
@@ -714,6 +717,27 @@ def test_other_ranks_name_themselves(tmp_path, capsys, monkeypatch):
     for key, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(key, value)
     assert fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH", 16).endswith(" (rank 2)")
+
+
+BROKEN = """
+step = main.train_step
+def broken(run, batches):
+    if run.progress.update == 2 and rank == 1:
+        raise ValueError("something is wrong")
+    return step(run, batches)
+main.train_step = broken
+"""
+
+
+def test_a_fault_of_one_process_ends_all_with_one_line_each(tmp_path):
+    with Job(tmp_path, "DATA.BATCH_SIZE", 4, world=2, prepare=BROKEN) as job:
+        assert job.wait() == [2, 2], job.text()
+    assert "Traceback" not in job.text(0) + job.text(1)  # PyTorch's own warnings are there
+    told = [[line for line in job.text(rank).splitlines() if line.startswith("error: ")] for rank in (0, 1)]
+    assert told[1] == ["error: something is wrong (rank 1)"]
+    assert len(told[0]) == 1 and told[0][0].startswith("error: the connection to another process is lost")
+    assert told[0][0].replace("error: ", "ERROR ") in log_of(tmp_path)
+    assert "ERROR something is wrong\n" in (folder(tmp_path) / "log_rank1.txt").read_text()
 
 
 def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
