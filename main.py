@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 8 main.py --cfg configs/1k/tiny_vit_21m.yaml --data-path ImageNet --batch-size 128
 
-Exit codes: 0 done, 2 an error that one line explains, 75 stopped on request (SIGTERM, SIGUSR1) with a checkpoint: start again to go on.
+Exit codes: 0 done, 2 an error that one line explains, 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C) with a checkpoint: start again to
+go on; 130 a second Ctrl-C.
 """
 
 import math
@@ -47,6 +48,7 @@ from utils import Distributed, ElsewhereError, Measurements, StopRequest, Waitin
 
 Validate = Callable[[nn.Module], dict[str, Any]]  # from a model to what `utils.evaluate` measures
 FAULT = 2
+INTERRUPTED = 130
 STATE_KEYS = {"model", "model_ema", "optimizer", "scaler", "progress", "measured", "step", "metric_lines", "config"}  # of a checkpoint
 STOPPED = 75  # EX_TEMPFAIL: the same command goes on from here
 
@@ -477,6 +479,8 @@ def main(argv: list[str] | None = None) -> int:
         is_saved = stopped.args[0]
         log.info(f"stopped on request: {'the same command goes on from here' if is_saved else 'and nothing could be saved'}")
         return STOPPED if is_saved else FAULT
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except ElsewhereError:
         return FAULT
     except (ValueError, OSError, RuntimeError) as error:

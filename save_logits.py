@@ -44,9 +44,9 @@ from logger import create_logger, progress
 from models.agreement import Agreement, compare
 from models.distill import encode
 from models.teacher import Teacher
-from utils import Distributed, ElsewhereError, StopRequest, evaluate, init_distributed, seed_everything
+from utils import Distributed, ElsewhereError, StopRequest, evaluate, from_environment, init_distributed, seed_everything
 
-EXIT_DIFFERENT, EXIT_FAULT, EXIT_STOPPED = 1, 2, 75
+EXIT_DIFFERENT, EXIT_FAULT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 PATIENCE = timedelta(days=7)  # one process may wait while another computes a whole epoch
 PEER_ENDED = "another process of this run has ended: see what it says, then run the same again"
 
@@ -172,14 +172,16 @@ def main(argv: list[str]) -> int:
     rank = os.environ.get("RANK", "0")
     own = {"EVAL_MODE": False, "TRAIN.WARMUP_EPOCHS": 0, "DISTILL.REUSE_EPOCHS": False,
            "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits}  # fmt: skip
-    with StopRequest(("SIGTERM", "SIGINT", "SIGUSR1")) as stop:
+    with StopRequest() as stop:
         try:
-            cfg = config_from_args(args, int(os.environ.get("WORLD_SIZE", "1")), own)
+            cfg = config_from_args(args, from_environment("WORLD_SIZE", 1), own)
             group = Group(init_distributed(cfg.DEVICE, timeout=PATIENCE))
             run = _prepare(cfg, group, stop)
             code = _check(run, args.exact, args.percent) if args.check_saved_logits else _save(run, args.skip_eval)
             group.world.destroy()
             return code
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
         except Exception as error:
             if stop.received:  # what fails while processes end is their ending
                 print(f"stopped by {stop.received}: what is written is kept, run the same again to go on", file=sys.stderr)

@@ -232,12 +232,12 @@ def wrap(model: nn.Module, world: Distributed, is_compiled: bool, warn: Callable
 
 
 class StopRequest:
-    """Notes that the process was asked to stop (SIGTERM, or SIGUSR1 as batch systems send before the time is up).
+    """Notes that the process was asked to stop: SIGTERM, SIGUSR1 as batch systems send before the time is up, Ctrl-C.
 
-    A context manager: on leaving it, the handlers from before are back.
+    A second Ctrl-C is a KeyboardInterrupt. A context manager: on leaving it, the handlers from before are back.
     """
 
-    def __init__(self, names: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> None:
+    def __init__(self, names: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGINT")) -> None:
         self.received: str | None = None  # name of the signal
         self._signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self._before: dict[signal.Signals, Any] = {}
@@ -251,6 +251,8 @@ class StopRequest:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
     def agreed(self, world: Distributed) -> bool:

@@ -73,7 +73,7 @@ class Epochs:
         if self._stager:
             self._stager.advance(self._epoch_of(epoch), self._epoch_of(epoch + 1) if epoch + 1 < self._end else None)
         self._batches.set_epoch(self._epoch_of(epoch), start, wanted)
-        with _signals_held():  # by loader processes that start here, until they know what to do
+        with _plain_errors(), _signals_held():  # by loader processes that start here, until they know what to do
             batches = iter(self._loader)
         return _with_plain_errors(batches) if self._loader.num_workers else batches
 
@@ -213,9 +213,16 @@ def _upstream_classes(cfg) -> int:
 
 
 def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches of loader processes; an error that one met is raised without the traceback that PyTorch puts in its text."""
-    try:
+    """The batches of loader processes, with `_plain_errors`."""
+    with _plain_errors():
         yield from batches
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raise an error that a loader process met without the traceback that PyTorch puts in its text, and the death of one in words."""
+    try:
+        yield
     except (ValueError, OSError, EOFError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         if len(lines) > 1 and "Original Traceback" in str(error) and isinstance(error, (ValueError, OSError)):

@@ -103,7 +103,7 @@ def endure(output: Path, world: int, *events: tuple[str, int], epochs: int = 3) 
 
 def test_killed_twice_and_stopped_once_it_ends_as_if_nothing_had_happened(untouched, tmp_path):
     killed = AT_UPDATE.format(update=3, ranks=[0], signal="SIGKILL"), IN_SAVING.format(count=3, signal="SIGKILL")
-    stopped = AT_UPDATE.format(update=7, ranks=[0], signal="SIGTERM"), IN_EVALUATION.format(ranks=[0], signal="SIGUSR1")
+    stopped = AT_UPDATE.format(update=7, ranks=[0], signal="SIGINT"), IN_EVALUATION.format(ranks=[0], signal="SIGUSR1")
     endure(tmp_path, 1, *((event, -9) for event in killed), *((event, 75) for event in stopped))
     assert stop_requests(tmp_path) == 2
     assert_same_end(tmp_path, untouched(1))

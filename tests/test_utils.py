@@ -280,7 +280,7 @@ def test_seeding_covers_every_global_generator():
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_is_noted_and_the_former_handler_comes_back(name):
     world, number = Distributed(), getattr(signal, name)
     before = signal.getsignal(number)
@@ -289,6 +289,13 @@ def test_a_signal_is_noted_and_the_former_handler_comes_back(name):
         os.kill(os.getpid(), number)
         assert stop.agreed(world) and stop.received == name
     assert signal.getsignal(number) is before
+
+
+def test_whoever_asks_twice_on_the_keyboard_need_not_wait():
+    with StopRequest() as stop, pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == "SIGINT"
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_signals_a_system_lacks_are_left_out():
