@@ -39,6 +39,14 @@ def test_plot_compares_runs_and_tells_their_best(tmp_path, capsys):
     assert Image.open(tmp_path / "out.png").size[0] > 900
 
 
+def test_plot_leaves_out_of_names_what_all_runs_share(tmp_path):
+    def names(*places: str) -> list[str]:
+        return [run.name for run in plot.told_apart([plot.Run(place, ()) for place in places])]
+
+    assert names("small/default", "large/default") == ["small", "large"] and names("small/a", "small/b") == ["a", "b"]
+    assert names("small/a", "large/b") == ["small/a", "large/b"] and names("small/a") == ["small/a"]
+
+
 def test_plot_counts_in_epochs(tmp_path):
     run = plot.Run.read(metrics(tmp_path / "x" / "y", 3))
     epochs, losses = run.series("loss")

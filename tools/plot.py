@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,15 @@ class Run:
         return "epochs" if any("train_loss" in line for line in self.lines) else "updates"
 
 
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The same runs, their names without the half (NAME or TAG) that is the same for all."""
+    halves = [run.name.split("/") for run in runs]
+    if len(set(map(tuple, halves))) < 2:
+        return list(runs)
+    wanted = [half for half in (0, 1) if len({parts[half] for parts in halves}) > 1]
+    return [replace(run, name="/".join(parts[half] for half in wanted)) for run, parts in zip(runs, halves)]
+
+
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw the panels that have data into a picture file."""
     import matplotlib
@@ -112,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("curves.png"), help="the picture (default curves.png)")
     args = parser.parse_args(argv)
     try:
-        runs = [Run.read(place) for place in args.runs]
+        runs = told_apart([Run.read(place) for place in args.runs])
         draw(runs, args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
