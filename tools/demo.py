@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from yacs.config import CfgNode
 
 from configs import load_config
 from data.build import resolve, val_epochs
+from data.datasets import build_dataset
 from tools.predict import load_model
 from tools.replay_sheet import main as replay_sheet
 
@@ -91,15 +93,17 @@ class Demo:
         curves, sheet, matrix = (self.output / name for name in ("curves.png", "replay_sheet.png", "confusion.png"))
         folders = [str(self.run_folder(role)) for role in ROLES]
         self._call("plot", ["-m", "tools.plot", *folders, "-o", str(curves)])
-        replay_sheet(["--cfg", str(ROOT / "configs/shapes/save_logits.yaml"), "--pairs", "--seeds", "0-11", "-o", str(sheet)])
+        images, shown = build_dataset(self._config("student"), "train"), [self.output / "first.png", self.output / "second.png"]
+        for path, index in zip(shown, (0, len(images) // 2)):  # of different classes
+            images[index][0].save(path)
+        replay_sheet(["--cfg", str(ROOT / "configs/shapes/save_logits.yaml"), "--pairs", "--image", *map(str, shown), "-o", str(sheet)])
         draw_confusion({role: self._confusion(role) for role in ("scratch", "distilled")}, matrix)
         self.seconds["pictures"] = time.monotonic() - begun
         return [curves, sheet, matrix]
 
     def _confusion(self, role: str) -> tuple[np.ndarray, list[str]]:
         """Counts [true class, answer] over the validation images, and the classes' names."""
-        opts = ["DATA.NUM_WORKERS", "0", *self.opts[: len(self.opts) // 2 * 2]]
-        cfg = resolve(load_config(["--cfg", str(ROOT / f"configs/shapes/{RECIPES[role]}.yaml"), "--eval", "--opts", *opts]))
+        cfg = self._config(RECIPES[role], "--eval")
         model, _, _ = load_model(str(self.run_folder(role) / "checkpoints" / "last.pth"))
         epochs = val_epochs(cfg, 0)
         names = epochs.dataset.dataset.class_names
@@ -108,6 +112,11 @@ class Demo:
             for images, labels in epochs.batches(0):
                 np.add.at(matrix, (labels.numpy(), model(images).argmax(1).numpy()), 1)
         return matrix, names
+
+    def _config(self, recipe: str, *flags: str) -> CfgNode:
+        """A recipe's resolved configuration, for use in this process."""
+        words = ["--cfg", str(ROOT / f"configs/shapes/{recipe}.yaml"), *flags, "--opts", *self.opts, "DATA.NUM_WORKERS", "0"]
+        return resolve(load_config(words))
 
     def _table(self, result: dict, pictures: Sequence[Path]) -> None:
         print(f"\n{'':12}{'accuracy':>10}{'seconds':>10}{'bytes':>14}")
