@@ -1,7 +1,8 @@
 """Every command of the README and of docs/ runs: a small twin of each, in the order of its page, and its results are looked at.
 
 A command of a program that nothing here knows is an error, so that the documents cannot show what is not tested. Two kinds have no twin, as
-they take long: `make` is asked for what it would do, benchmarks are stopped when they have read their flags. Tests that are named are there.
+they take long: `make` is asked for what it would do, benchmarks are stopped when they have read their flags.
+Tests that are named are there.
 """
 
 import importlib
