@@ -19,6 +19,7 @@ from tests.documents import PAGES, README, marked
 from tests.helpers import ROOT
 from tools import verify_zoo
 
+FOLDERS = ("configs", "data", "models", "tools", "benchmarks", "tests")
 TINY = ["DATA.SHAPES.TRAIN_IMAGES", "512", "DATA.SHAPES.VAL_IMAGES", "20", "DATA.NUM_WORKERS", "0", "TRAIN.EPOCHS", "1",
         "TRAIN.WARMUP_EPOCHS", "0"]  # fmt: skip
 
@@ -38,8 +39,10 @@ def test_keys_and_links_in_the_text_exist(page):
     assert named <= keys, f"no such keys: {named - keys}"
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
-    for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
-        assert (ROOT / name).is_file(), f"{page.name} names {name}"
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py")] + [
+        path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    for name in set(re.findall(r"`([\w/]+\.py)`", text)) - {"my_images.py", "my_models.py"}:
+        assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{page.name} names {name}"
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
