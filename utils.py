@@ -91,11 +91,6 @@ class Distributed:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world_size > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
     def destroy(self) -> None:
         """Leave the group of processes."""
         if self.world_size > 1 and dist.is_initialized():
@@ -254,12 +249,6 @@ class StopRequest:
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-
-    def agreed(self, world: Distributed) -> bool:
-        """Whether any process was asked, the same answer on all; with several processes this waits for the device."""
-        if world.world_size == 1:
-            return self.received is not None
-        return bool(world.all_reduce_sum(torch.tensor(float(self.received is not None), device=world.device)) > 0)
 
 
 def amp_dtype(cfg, device: torch.device) -> torch.dtype | None:
@@ -426,12 +415,6 @@ def time_calls(function: Callable[[], Any], device: torch.device, calls: int = 3
 
     timed(warmup)
     return timed(calls)
-
-
-def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
-    """How many rows have their label among the k highest outputs, for each k, as int64 [len(topk)]; negative labels never do."""
-    right = _right(logits, labels, max(topk))
-    return torch.stack([right[:, :k].sum() for k in topk])
 
 
 def _right(logits: Tensor, labels: Tensor, k: int) -> Tensor:
