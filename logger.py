@@ -51,19 +51,19 @@ class _Coloured(logging.Formatter):
 
 
 def create_logger(folder: str | Path | None, rank: int = 0, name: str = "tinyvit") -> logging.Logger:
-    """The logger called `name`: rank 0 speaks on the console, every rank to log_rank<r>.txt in `folder` (None: no file).
+    """The logger called `name`: rank 0 speaks on the console, every rank to log_rank<r>.txt in `folder` (None: no file), in more detail.
 
     Calling it again replaces its handlers, so that a line is never written twice.
     """
     log = logging.getLogger(name)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     log.addHandler(logging.NullHandler())
     if rank == 0:
-        console = _Console()
+        console = _Console(logging.INFO)
         console.setFormatter(_Coloured("%(message)s"))
         log.addHandler(console)
     if folder is not None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import utils
-from configs import BatchPlan, argument_parser, batch_plan, config_from_args, dump, run_folder, teacher_config
+from configs import BatchPlan, argument_parser, batch_plan, choices_in_words, config_from_args, dump, run_folder, teacher_config
 from configs.continuation import check_continuation, check_sources
 from data.build import Epochs, Sample, check_store, resolve, sources_of, train_epochs, val_epochs
 from data.decoder import mean_and_std
@@ -318,11 +318,16 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
 
 def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequest) -> Training:
     """Everything that a training is made of, from the configuration and the state it goes on from; rank 0 looks at files first."""
+    if cfg.DISTILL.ENABLED and not (cfg.DISTILL.TEACHER_LOGITS_PATH or cfg.DISTILL.ONLINE):
+        raise ValueError("DISTILL.ENABLED = True: a student needs a teacher: name its store in DISTILL.TEACHER_LOGITS_PATH (save_logits.py "
+                         "writes one), or set DISTILL.ONLINE True with DISTILL.TEACHER_CFG")
     theirs = teacher_config(cfg) if cfg.DISTILL.ONLINE else None
     teacher = Teacher.from_config(theirs, world.device, log.info) if theirs else None
     cfg = world.on_main(lambda: resolve(cfg, teacher.num_classes if teacher else 0))
-    log.info(f"resolved configuration:\n{dump(cfg)}")
-    log.info(world.on_main(lambda: check_store(cfg)) or "no store of teacher logits is read")
+    log.debug(f"resolved configuration:\n{dump(cfg)}")  # for the log's file alone
+    log.info(f"configuration, all of it in config.yaml: {choices_in_words(cfg)}")
+    in_the_loop = f"the teacher {theirs.MODEL.NAME} runs in the loop" if theirs else "no teacher, labels alone"
+    log.info(world.on_main(lambda: check_store(cfg)) or in_the_loop)
     plan, uses_labels = batch_plan(cfg), not cfg.DISTILL.ENABLED
     epochs = train_epochs(cfg, world.rank, plan.per_process, plan.per_update, log.info)
     steps = epochs.count() // plan.accumulation
@@ -384,8 +389,9 @@ def describe(run: Training) -> None:
     log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters ({count_parameters(model, trainable=True):,} train), "
              f"{multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes")
     log.info("each image: " + "; ".join(map(str, run.epochs.dataset.decoder.ops)))
-    log.info(f"{len(run.epochs.dataset):,} images, {run.epochs.count() // plan.accumulation:,} updates an epoch, each of {plan.per_update} "
-             f"images: {world.world_size} processes x {plan.accumulation} passes x {plan.per_process}")
+    images, updates = len(run.epochs.dataset) - run.epochs.sampler.skipped, run.epochs.count() // plan.accumulation
+    log.info(f"{images:,} images, {updates:,} updates an epoch, each of {plan.per_update} images: "
+             f"{world.world_size} processes x {plan.accumulation} passes x {plan.per_process}")
     if cfg.TRAIN.GLOBAL_BATCH and batch_norms(model) and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
         log.warning(f"batch norm sees the {plan.per_process} images of a pass: another number of processes will change its statistics, "
                     "and so the result, a little (TRAIN.EVAL_BN_WHEN_TRAINING avoids that)")
@@ -418,9 +424,11 @@ def evaluate_weights(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module
 
 def measure_throughput(cfg: CfgNode, world: Distributed, log: Logger) -> nn.Module:
     """--throughput: images a second of the model alone, without loading them."""
-    model = build_teacher(cfg, log=log.info).to(world.device)
+    has_weights = bool(cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED)  # without which it is as fast
+    model = build_teacher(cfg, log=log.info if has_weights else log.debug).to(world.device)
     batch, size, dtype = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, utils.amp_dtype(cfg, world.device)
-    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters, {multiply_adds_in_words(model, size)}")
+    log.info(f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters, {multiply_adds_in_words(model, size)}, "
+             f"{num_outputs(model)} classes")
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(cfg.SEED)).to(world.device)
     if cfg.TRAIN.CHANNELS_LAST:
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
@@ -480,6 +488,7 @@ def main(argv: list[str] | None = None) -> int:
         log.info(f"stopped on request: {'the same command goes on from here' if is_saved else 'and nothing could be saved'}")
         return STOPPED if is_saved else FAULT
     except KeyboardInterrupt:
+        print("ended without saving: the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     except ElsewhereError:
         return FAULT

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -221,6 +222,8 @@ def wrap(model: nn.Module, world: Distributed, is_compiled: bool, warn: Callable
             model.compile()
     if world.world_size == 1:
         return model
+    if world.device.type == "cpu":  # where depthwise gradients come in strides of their own, which costs next to nothing
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # Buffers are rank 0's where it counts, in evaluations and checkpoints: sending them every step would change no weight.
     name = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
     return DistributedDataParallel(model, [world.device] if world.device.type == "cuda" else None, **{name: False})
@@ -249,6 +252,9 @@ class StopRequest:
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+        again = "; Ctrl-C again ends now, without saving" if number == signal.SIGINT else ""
+        if os.environ.get("RANK", "0") == "0":  # print may not be called from here
+            os.write(2, f"{self.received}: stopping as soon as the state is whole{again}\n".encode())
 
 
 def amp_dtype(cfg, device: torch.device) -> torch.dtype | None:

@@ -15,7 +15,8 @@ from yacs.config import CfgNode
 from configs.defaults import get_defaults
 from configs.validate import ConfigError, is_paired, validate
 
-__all__ = ["BatchPlan", "ConfigError", "LearningRates", "argument_parser", "batch_plan", "config_from_args", "dump", "is_paired",
+__all__ = ["BatchPlan", "ConfigError", "LearningRates", "argument_parser", "batch_plan", "choices_in_words", "config_from_args", "dump",
+           "is_paired",
            "learning_rates", "load_config", "replace", "run_folder", "teacher_config"]
 
 # Values that load_config derives from other keys; a file that gives them is neither wrong nor heeded.
@@ -87,8 +88,8 @@ def config_from_args(args: argparse.Namespace, world_size: int = 1, overrides: M
         validate(cfg)
         batch_plan(cfg)
     except ConfigError as error:
-        source = sources.get(str(error).split(" ", 1)[0], "default")  # the message begins with the key
-        raise ConfigError(f"{source}: {error}") from None
+        source = sources.get(str(error).split(" ", 1)[0])  # the message begins with the key
+        raise ConfigError(f"{source}: {error}" if source else str(error)) from None
     return cfg
 
 
@@ -116,6 +117,20 @@ def replace(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
 def dump(cfg: CfgNode) -> str:
     """The configuration as YAML that load_config reads back to an equal one."""
     return cfg.dump(sort_keys=False)
+
+
+def choices_in_words(cfg: CfgNode) -> str:
+    """What differs from the defaults, on one line."""
+
+    def leaf(node: CfgNode, key: str) -> Any:
+        for name in key.split("."):
+            node = node[name]
+        return node
+
+    defaults = get_defaults()
+    changed = [key for key in _all_keys(cfg) if key not in _DERIVED and not isinstance(leaf(cfg, key), CfgNode)
+               and leaf(cfg, key) != leaf(defaults, key)]  # fmt: skip
+    return ", ".join(f"{key} {leaf(cfg, key)}" for key in changed) or "the defaults"
 
 
 def run_folder(cfg: CfgNode) -> Path:
@@ -258,7 +273,8 @@ def _leaves(cfg: CfgNode, content: Mapping, source: str, prefix: str = "") -> It
 def _merge_opts(cfg: CfgNode, opts: list[str]) -> dict[str, str]:
     """Merge KEY VALUE pairs of the command line; returns the keys they set, each with its source."""
     if len(opts) % 2:
-        raise ConfigError(f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}")
+        way_out = "; write KEY VALUE, without =" if any("=" in word for word in opts[::2]) else ""
+        raise ConfigError(f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}{way_out}")
     for key, text in zip(opts[::2], opts[1::2]):
         default = _find(cfg, key, text, "--opts")
         if isinstance(default, CfgNode):

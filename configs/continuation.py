@@ -13,7 +13,7 @@ from configs.validate import ConfigError
 
 # What may differ because it changes where things are, what is shown and how fast it goes, but not what is computed.
 FREE = {
-    "EXPLICIT", "BASE", "OUTPUT", "TAG", "PRINT_FREQ", "SAVE_FREQ", "USE_WANDB", "WANDB_PROJECT", "LOCAL_RANK", "EVAL_MODE",
+    "EXPLICIT", "BASE", "OUTPUT", "TAG", "PRINT_FREQ", "SAVE_FREQ", "USE_WANDB", "WANDB_PROJECT", "LOCAL_RANK", "DEVICE", "EVAL_MODE",
     "THROUGHPUT_MODE", "DATA.DATA_PATH", "DATA.VAL_PATH", "DATA.INDEX_DIR", "DATA.REINDEX", "DATA.DOWNLOAD", "DATA.NUM_WORKERS",
     "DATA.WORKER_START", "DATA.PREFETCH", "DATA.PIN_MEMORY", "DATA.ON_CORRUPT", "DATA.MAX_PIXELS",
     "MODEL.PRETRAINED", "MODEL.RESUME", "DISTILL.TEACHER_LOGITS_PATH",

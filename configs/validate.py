@@ -223,7 +223,7 @@ def _check_training(cfg: CfgNode) -> None:
         return
     _refuse(train.START_EPOCH >= train.EPOCHS, cfg, "TRAIN.START_EPOCH", f"no epoch left before TRAIN.EPOCHS = {train.EPOCHS}")
     _refuse(train.WARMUP_EPOCHS > train.EPOCHS and not cfg.DISTILL.SAVE_TEACHER_LOGITS, cfg, "TRAIN.WARMUP_EPOCHS",
-            f"warm-up is longer than training (TRAIN.EPOCHS = {train.EPOCHS})")
+            f"warm-up is longer than training (TRAIN.EPOCHS = {train.EPOCHS}): also set TRAIN.WARMUP_EPOCHS, to 0 for none")
 
 
 def _check_output(cfg: CfgNode) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,8 @@ class Epochs:
         self.sampler, self._epoch_of = sampler, epoch_of
         self._stager, self._end = stager, cfg.TRAIN.EPOCHS
         self._batches = EpochBatches(sampler, batch_size)
-        self._loader = DataLoader(dataset, batch_sampler=self._batches, generator=torch.Generator(), **_loader_options(cfg))
+        with _workers_unquestioned():
+            self._loader = DataLoader(dataset, batch_sampler=self._batches, generator=torch.Generator(), **_loader_options(cfg))
 
     def batches(self, epoch: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Any]:
         """The batches of an epoch for this rank, without its first `start` positions; of the rest those that are `wanted`.
@@ -73,7 +75,7 @@ class Epochs:
         if self._stager:
             self._stager.advance(self._epoch_of(epoch), self._epoch_of(epoch + 1) if epoch + 1 < self._end else None)
         self._batches.set_epoch(self._epoch_of(epoch), start, wanted)
-        with _plain_errors(), _signals_held():  # by loader processes that start here, until they know what to do
+        with _plain_errors(), _workers_unquestioned(), _signals_held():  # by loader processes that start here, until they know what to do
             batches = iter(self._loader)
         return _with_plain_errors(batches) if self._loader.num_workers else batches
 
@@ -199,7 +201,8 @@ def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:
     if classes < 1:
         raise ValueError(f"DATA.DATASET = {cfg.DATA.DATASET}: no labels tell the number of classes: set MODEL.NUM_CLASSES")
     if classes < dataset.num_classes:
-        raise ValueError(f"{classes} classes are fewer than the {dataset.num_classes} of the data {cfg.DATA.DATA_PATH}: "
+        data = cfg.DATA.DATA_PATH or cfg.DATA.DATASET
+        raise ValueError(f"{classes} classes are fewer than the {dataset.num_classes} of the data {data}: "
                          "set MODEL.NUM_CLASSES, or give the data that these weights or this store belong to")
     if cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.DISTILL.ONLINE:
         values["DISTILL.LOGITS_TOPK"] = min(cfg.DISTILL.LOGITS_TOPK or (100 if classes > 1000 else 10), classes)
@@ -231,6 +234,14 @@ def _plain_errors() -> Iterator[None]:
             raise
         what = lines[0].rstrip(".")
         raise ValueError(f"a loader process has died ({what}): was the memory used up? Try fewer DATA.NUM_WORKERS") from error
+
+
+@contextmanager
+def _workers_unquestioned() -> Iterator[None]:
+    """PyTorch warns of more loader processes than cores each time it makes some; how long training waits for data is told anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
 
 
 @contextmanager

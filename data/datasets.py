@@ -329,8 +329,8 @@ def _cifar(cfg, root: Path, split: str):
     try:
         return kind(str(root), train=split == "train", download=cfg.DATA.DOWNLOAD)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{root}: {cfg.DATA.DATASET} is not there, or damaged ({error}): give its folder with --data-path, or set "
-                         "DATA.DOWNLOAD True to fetch it") from None
+        raise ValueError(f"{root}: {cfg.DATA.DATASET} is not there, or damaged ({error}): give its folder with --data-path"
+                         + ("" if cfg.DATA.DOWNLOAD else ", or set DATA.DOWNLOAD True to fetch it")) from None
 
 
 def _scan_cifar(cfg, root: Path, split: str) -> Scan:

@@ -21,11 +21,12 @@ NUM_CLASSES_22K = 21841
 def data_path(cfg) -> Path:
     """DATA.DATA_PATH, which exists unless it is to be made by a download."""
     if not cfg.DATA.DATA_PATH:
-        raise ValueError(f"DATA.DATA_PATH is empty: say where {cfg.DATA.DATASET} lies with --data-path (or try DATA.DATASET shapes, "
-                         "which needs no files)")
+        raise ValueError(f"DATA.DATA_PATH is empty: say where {cfg.DATA.DATASET} lies with --data-path (or try "
+                         "--cfg configs/shapes/student.yaml, which needs no files)")
     path = Path(cfg.DATA.DATA_PATH)
     if not path.exists() and not (cfg.DATA.DOWNLOAD and cfg.DATA.DATASET.startswith("cifar")):
-        raise ValueError(f"DATA.DATA_PATH = {path}: no such file or folder; correct --data-path")
+        raise ValueError(f"DATA.DATA_PATH = {path}: no such file or folder; correct --data-path"
+                         + (", or set DATA.DOWNLOAD True to fetch it" if cfg.DATA.DATASET.startswith("cifar") else ""))
     return path
 
 

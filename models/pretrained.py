@@ -66,8 +66,10 @@ def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
     Without `ema` averaged weights are taken only where there are no others.
     """
     path = cached_download(source) if _is_url(source) else Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}")
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such checkpoint file")
+        raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
     try:
         content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_plain(path)
     except pickle.UnpicklingError as error:

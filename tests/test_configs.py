@@ -186,6 +186,7 @@ ERRORS = [
     (["OUTPUT", ""], "OUTPUT = '': name a folder"),
     (["OUTPUT", __file__], "is a file, choose another folder"),
     (["TRAIN.EPOCHS"], "--opts: expected KEY VALUE pairs, got 1 words: TRAIN.EPOCHS"),
+    (["TRAIN.EPOCHS=3"], "got 1 words: TRAIN.EPOCHS=3; write KEY VALUE, without ="),
 ]  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def test_faults_on_the_command_line(words, message):
     with pytest.raises(ConfigError) as caught:
         opts(*words)
     text = str(caught.value)
-    assert message in text and text.startswith(("--opts: ", "default: TRAIN.WARMUP_EPOCHS")) and "\n" not in text
+    assert message in text and text.startswith(("--opts: ", "TRAIN.WARMUP_EPOCHS")) and "\n" not in text
 
 
 FILES = [

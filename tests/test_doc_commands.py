@@ -194,7 +194,8 @@ def assert_trained(cfg, out: str) -> None:
     assert {"last.pth", "best.pth"} <= {path.name for path in (folder / "checkpoints").iterdir()}
     assert "val_top1" in json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"weights of {cfg.MODEL.PRETRAINED}: " in out or not cfg.MODEL.PRETRAINED
-    assert f"store {Path(cfg.DISTILL.TEACHER_LOGITS_PATH)}: top-" in out or not cfg.DISTILL.ENABLED
+    assert f"store {Path(cfg.DISTILL.TEACHER_LOGITS_PATH)}: top-" in out or not cfg.DISTILL.ENABLED or cfg.DISTILL.ONLINE
+    assert "runs in the loop" in out or not cfg.DISTILL.ONLINE
 
 
 def assert_tool_ran(command: Command, place: Path, monkeypatch, capsys) -> None:
@@ -266,6 +267,11 @@ def test_first_lines_of_recipes_run(names, workplace, monkeypatch, capsys):
 def test_python_of_a_page_runs(page, workplace):
     """Blocks of Python, but for those that test_docs.py runs."""
     (workplace / "store").symlink_to(workplace / "stores" / "imagenet")
+    demo = workplace / "output" / "demo"
+    student = demo / "shapes-distilled" / "default" / "checkpoints"
+    student.mkdir(parents=True)
+    (demo / "first.png").symlink_to(workplace / "photo.jpg")
+    (student / "last.pth").symlink_to(workplace / "checkpoints" / "tiny_vit_5m_1k.pth")
     for text in blocks(page, "python"):
         if text not in (source for _, source in marked(page, "run")):
             exec(text, {})

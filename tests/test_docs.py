@@ -87,7 +87,7 @@ def test_the_readmes_own_loop_runs(workplace):
     recipe = ["--cfg", "configs/shapes/save_logits.yaml"]
     teacher = build_model(load_config(["--cfg", str(ROOT / recipe[1]), "--opts", "MODEL.NUM_CLASSES", "10"]))
     torch.save(teacher.state_dict(), workplace / "teacher.pth")
-    opts = [*TINY, "DISTILL.TEACHER_LOGITS_PATH", "logits"]
+    opts = [*TINY, "DISTILL.TEACHER_LOGITS_PATH", "output/demo/logits"]
     run(["save_logits.py", *recipe, "--skip-eval", "--resume", "teacher.pth", "--opts", *opts], workplace)
     source = source.replace('"DISTILL.TEACHER_LOGITS_PATH"', ", ".join(f'"{word}"' for word in [*TINY, "DISTILL.TEACHER_LOGITS_PATH"]))
     run(["-c", source + "\nassert torch.isfinite(loss) and epoch == 0\n"], workplace)

@@ -683,6 +683,8 @@ def test_faults_of_the_command_line(trained, tmp_path, capsys, monkeypatch):
         (["MODEL.NUM_CLASSES", 12], ["--eval", "--resume", last], {}, "head.weight is [10, 16], the model's [12, 16]"),
         (["MODEL.TINY_VIT.DEPTHS", "[1,2,1,1]"], ["--eval", "--resume", last], {}, "layers.1.blocks.1.attn.attention_biases is missing"),
         (["DATA.BATCH_SIZE", 64], [], {}, "fewer than one global step of 64"),
+        (["DISTILL.ENABLED", True], [], {}, "a student needs a teacher: name its store in DISTILL.TEACHER_LOGITS_PATH"),
+        ([], ["--eval", "--resume", last.parent], {}, f"is a folder, name a checkpoint in it, such as {last.parent / 'best.pth'}"),
         ([], ["--output", tmp_path / "file" / "runs"], {}, "is a file, choose another folder"),
         ([], ["--save-model", tmp_path / "file" / "w"], {}, "name a file in a folder of yours"),
         ([], [], {"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two', not a number"),

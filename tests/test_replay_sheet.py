@@ -58,7 +58,7 @@ def test_the_program_writes_a_sheet(tmp_path, capsys):
         replay_sheet.main(["--image", str(tmp_path / "one.png"), *arguments, "-o", str(tmp_path / name), *options()])
         with Image.open(tmp_path / name) as sheet:
             assert sheet.width >= 4 * SIDE and np.asarray(sheet).std() > 10
-        assert name in capsys.readouterr().err
+        assert name in capsys.readouterr().out
 
 
 def test_no_text_reaches_into_a_tile_or_its_neighbour():

@@ -21,8 +21,9 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import save_logits
-from configs import argument_parser, config_from_args
+from configs import argument_parser, config_from_args, load_config
 from data.logits_store import LogitsStoreReader
+from models.build import build_model
 from models.class_map import imagenet_wnids
 from models.clip_vit import clip_vit_large14_224
 from models.pretrained import ZOO_NAMES, zoo_url
@@ -50,6 +51,7 @@ STORES = {"imagenet": "1k_distill/tiny_vit_5m_1k_distill", "imagenet22k": "22k_d
 PLACES = {
     "STORE": "stores/imagenet", "STORE_A": "stores/imagenet", "STORE_B": "stores/imagenet", "MERGED": "merged", "ORIGINAL": "original",
     "CONVERTED": "converted", "RECIPE": f"configs/{STORES['imagenet']}.yaml", "DATA": "./ImageNet", "E": "1",
+    "./output/demo/shapes-teacher/default/checkpoints/last.pth": "./checkpoints/shapes_teacher.pth",
     "FOLDER": "output/TinyViT-21M-1k/default", "/data/ImageNet": "./ImageNet", "/shared/output": "./shared/output",
 }  # fmt: skip
 TEACHERS = """from tests.teachers import Glance
@@ -178,6 +180,8 @@ def _write_weights(root: Path) -> None:
             file = root / Path(zoo_url(variant, name)).name
             if not file.exists():  # a larger 21m begins with the weights of the smaller, under the same name
                 torch.save({"model": model.state_dict()}, file)
+    teacher = build_model(load_config(["--cfg", str(ROOT / "configs" / "shapes" / "teacher.yaml"), "--opts", "MODEL.NUM_CLASSES", "10"]))
+    torch.save(teacher.state_dict(), root / "shapes_teacher.pth")
     torch.save(clip_vit_large14_224(**CLIP).state_dict(), root / "clip_vit_large_patch14_22k.pth")
 
 

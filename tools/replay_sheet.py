@@ -5,7 +5,6 @@
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sheet.save(args.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{args.output}: {sheet.width} x {sheet.height} pixels", file=sys.stderr)
+    print(f"{args.output}: {sheet.width} x {sheet.height} pixels")
 
 
 def draw_sheet(cfg, images: Sequence[Image.Image], seeds: Sequence[int], pairs: bool, title: str) -> Image.Image:

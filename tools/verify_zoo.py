@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     off = count = 0
     try:
+        if not args.val.exists():
+            raise ValueError(f"{args.val}: no such file or folder; give ImageNet-1k's validation images")
         for entry, weights in found(args):
             top1 = measure(entry, weights, args)
             is_off = abs(top1 - entry.top1) > TOLERANCE
