@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from configs import ConfigError, argument_parser, batch_plan, dump, is_paired, learning_rates, load_config, replace, run_folder
+from configs import (
+    ConfigError,
+    argument_parser,
+    batch_plan,
+    choices_in_words,
+    dump,
+    is_paired,
+    learning_rates,
+    load_config,
+    replace,
+    run_folder,
+)
 from configs.defaults import get_defaults
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "configs").rglob("*.yaml"))
@@ -265,3 +276,11 @@ def test_every_key_is_explained(root):
     unexplained = [line for line in keys if "#" not in line and not any(name in line for name in plain)]
     assert unexplained == [] and len(keys) > 100
     assert get_defaults() == get_defaults()
+
+
+def test_what_differs_from_the_defaults_fits_on_a_line():
+    cfg = load_config(["--batch-size", "64", "--opts", "TRAIN.EPOCHS", "30", "DISTILL.ONLINE", "True", "DISTILL.TEACHER_CFG", "t.yaml"])
+    said = choices_in_words(cfg)
+    assert said == ("DATA.BATCH_SIZE 64, DISTILL.ENABLED True, DISTILL.ONLINE True, DISTILL.TEACHER_CFG t.yaml, TRAIN.EPOCHS 30, "
+                    "AUG.MIXUP_MODE pair2")  # fmt: skip
+    assert choices_in_words(load_config([])) == "the defaults"

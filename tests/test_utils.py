@@ -293,10 +293,11 @@ def test_a_signal_is_noted_and_the_former_handler_comes_back(name):
     assert signal.getsignal(number) is before
 
 
-def test_whoever_asks_twice_on_the_keyboard_need_not_wait():
+def test_whoever_asks_twice_on_the_keyboard_need_not_wait(capfd):
     with StopRequest() as stop, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         assert stop.received == "SIGINT"
+        assert capfd.readouterr().err == "SIGINT: stopping as soon as the state is whole; Ctrl-C again ends now, without saving\n"
         signal.raise_signal(signal.SIGINT)
 
 
