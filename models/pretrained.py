@@ -65,30 +65,13 @@ def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
 
     Without `ema` averaged weights are taken only where there are no others.
     """
-    path = cached_download(source) if _is_url(source) else Path(source).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}")
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
-    try:
-        content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_plain(path)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {found[1]}" if found else "it is no checkpoint, or a damaged one"
-        raise ValueError(f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is run. If you trust it, load it "
-                         "elsewhere and save model.state_dict() alone") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError,
-            safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from None
+    content, path = _read(source)
     return _unwrap(content, path, ema)
 
 
 def read_notes(source: str | Path) -> dict[str, object]:
     """What a checkpoint of a training of ours tells beside its weights: `config`, its YAML, and `class_names`; others tell nothing."""
-    path = cached_download(source) if _is_url(source) else Path(source).expanduser()
-    if path.suffix == ".safetensors":
-        return {}
-    content = _load_plain(path)
+    content, _ = _read(source)
     kinds = {"config": str, "class_names": list}
     return {key: content[key] for key, kind in kinds.items() if isinstance(content, Mapping) and isinstance(content.get(key), kind)}
 
@@ -290,6 +273,26 @@ def _head_rows(value: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor
     rows = value[mapping.clamp(min=0)]
     rows[mapping < 0] = rows[mapping >= 0].mean(0)
     return rows
+
+
+def _read(source: str | Path) -> tuple[object, Path]:
+    """What a checkpoint file, or one behind a URL, holds, and where it lies; a ValueError says why it can't be used."""
+    path = cached_download(source) if _is_url(source) else Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}")
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
+    try:
+        content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_plain(path)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {found[1]}" if found else "it is no checkpoint, or a damaged one"
+        raise ValueError(f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is run. If you trust it, load it "
+                         "elsewhere and save model.state_dict() alone") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError,
+            safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from None
+    return content, path
 
 
 def _load_plain(path: Path) -> object:

@@ -364,7 +364,7 @@ def test_cifar_from_a_download(cifar, tmp_path, monkeypatch):
     (tmp_path / "server").mkdir()
     (tmp_path / "server" / kind.filename).write_bytes(archive)
     root = tmp_path / "data"
-    with pytest.raises(ValueError, match="no such file or folder; correct --data-path"):
+    with pytest.raises(ValueError, match="no such file or folder; correct --data-path, or set DATA.DOWNLOAD True to fetch it"):
         built("train", DATASET=name, DATA_PATH=root)
     root.mkdir()
     with pytest.raises(ValueError, match=rf"{name} is not there, or damaged .*set DATA.DOWNLOAD True to fetch it"):

@@ -124,8 +124,22 @@ def test_predict_names_its_faults(tmp_path, capsys):
     assert "not the weights of a TinyViT classifier; for a timm model name it with --timm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("content", "text"), [(None, "there is no such checkpoint file"), (b"no", "refused: it is no checkpoint, or a damaged one")])
+def test_predict_says_what_is_wrong_with_a_checkpoint(content, text, tmp_path, capsys):
+    Image.new("RGB", (50, 50)).save(tmp_path / "i.png")
+    if content:
+        (tmp_path / "c.pth").write_bytes(content)
+    assert predict.main([str(tmp_path / "i.png"), "--weights", str(tmp_path / "c.pth")]) == 2
+    assert text in capsys.readouterr().err
+
+
 def test_imagenet_classes_have_names():
     assert predict.class_names(1000, None)[0].startswith("tench")
+
+
+def test_the_zoos_check_looks_for_its_images_first(tmp_path, capsys):
+    assert verify_zoo.main([str(tmp_path / "none"), "--download"]) == 2
+    assert "none: no such file or folder; give ImageNet-1k's validation images" in capsys.readouterr().err
 
 
 def test_the_zoos_check_measures_and_judges(tmp_path, capsys, monkeypatch):

@@ -76,13 +76,13 @@ def predict(
 
 def load_model(weights: str, timm_name: str | None = None) -> tuple[nn.Module, CfgNode, Sequence[str]]:
     """The model of a checkpoint, in eval mode; a configuration that tells how it sees images; and its class names, if it has such."""
-    state = read_state_dict(weights)
     notes = {} if timm_name else read_notes(weights)
     if "config" in notes:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.yaml").write_text(notes["config"], encoding="utf-8")
             cfg = load_config(["--cfg", f"{folder}/config.yaml", "--eval", "--resume", str(weights)])
         return build_teacher(cfg, log=lambda text: None), cfg, notes.get("class_names", ())
+    state = read_state_dict(weights)
     if timm_name:
         cfg = load_config(["--opts", "MODEL.TYPE", "timm", "MODEL.NAME", timm_name, "--eval"])
         model: nn.Module = timm.create_model(timm_name, num_classes=_head_rows(state))
