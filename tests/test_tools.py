@@ -124,7 +124,9 @@ def test_predict_names_its_faults(tmp_path, capsys):
     assert "not the weights of a TinyViT classifier; for a timm model name it with --timm" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "text"), [(None, "there is no such checkpoint file"), (b"no", "refused: it is no checkpoint, or a damaged one")])
+@pytest.mark.parametrize(("content", "text"), [
+    (None, "there is no such checkpoint file"), (b"no", "refused: it is no checkpoint, or a damaged one"),
+])  # fmt: skip
 def test_predict_says_what_is_wrong_with_a_checkpoint(content, text, tmp_path, capsys):
     Image.new("RGB", (50, 50)).save(tmp_path / "i.png")
     if content:
