@@ -18,6 +18,7 @@ proof: $(READY)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check -q .
 	$(PYTHON) -m compileall -q configs data models tools benchmarks tests main.py save_logits.py utils.py logger.py lr_scheduler.py hubconf.py
 
 bench: $(READY)

@@ -13,7 +13,9 @@ from configs import learning_rates
 class Schedule:
     """A linear warm-up, then a decay; lengths in updates, counted from the first update of the run."""
 
-    name: str  # cosine (to `minimum`) | linear (to 1% of `base`) | step (by `decay_rate` every `decay_updates`)
+    # cosine (to `minimum`) | linear (to 1% of `base`) | step (by `decay_rate` every
+    # `decay_updates`)
+    name: str
     base: float
     warmup: float  # the rate that the warm-up begins with
     minimum: float
@@ -27,36 +29,50 @@ class Schedule:
         """The schedule of a configuration; `steps_per_epoch` counts updates."""
         rates, settings = learning_rates(cfg), cfg.TRAIN.LR_SCHEDULER
         epochs = (cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, settings.DECAY_EPOCHS)
-        return cls(settings.NAME, *rates, *(int(count * steps_per_epoch) for count in epochs), settings.DECAY_RATE)
+        return cls(
+            settings.NAME,
+            *rates,
+            *(int(count * steps_per_epoch) for count in epochs),
+            settings.DECAY_RATE,
+        )
 
 
 def lr_at(step: int, schedule: Schedule) -> float:
     """The learning rate at a point of the schedule.
 
-    The warm-up takes its share of the updates but does not shift the cosine or the steps after it: at its end the cosine
-    is as far as it would be without one. The linear decay alone starts there.
+    The warm-up takes its share of the updates but does not shift the cosine or the steps after it:
+    at its end the cosine is as far as it would be without one. The linear decay alone starts there.
     """
     if step < schedule.warmup_updates:
-        return schedule.warmup + step * ((schedule.base - schedule.warmup) / schedule.warmup_updates)
+        return schedule.warmup + step * (
+            (schedule.base - schedule.warmup) / schedule.warmup_updates
+        )
     match schedule.name:
         case "cosine":
             done = min(step / schedule.updates, 1.0)
-            return schedule.minimum + 0.5 * (schedule.base - schedule.minimum) * (1 + math.cos(math.pi * done))
+            return schedule.minimum + 0.5 * (schedule.base - schedule.minimum) * (
+                1 + math.cos(math.pi * done)
+            )
         case "linear":
-            done = (step - schedule.warmup_updates) / max(schedule.updates - schedule.warmup_updates, 1)
+            done = (step - schedule.warmup_updates) / max(
+                schedule.updates - schedule.warmup_updates, 1
+            )
             return schedule.base * (1 - 0.99 * min(done, 1.0))
         case "step":
             return schedule.base * schedule.decay_rate ** (step // schedule.decay_updates)
-    raise ValueError(f"TRAIN.LR_SCHEDULER.NAME = {schedule.name!r}: expected cosine, linear or step")
+    raise ValueError(
+        f"TRAIN.LR_SCHEDULER.NAME = {schedule.name!r}: expected cosine, linear or step"
+    )
 
 
 class LearningRateScheduler:
-    """Sets the rate of every group to the schedule's times the group's `lr_scale` (layer decay), nothing carried over from before.
+    """Sets the rate of every group to the schedule's times the group's `lr_scale` (layer decay),
+    nothing carried over from before.
 
-    `step_update(u)` is called after the optimizer's step of update u (u = 0, 1, ... over the whole run) and sets the rate of the
-    next one. So update u runs at the schedule's point max(0, u - 1), as in the original; there as here the very first update is
-    not scaled by layer. At construction the optimizer is ready for update 0; a run that begins elsewhere calls `prepare`.
-    """
+    `step_update(u)` is called after the optimizer's step of update u (u = 0, 1, ... over the whole
+    run) and sets the rate of the next one. So update u runs at the schedule's point max(0, u - 1),
+    as in the original; there as here the very first update is not scaled by layer. At construction
+    the optimizer is ready for update 0; a run that begins elsewhere calls `prepare`."""
 
     def __init__(self, schedule: Schedule, optimizer: torch.optim.Optimizer):
         self.schedule = schedule
@@ -77,6 +93,10 @@ class LearningRateScheduler:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LearningRateScheduler:
-    """The scheduler of a configuration; `steps_per_epoch` counts updates, i.e. forward passes over accumulation steps."""
+def build_scheduler(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> LearningRateScheduler:
+    """The scheduler of a configuration; `steps_per_epoch` counts updates, i.e. forward passes over
+    accumulation steps.
+    """
     return LearningRateScheduler(Schedule.from_config(cfg, steps_per_epoch), optimizer)

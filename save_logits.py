@@ -1,10 +1,11 @@
-"""Run a teacher over the augmented images of some epochs and keep its answers in a logits store; or check a store against its teacher.
+"""Run a teacher over the augmented images of some epochs and keep its answers in a logits store; or
+check a store against its teacher.
 
     torchrun --nproc-per-node 8 save_logits.py --cfg configs/teacher/clip_vit_large_patch14_22k.yaml --data-path ImageNet-22k \\
         --resume clip_vit_large_patch14_22k.pth --opts DISTILL.TEACHER_LOGITS_PATH teacher_logits
 
-It continues where an earlier run was interrupted. Exit codes: 0 done, 1 the check found differences, 2 a fault, 75 stopped by a signal.
-"""
+It continues where an earlier run was interrupted. Exit codes: 0 done, 1 the check found
+differences, 2 a fault, 75 stopped by a signal. """
 
 from __future__ import annotations
 
@@ -30,21 +31,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configs import ConfigError, argument_parser, config_from_args, replace, run_folder
+from data.augment.decoder import AugmentDecoder, mean_and_std
+from data.augment.pairs import PairMix
+from data.augment.rng import generator, run_seed, sample_seed
 from data.build import Epochs, check_store, open_store, resolve, train_epochs, val_epochs
-from data.datasets import build_dataset
-from data.decoder import AugmentDecoder, mean_and_std
 from data.identity import check_proof, identity_of, proof_of
-from data.logits_store import AsyncAppender, LogitsStoreReader, LogitsStoreWriter, check_token, pack_records, remove_token, write_token
-from data.mix import PairMix
+from data.images.datasets import build_dataset
 from data.replay import Sample
-from data.rng import generator, run_seed, sample_seed
-from data.store_format import ranges
-from data.store_keys import Keys
+from data.store.format import ranges
+from data.store.keys import Keys
+from data.store.reader import (
+    AsyncAppender,
+    LogitsStoreReader,
+    LogitsStoreWriter,
+    check_token,
+    pack_records,
+    remove_token,
+    write_token,
+)
 from logger import create_logger, progress
 from models.agreement import Agreement, compare
 from models.distill import encode
 from models.teacher import Teacher
-from utils import Distributed, ElsewhereError, StopRequest, evaluate, from_environment, init_distributed, seed_everything
+from utils import (
+    Distributed,
+    ElsewhereError,
+    StopRequest,
+    evaluate,
+    from_environment,
+    init_distributed,
+    seed_everything,
+)
 
 EXIT_DIFFERENT, EXIT_FAULT, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 2, 75, 130
 PATIENCE = timedelta(days=7)  # one process may wait while another computes a whole epoch
@@ -58,13 +75,17 @@ class Stopped(Exception):
 
 
 class Group:
-    """The processes of a run as a group that shares its faults: where one fails, none is left waiting."""
+    """The processes of a run as a group that shares its faults: where one fails, none is left
+    waiting.
+    """
 
     def __init__(self, world: Distributed) -> None:
         self.world = world
 
     def gather(self, obj: Any) -> list[Any]:
-        """Every process's object, in the order of ranks; a process that has ended is noticed at once."""
+        """Every process's object, in the order of ranks; a process that has ended is noticed at
+        once.
+        """
         try:
             return self.world.gather_objects(obj)
         except RuntimeError as error:
@@ -83,7 +104,9 @@ class Group:
         return self.gather(result)[0]
 
     def main_first(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives here; rank 0 calls it first, the others find the files that it made."""
+        """What `function` gives here; rank 0 calls it first, the others find the files that it
+        made.
+        """
         for is_my_turn in (self.world.is_main, not self.world.is_main):
             if is_my_turn:
                 result = self.everywhere(function)
@@ -118,13 +141,23 @@ class Run:
         return self.group.world
 
     def ask(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        """The teacher's outputs [B, C] for a batch mixed as its seeds say, and the main label of each mixed image [B], -1 for none."""
+        """The teacher's outputs [B, C] for a batch mixed as its seeds say, and the main label of
+        each mixed image [B], -1 for none.
+        """
         device = self.world.device
         labels = None
         if self.label_map is not None:
-            labels = torch.from_numpy(self.label_map)[batch.label].masked_fill_(batch.label < 0, -1).to(device, non_blocking=True)
+            labels = (
+                torch.from_numpy(self.label_map)[batch.label]
+                .masked_fill_(batch.label < 0, -1)
+                .to(device, non_blocking=True)
+            )
         images, targets = self.mix(batch.image.to(device, non_blocking=True), labels, batch.seed)
-        main_labels = torch.full((len(images),), -1) if targets is None else targets.argmax(1).masked_fill_(targets.amax(1) <= 0, -1)
+        main_labels = (
+            torch.full((len(images),), -1)
+            if targets is None
+            else targets.argmax(1).masked_fill_(targets.amax(1) <= 0, -1)
+        )
         return self.teacher.logits(images), main_labels
 
     def until_stopped(self, batches: Iterable[Result]) -> Iterator[Result]:
@@ -134,9 +167,13 @@ class Run:
             if self.stop.received:
                 raise Stopped
 
-    def watched(self, batches: Iterable[Result], total: int, what: str, note: Callable[[], str] = str) -> Iterator[Result]:
+    def watched(
+        self, batches: Iterable[Result], total: int, what: str, note: Callable[[], str] = str
+    ) -> Iterator[Result]:
         """The batches, with their progress on rank 0."""
-        return progress(batches, total, what, "batches", self.log.info, enabled=self.world.is_main, note=note)
+        return progress(
+            batches, total, what, "batches", self.log.info, enabled=self.world.is_main, note=note
+        )
 
 
 @dataclass
@@ -149,7 +186,9 @@ class Tally:
     top5: int = 0
 
     def add(self, labels: np.ndarray, indices: np.ndarray) -> None:
-        """Count images with their labels [B], -1 for none, and the teacher's classes [B, 5 or more], the most probable first."""
+        """Count images with their labels [B], -1 for none, and the teacher's classes [B, 5 or
+        more], the most probable first.
+        """
         is_right = (indices[:, :5] == labels[:, None]) & (labels >= 0)[:, None]
         self.images += len(labels)
         self.labelled += int((labels >= 0).sum())
@@ -157,45 +196,72 @@ class Tally:
         self.top5 += int(is_right.any(1).sum())
 
     def accuracy(self) -> dict[str, float]:
-        """The teacher's accuracies in percent, and over how many images: of an epoch that was resumed those of the last run."""
+        """The teacher's accuracies in percent, and over how many images: of an epoch that was
+        resumed those of the last run.
+        """
         if not self.labelled:
             return {}
-        return {"images": self.labelled, "top1": 100 * self.top1 / self.labelled, "top5": 100 * self.top5 / self.labelled}
+        return {
+            "images": self.labelled,
+            "top1": 100 * self.top1 / self.labelled,
+            "top5": 100 * self.top5 / self.labelled,
+        }
 
     def __str__(self) -> str:
-        return f"{self.images:,} images" + "".join(f", {key} {value:.2f}%" for key, value in self.accuracy().items() if key != "images")
+        return f"{self.images:,} images" + "".join(
+            f", {key} {value:.2f}%" for key, value in self.accuracy().items() if key != "images"
+        )
 
 
 def main(argv: list[str]) -> int:
-    """Save or check as the command line says and return the exit code; a fault that a user can mend is one line on stderr."""
+    """Save or check as the command line says and return the exit code; a fault that a user can mend
+    is one line on stderr.
+    """
     args = _parse(argv)
     rank = os.environ.get("RANK", "0")
-    own = {"EVAL_MODE": False, "TRAIN.WARMUP_EPOCHS": 0, "DISTILL.REUSE_EPOCHS": False,
-           "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits}  # fmt: skip
+    own = {
+        "EVAL_MODE": False,
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "DISTILL.REUSE_EPOCHS": False,
+        "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits,
+    }
     with StopRequest() as stop:
         try:
             cfg = config_from_args(args, from_environment("WORLD_SIZE", 1), own)
             group = Group(init_distributed(cfg.DEVICE, timeout=PATIENCE))
             run = _prepare(cfg, group, stop)
-            code = _check(run, args.exact, args.percent) if args.check_saved_logits else _save(run, args.skip_eval)
+            code = (
+                _check(run, args.exact, args.percent)
+                if args.check_saved_logits
+                else _save(run, args.skip_eval)
+            )
             group.world.destroy()
             return code
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
         except Exception as error:
             if stop.received:  # what fails while processes end is their ending
-                print(f"stopped by {stop.received}: what is written is kept, run the same again to go on", file=sys.stderr)
+                print(
+                    f"stopped by {stop.received}: what is written is kept, run the same again to"
+                    " go on",
+                    file=sys.stderr,
+                )
                 return EXIT_STOPPED
             text = _one_line(error)
             if text is None:
                 raise
             if rank == "0" or not isinstance(error, ConfigError):  # which is the same on all
-                print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+                print(
+                    f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr
+                )
             return EXIT_FAULT
 
 
-def answers(run: Run, batches: Iterable[Sample], tally: Tally) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:
-    """For each batch the positions [n] and a function that waits for the device and gives the records [n].
+def answers(
+    run: Run, batches: Iterable[Sample], tally: Tally
+) -> Iterator[tuple[np.ndarray, Callable[[], np.ndarray]]]:
+    """For each batch the positions [n] and a function that waits for the device and gives the
+    records [n].
 
     The function also counts the records in `tally`; it may be called in another thread.
     """
@@ -205,7 +271,12 @@ def answers(run: Run, batches: Iterable[Sample], tally: Tally) -> Iterator[tuple
         indices, probs = encode(logits, max(k, 5), run.cfg.DISTILL.TEMPERATURE)
         count = len(batch.position) - has_own_partner(batch.position)
         arrive = _to_host(labels[:count], indices[:count], probs[:count, :k])
-        yield batch.position[:count].numpy(), partial(_records, arrive, batch.seed[:count].numpy(), k, run.cfg.MODEL.NUM_CLASSES, tally)
+        yield (
+            batch.position[:count].numpy(),
+            partial(
+                _records, arrive, batch.seed[:count].numpy(), k, run.cfg.MODEL.NUM_CLASSES, tally
+            ),
+        )
 
 
 def has_own_partner(positions: Tensor) -> bool:
@@ -215,10 +286,23 @@ def has_own_partner(positions: Tensor) -> bool:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argument_parser("Save a teacher's answers to a logits store, or check them.")
-    parser.add_argument("--check-saved-logits", action="store_true", help="compare the store with what the teacher says now, and judge")
-    parser.add_argument("--exact", action="store_true", help="with --check-saved-logits: every bit must be equal")
-    parser.add_argument("--percent", type=float, metavar="P", help="with --check-saved-logits: a share of the batches, drawn by SEED")
-    parser.add_argument("--skip-eval", action="store_true", help="do not evaluate the teacher before saving")
+    parser.add_argument(
+        "--check-saved-logits",
+        action="store_true",
+        help="compare the store with what the teacher says now, and judge",
+    )
+    parser.add_argument(
+        "--exact", action="store_true", help="with --check-saved-logits: every bit must be equal"
+    )
+    parser.add_argument(
+        "--percent",
+        type=float,
+        metavar="P",
+        help="with --check-saved-logits: a share of the batches, drawn by SEED",
+    )
+    parser.add_argument(
+        "--skip-eval", action="store_true", help="do not evaluate the teacher before saving"
+    )
     args = parser.parse_args(argv)
     if args.throughput:
         parser.error("--throughput belongs to main.py")
@@ -231,9 +315,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _prepare(cfg, group: Group, stop: StopRequest) -> Run:
     """The teacher, and what it decides."""
-    world, path, is_saving = group.world, cfg.DISTILL.TEACHER_LOGITS_PATH, cfg.DISTILL.SAVE_TEACHER_LOGITS
+    world, path, is_saving = (
+        group.world,
+        cfg.DISTILL.TEACHER_LOGITS_PATH,
+        cfg.DISTILL.SAVE_TEACHER_LOGITS,
+    )
     if not path:
-        raise ValueError("DISTILL.TEACHER_LOGITS_PATH: name the store's folder, e.g. --opts DISTILL.TEACHER_LOGITS_PATH teacher_logits")
+        raise ValueError(
+            "DISTILL.TEACHER_LOGITS_PATH: name the store's folder, e.g. --opts"
+            " DISTILL.TEACHER_LOGITS_PATH teacher_logits"
+        )
     log = group.everywhere(lambda: create_logger(run_folder(cfg), world.rank, "save_logits"))
     if is_saving:
         _check_shared(Path(path), group)
@@ -242,7 +333,10 @@ def _prepare(cfg, group: Group, stop: StopRequest) -> Run:
     seed_everything(cfg.SEED)  # of what a user's function draws
     teacher = group.main_first(lambda: Teacher.from_config(cfg, world.device, log.info))
     if cfg.AMP_DTYPE == "bf16":
-        log.warning("AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in %s", teacher.precision)
+        log.warning(
+            "AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in %s",
+            teacher.precision,
+        )
     if not is_saving:  # the original's stores do not say how many classes they have
         cfg = replace(cfg, {"MODEL.NUM_CLASSES": teacher.num_classes})
     cfg = group.on_main(partial(resolve, cfg, teacher.num_classes))
@@ -273,16 +367,34 @@ def _save(run: Run, skip_eval: bool) -> int:
     job = group.on_main(lambda: secrets.token_hex(8))
     dataset = build_dataset(cfg, "train")
     if run.world.world_size > 1:  # all machines must have the same data, and augment alike
-        group.everywhere(lambda: check_proof(manifest["proof"], dataset, AugmentDecoder.from_config(cfg), f"{root} (rank 0)"))
-    with group.main_first(lambda: LogitsStoreWriter(root, manifest, dataset.get_keys(), job=job)) as writer:
+        group.everywhere(
+            lambda: check_proof(
+                manifest["proof"], dataset, AugmentDecoder.from_config(cfg), f"{root} (rank 0)"
+            )
+        )
+    with group.main_first(
+        lambda: LogitsStoreWriter(root, manifest, dataset.get_keys(), job=job)
+    ) as writer:
         # Asking a sealed epoch what it lacks clears away what a crash may have left beside it.
-        pending = group.on_main(lambda: [epoch for epoch in wanted if not writer.is_sealed(epoch) or len(writer.missing(epoch))])
+        pending = group.on_main(
+            lambda: [
+                epoch
+                for epoch in wanted
+                if not writer.is_sealed(epoch) or len(writer.missing(epoch))
+            ]
+        )
         if not pending:
             log.info("%s: epochs %s are complete, nothing is left to do", root, ranges(wanted))
             return 0
         group.on_main(lambda: writer.check_disk(pending))
-        log.info("%s: epochs %s of %s images, top-%d of %s classes", root, ranges(pending), f"{len(writer):,}", writer.k,
-                 f"{writer.num_classes:,}")  # fmt: skip
+        log.info(
+            "%s: epochs %s of %s images, top-%d of %s classes",
+            root,
+            ranges(pending),
+            f"{len(writer):,}",
+            writer.k,
+            f"{writer.num_classes:,}",
+        )
         if skip_eval:
             log.info("the teacher is not evaluated (--skip-eval)")
         else:
@@ -295,7 +407,9 @@ def _save(run: Run, skip_eval: bool) -> int:
                 continue
             if rank:
                 writer.begin_epoch(epoch, rank)
-            written = _write_epoch(run, data, writer, epoch, np.unpackbits(bits, count=len(writer)).view(bool), left)
+            written = _write_epoch(
+                run, data, writer, epoch, np.unpackbits(bits, count=len(writer)).view(bool), left
+            )
             total = Tally(*map(sum, zip(*map(astuple, group.gather(written)))))
             if run.world.is_main:
                 writer.seal_in_background(epoch, teacher=total.accuracy())
@@ -305,7 +419,9 @@ def _save(run: Run, skip_eval: bool) -> int:
 
 
 def _begin(writer: LogitsStoreWriter, epoch: int) -> np.ndarray | None:
-    """Rank 0: lock an epoch and tell, as packed bits, which images it lacks; None if it is sealed by now."""
+    """Rank 0: lock an epoch and tell, as packed bits, which images it lacks; None if it is sealed
+    by now.
+    """
     if writer.is_sealed(epoch):
         return None
     writer.begin_epoch(epoch)
@@ -314,7 +430,14 @@ def _begin(writer: LogitsStoreWriter, epoch: int) -> np.ndarray | None:
     return np.packbits(is_missing)
 
 
-def _write_epoch(run: Run, data: Epochs, writer: LogitsStoreWriter, epoch: int, is_missing: np.ndarray, epochs_left: int) -> Tally:
+def _write_epoch(
+    run: Run,
+    data: Epochs,
+    writer: LogitsStoreWriter,
+    epoch: int,
+    is_missing: np.ndarray,
+    epochs_left: int,
+) -> Tally:
     """Append this rank's batches of an epoch that are not whole; returns what was written."""
     start, share, tally = time.monotonic(), float(is_missing.mean()), Tally()
     wanted = None if share == 1 else lambda number, positions: bool(is_missing[positions].any())
@@ -324,9 +447,13 @@ def _write_epoch(run: Run, data: Epochs, writer: LogitsStoreWriter, epoch: int, 
         rate = tally.images / (time.monotonic() - start)
         left = timedelta(seconds=round((to_come - tally.images) / rate)) if rate else "unknown"
         megabytes = tally.images * writer.dtype.itemsize / 1e6
-        return f"rank 0: {tally}, {megabytes:,.1f} MB, {rate:,.0f} images/s; all epochs done in {left}"
+        return (
+            f"rank 0: {tally}, {megabytes:,.1f} MB, {rate:,.0f} images/s; all epochs done in {left}"
+        )
 
-    batches = run.watched(data.batches(epoch, wanted=wanted), round(data.count(epoch) * share), f"epoch {epoch}", note)
+    batches = run.watched(
+        data.batches(epoch, wanted=wanted), round(data.count(epoch) * share), f"epoch {epoch}", note
+    )
     with AsyncAppender(writer) as appender:
         for positions, records in run.until_stopped(answers(run, batches, tally)):
             appender.append(positions, records)
@@ -335,7 +462,13 @@ def _write_epoch(run: Run, data: Epochs, writer: LogitsStoreWriter, epoch: int, 
     return tally
 
 
-def _records(arrive: Callable[[], list[np.ndarray]], seeds: np.ndarray, k: int, num_classes: int, tally: Tally) -> np.ndarray:
+def _records(
+    arrive: Callable[[], list[np.ndarray]],
+    seeds: np.ndarray,
+    k: int,
+    num_classes: int,
+    tally: Tally,
+) -> np.ndarray:
     labels, indices, probs = arrive()
     tally.add(labels, indices)
     return pack_records(seeds, indices[:, :k], probs, num_classes)
@@ -345,7 +478,12 @@ def _to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     """Begin to copy tensors to the CPU; the function that is returned waits for them."""
     if not any(tensor.is_cuda for tensor in tensors):
         return lambda: [tensor.cpu().numpy() for tensor in tensors]
-    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True) for tensor in tensors]
+    copies = [
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
+        for tensor in tensors
+    ]
     arrived = torch.cuda.Event(blocking=True)
     arrived.record()
 
@@ -361,7 +499,9 @@ def _manifest(run: Run) -> dict[str, Any]:
     cfg, device = run.cfg, run.world.device
     dataset = build_dataset(cfg, "train")
     mean, std = mean_and_std(cfg)
-    versions = {"python": platform.python_version()} | {module.__name__: module.__version__ for module in (torch, timm, np, PIL)}
+    versions = {"python": platform.python_version()} | {
+        module.__name__: module.__version__ for module in (torch, timm, np, PIL)
+    }
     return {
         "identity": identity_of(cfg, len(dataset), Keys.of(dataset.get_keys()).digest()),
         "teacher": run.teacher.identity(),
@@ -370,7 +510,9 @@ def _manifest(run: Run) -> dict[str, Any]:
             "versions": versions,
             "mean": mean,
             "std": std,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "device": (
+                torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+            ),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "classes": run.teacher.classes,
         },
@@ -378,7 +520,9 @@ def _manifest(run: Run) -> dict[str, Any]:
 
 
 def _evaluate(run: Run) -> None:
-    """The teacher's accuracy on the validation images, and a warning where it says that labels and outputs do not belong together."""
+    """The teacher's accuracy on the validation images, and a warning where it says that labels and
+    outputs do not belong together.
+    """
     cfg, log, teacher = run.cfg, run.log, run.teacher
     fault = run.group.on_main(lambda: _attempt(lambda: build_dataset(cfg, "val"))[1])
     if fault is not None:
@@ -388,45 +532,96 @@ def _evaluate(run: Run) -> None:
     num_classes = build_dataset(cfg, "val").num_classes
     label_map = teacher.label_map(num_classes)
     if label_map is None:
-        log.warning("the teacher is not evaluated: no map is known from its %d outputs to the data's %d classes; DATA.CLASS_LIST can "
-                    "number the data's classes as its outputs", teacher.num_classes, num_classes)  # fmt: skip
+        log.warning(
+            "the teacher is not evaluated: no map is known from its %d outputs to the data's %d"
+            " classes; DATA.CLASS_LIST can number the data's classes as its outputs",
+            teacher.num_classes,
+            num_classes,
+        )
         return
-    batches = run.until_stopped(run.watched(data.batches(0), data.count(), "evaluation of the teacher"))
-    result = evaluate(teacher.model, batches, run.world.device, teacher.dtype, world=run.world,
-                      map_outputs=lambda logits: teacher.in_data_classes(logits, label_map))  # fmt: skip
+    batches = run.until_stopped(
+        run.watched(data.batches(0), data.count(), "evaluation of the teacher")
+    )
+    result = evaluate(
+        teacher.model,
+        batches,
+        run.world.device,
+        teacher.dtype,
+        world=run.world,
+        map_outputs=lambda logits: teacher.in_data_classes(logits, label_map),
+    )
     if "top1" not in result:
         log.info("the teacher is not evaluated: the validation images have no labels")
         return
-    log.info("teacher: top-1 %.2f%%, top-5 %.2f%% of %s validation images", result["top1"], result["top5"], f"{result['count']:,}")
+    log.info(
+        "teacher: top-1 %.2f%%, top-5 %.2f%% of %s validation images",
+        result["top1"],
+        result["top5"],
+        f"{result['count']:,}",
+    )
     chance = 1 / num_classes
     if result["top1"] / 100 <= chance + 3 * (chance * (1 - chance) / result["count"]) ** 0.5:
-        log.warning("THE TEACHER IS NO BETTER THAN CHANCE: are these its weights, are mean and std its own, and are the data's classes "
-                    "numbered as its outputs are (DATA.CLASS_LIST)? Its answers are saved all the same")  # fmt: skip
+        log.warning(
+            "THE TEACHER IS NO BETTER THAN CHANCE: are these its weights, are mean and std its own,"
+            " and are the data's classes numbered as its outputs are (DATA.CLASS_LIST)? Its answers"
+            " are saved all the same"
+        )
 
 
 def _check(run: Run, exact: bool, percent: float | None) -> int:
-    """Compare sealed epochs with what the teacher says now; 0 if models/agreement.py finds them the same."""
+    """Compare sealed epochs with what the teacher says now; 0 if models/agreement.py finds them the
+    same.
+    """
     cfg, group, log = run.cfg, run.group, run.log
-    root, first, end = Path(cfg.DISTILL.TEACHER_LOGITS_PATH), cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS
+    root, first, end = (
+        Path(cfg.DISTILL.TEACHER_LOGITS_PATH),
+        cfg.TRAIN.START_EPOCH,
+        cfg.TRAIN.EPOCHS,
+    )
     store = open_store(cfg, build_dataset(cfg, "train").get_keys())
     if run.teacher.num_classes != store.num_classes:
-        raise ValueError(f"{root}: the store is of {store.num_classes} classes, this teacher of {run.teacher.num_classes}: give the one "
-                         "that wrote it, with the same DISTILL.CLASS_SUBSET")  # fmt: skip
+        raise ValueError(
+            f"{root}: the store is of {store.num_classes} classes, this teacher of"
+            f" {run.teacher.num_classes}: give the one that wrote it, with the same"
+            " DISTILL.CLASS_SUBSET"
+        )
     epochs = [epoch for epoch in store.epochs() if first <= epoch < end]
     if not epochs:
-        raise ValueError(f"{root}: of the epochs {first} to {end - 1} none is there (there: {ranges(store.epochs()) or 'none'}): "
-                         "set TRAIN.START_EPOCH and TRAIN.EPOCHS")  # fmt: skip
+        raise ValueError(
+            f"{root}: of the epochs {first} to {end - 1} none is there (there:"
+            f" {ranges(store.epochs()) or 'none'}): set TRAIN.START_EPOCH and TRAIN.EPOCHS"
+        )
     log.info("%s", group.on_main(lambda: check_store(cfg, epochs)))
-    if run.world.is_main and isinstance(store, LogitsStoreReader) and store.manifest["teacher"] != run.teacher.identity():
-        log.warning("the store was written by another teacher, or in another precision: %s", store.manifest["teacher"])
-    data = group.everywhere(lambda: train_epochs(cfg, run.world.rank, cfg.DATA.BATCH_SIZE, step_images=1, report=log.info))
+    if (
+        run.world.is_main
+        and isinstance(store, LogitsStoreReader)
+        and store.manifest["teacher"] != run.teacher.identity()
+    ):
+        log.warning(
+            "the store was written by another teacher, or in another precision: %s",
+            store.manifest["teacher"],
+        )
+    data = group.everywhere(
+        lambda: train_epochs(
+            cfg, run.world.rank, cfg.DATA.BATCH_SIZE, step_images=1, report=log.info
+        )
+    )
     total, left_out = Agreement(), 0
     for found, unknown in group.gather(_compare(run, store, epochs, data, percent)):
         total.merge(found)
         left_out += unknown
-    log.info("checked %sepochs %s: %s", "" if percent is None else f"{percent:g}% of the batches of ", ranges(epochs), total)
+    log.info(
+        "checked %sepochs %s: %s",
+        "" if percent is None else f"{percent:g}% of the batches of ",
+        ranges(epochs),
+        total,
+    )
     if left_out:
-        log.info("left out: %d images whose partner's seed the original did not keep (the last ones of odd epochs)", left_out)
+        log.info(
+            "left out: %d images whose partner's seed the original did not keep (the last ones of"
+            " odd epochs)",
+            left_out,
+        )
     for _, text in total.worst:
         log.info("worst: %s", text)
     faults = total.faults(exact)
@@ -437,27 +632,48 @@ def _check(run: Run, exact: bool, percent: float | None) -> int:
     return EXIT_DIFFERENT if faults else 0
 
 
-def _compare(run: Run, store, epochs: list[int], data: Epochs, percent: float | None) -> tuple[Agreement, int]:
+def _compare(
+    run: Run, store, epochs: list[int], data: Epochs, percent: float | None
+) -> tuple[Agreement, int]:
     """What this rank's batches show, and how many images could not be compared."""
     is_ours = isinstance(store, LogitsStoreReader)
     found, left_out = Agreement(), 0
     for epoch in epochs:
         number = data.count(epoch)
         rng = generator(run_seed(run.cfg.SEED, epoch, 0, run.world.rank))
-        chosen = set(range(number) if percent is None else rng.permutation(number)[: max(1, round(number * percent / 100))].tolist())
-        batches = data.batches(epoch, wanted=lambda index, positions, chosen=chosen: index in chosen)
-        for batch in run.until_stopped(run.watched(batches, len(chosen), f"check of epoch {epoch}")):
+        chosen = set(
+            range(number)
+            if percent is None
+            else rng.permutation(number)[: max(1, round(number * percent / 100))].tolist()
+        )
+        batches = data.batches(
+            epoch, wanted=lambda index, positions, chosen=chosen: index in chosen
+        )
+        for batch in run.until_stopped(
+            run.watched(batches, len(chosen), f"check of epoch {epoch}")
+        ):
             logits, _ = run.ask(batch)
             is_odd = has_own_partner(batch.position)
-            is_unknown = is_odd and not is_ours  # the original gave that image another partner, and did not keep the seed
+            # the original gave that image another partner, and did not keep the seed
+            is_unknown = is_odd and not is_ours
             left_out += is_unknown
             count = len(batch.position) - is_odd - is_unknown
             positions, seeds = batch.position[:count].tolist(), batch.seed[:count].tolist()
-            right_seeds = [sample_seed(run.cfg.DATA.SEED, epoch, position) for position in positions] if is_ours else seeds
-            indices, probs = (values[:count].to(logits.device) for values in (batch.indices, batch.probs))
-            found.add(compare(indices, probs, logits[:count], run.cfg.DISTILL.TEMPERATURE),
-                      torch.tensor([a != b for a, b in zip(seeds, right_seeds)], dtype=torch.bool),
-                      lambda row, epoch=epoch, positions=positions: f"epoch {epoch}, {store.keys[positions[row]]}")  # fmt: skip
+            right_seeds = (
+                [sample_seed(run.cfg.DATA.SEED, epoch, position) for position in positions]
+                if is_ours
+                else seeds
+            )
+            indices, probs = (
+                values[:count].to(logits.device) for values in (batch.indices, batch.probs)
+            )
+            found.add(
+                compare(indices, probs, logits[:count], run.cfg.DISTILL.TEMPERATURE),
+                torch.tensor([a != b for a, b in zip(seeds, right_seeds)], dtype=torch.bool),
+                lambda row, epoch=epoch, positions=positions: (
+                    f"epoch {epoch}, {store.keys[positions[row]]}"
+                ),
+            )
     return found, left_out
 
 
@@ -477,7 +693,10 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is used up: use a smaller --batch-size ({text})"
     if "DataLoader worker" in text:
-        return f"a loader process has died ({text}): was the memory used up? Try fewer DATA.NUM_WORKERS"
+        return (
+            f"a loader process has died ({text}): was the memory used up? Try fewer"
+            " DATA.NUM_WORKERS"
+        )
     if "gloo" in text or isinstance(error, dist.DistError):
         return PEER_ENDED
     return None

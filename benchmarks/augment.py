@@ -1,9 +1,10 @@
-"""Training images per second on one core, JPEG to tensor: `AugmentDecoder.decode` against timm's transform with the same recipe.
+"""Training images per second on one core, JPEG to tensor: `AugmentDecoder.decode` against timm's
+transform with the same recipe.
 
     python -m benchmarks.augment
 
-Prints JSON: both rates and their ratio with and without opening the JPEG, and where the decoder's time goes.
-"""
+Prints JSON: both rates and their ratio with and without opening the JPEG, and where the decoder's
+time goes."""
 
 import io
 import random
@@ -17,8 +18,8 @@ from timm.data import create_transform
 
 from benchmarks.timing import alternate, machine, report
 from configs import load_config
-from data.decoder import AugmentDecoder, mean_and_std
-from data.rng import generator, sample_seed
+from data.augment.decoder import AugmentDecoder, mean_and_std
+from data.augment.rng import generator, sample_seed
 
 IMAGES = 64
 SIZE = (500, 375)
@@ -31,7 +32,9 @@ def photo(seed: int) -> bytes:
     pixels = np.full((height, width, 3), 128.0)
     for cells in (2, 4, 8, 16, 32, 64, 128, 256):
         coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3)).astype(np.uint8))
-        pixels += (np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC), np.float64) - 128) * cells**-0.5
+        pixels += (
+            np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC), np.float64) - 128
+        ) * cells**-0.5
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
     return file.getvalue()
@@ -117,10 +120,19 @@ def main() -> None:
     report(
         {
             "recipe": repr(epochs.decoder),
-            "pictures": f"{IMAGES} of {SIZE[0]}x{SIZE[1]}, {sum(map(len, epochs.files)) // IMAGES} bytes each",
-            "images_per_second": {name: round(IMAGES / times["median"], 1) for name, times in seconds.items()},
-            "spread_seconds_per_turn": {name: round(times["spread"], 4) for name, times in seconds.items()},
-            "ratio_with_jpeg": round(seconds["timm_with_jpeg"]["median"] / seconds["decode_with_jpeg"]["median"], 3),
+            "pictures": (
+                f"{IMAGES} of {SIZE[0]}x{SIZE[1]}, {sum(map(len, epochs.files)) // IMAGES} bytes"
+                " each"
+            ),
+            "images_per_second": {
+                name: round(IMAGES / times["median"], 1) for name, times in seconds.items()
+            },
+            "spread_seconds_per_turn": {
+                name: round(times["spread"], 4) for name, times in seconds.items()
+            },
+            "ratio_with_jpeg": round(
+                seconds["timm_with_jpeg"]["median"] / seconds["decode_with_jpeg"]["median"], 3
+            ),
             "ratio": round(seconds["timm"]["median"] / seconds["decode"]["median"], 3),
             "timm_failures": epochs.failures,
             "split_ms_per_image": epochs.split(rounds=5),

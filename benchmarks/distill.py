@@ -1,12 +1,14 @@
-"""Training by labels, by stored logits and by an online teacher: seconds per epoch and peak memory, in one run.
+"""Training by labels, by stored logits and by an online teacher: seconds per epoch and peak memory,
+in one run.
 
     python -m benchmarks.distill                                                     # small, for two CPU cores: about 3 minutes
     python -m benchmarks.distill --student 5m --teacher timm:convnext_base --size 224 --images 20000 --batch-size 256 --workers 16
 
-Each way is main.py's own `train_step` over its own loaders, in a process of its own; the processes train an epoch in turn, so that the
-machine's mood hits all alike, and those that wait do nothing. All three augment and mix the same images. Weights are random: what a teacher
-knows does not change how long it takes. Memory is the process's peak, on CUDA the GPU's. The report goes to stdout as JSON.
-"""
+Each way is main.py's own `train_step` over its own loaders, in a process of its own; the processes
+train an epoch in turn, so that the machine's mood hits all alike, and those that wait do nothing.
+All three augment and mix the same images. Weights are random: what a teacher knows does not change
+how long it takes. Memory is the process's peak, on CUDA the GPU's. The report goes to stdout as
+JSON."""
 
 import argparse
 import contextlib
@@ -41,18 +43,54 @@ def model_words(name: str) -> list[str]:
         return ["MODEL.TYPE", "timm", "MODEL.NAME", name[5:]]
     if name in SHAPES:
         keys = ("DEPTHS", "NUM_HEADS", "WINDOW_SIZES", "EMBED_DIMS")
-        return ["MODEL.NAME", name, *(str(word) for key, value in zip(keys, SHAPES[name]) for word in (f"MODEL.TINY_VIT.{key}", value))]
-    cfg = load_config(["--cfg", str(Path(main.__file__).parent / "configs" / "1k" / f"tiny_vit_{name}.yaml")])
-    return ["MODEL.NAME", name, *(str(word) for key, value in cfg.MODEL.TINY_VIT.items() for word in (f"MODEL.TINY_VIT.{key}", value))]
+        return [
+            "MODEL.NAME",
+            name,
+            *(
+                str(word)
+                for key, value in zip(keys, SHAPES[name])
+                for word in (f"MODEL.TINY_VIT.{key}", value)
+            ),
+        ]
+    cfg = load_config(
+        ["--cfg", str(Path(main.__file__).parent / "configs" / "1k" / f"tiny_vit_{name}.yaml")]
+    )
+    return [
+        "MODEL.NAME",
+        name,
+        *(
+            str(word)
+            for key, value in cfg.MODEL.TINY_VIT.items()
+            for word in (f"MODEL.TINY_VIT.{key}", value)
+        ),
+    ]
 
 
 def options(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
     """What all runs share."""
-    given = {"DATA.SHAPES.TRAIN_IMAGES": args.images, "DATA.SHAPES.VAL_IMAGES": 10, "DATA.SHAPES.SIZE": args.size * 8 // 7,
-             "DATA.IMG_SIZE": args.size, "DATA.BATCH_SIZE": args.batch_size, "DATA.NUM_WORKERS": args.workers,
-             "DATA.INDEX_DIR": folder / "index", "OUTPUT": folder, "TRAIN.EPOCHS": 1 + args.warmup + args.repeats, "DEVICE": args.device}
-    return ["--opts", *model_words(name), "DATA.DATASET", "shapes", "AUG.MIXUP_MODE", "pair2", "TRAIN.WARMUP_EPOCHS", "0",
-            *(str(word) for pair in given.items() for word in pair)]  # fmt: skip
+    given = {
+        "DATA.SHAPES.TRAIN_IMAGES": args.images,
+        "DATA.SHAPES.VAL_IMAGES": 10,
+        "DATA.SHAPES.SIZE": args.size * 8 // 7,
+        "DATA.IMG_SIZE": args.size,
+        "DATA.BATCH_SIZE": args.batch_size,
+        "DATA.NUM_WORKERS": args.workers,
+        "DATA.INDEX_DIR": folder / "index",
+        "OUTPUT": folder,
+        "TRAIN.EPOCHS": 1 + args.warmup + args.repeats,
+        "DEVICE": args.device,
+    }
+    return [
+        "--opts",
+        *model_words(name),
+        "DATA.DATASET",
+        "shapes",
+        "AUG.MIXUP_MODE",
+        "pair2",
+        "TRAIN.WARMUP_EPOCHS",
+        "0",
+        *(str(word) for pair in given.items() for word in pair),
+    ]
 
 
 def work(pipe: Connection, words: list[str]) -> None:
@@ -60,7 +98,8 @@ def work(pipe: Connection, words: list[str]) -> None:
     cfg = config_from_args(base_parser("").parse_args(words))
     world = init_distributed(cfg.DEVICE)
     choose_kernels(False)
-    run = main.build_training(cfg, world, create_logger(None, rank=1), StopRequest())  # whose logger has nothing to say
+    # whose logger has nothing to say
+    run = main.build_training(cfg, world, create_logger(None, rank=1), StopRequest())
     pipe.send(None)
     while (epoch := pipe.recv()) is not None:
         main.set_training_mode(run.model, False, False)
@@ -79,22 +118,41 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Prepare the teacher and its store, then time the three ways in turn."""
     sizes = {}
     for role, name in (("student", args.student), ("teacher", args.teacher)):
-        model = build_model(load_config([*options(args, folder, name), "MODEL.NUM_CLASSES", "10"]), log=lambda text: None)
-        sizes[role] = {"model": name, "parameters": count_parameters(model), "multiply_adds": count_multiply_adds(model, args.size)}
+        model = build_model(
+            load_config([*options(args, folder, name), "MODEL.NUM_CLASSES", "10"]),
+            log=lambda text: None,
+        )
+        sizes[role] = {
+            "model": name,
+            "parameters": count_parameters(model),
+            "multiply_adds": count_multiply_adds(model, args.size),
+        }
         if role == "teacher":
             save_atomic({"model": model.state_dict()}, folder / "teacher.pth")
     ratio = sizes["teacher"]["multiply_adds"] / sizes["student"]["multiply_adds"]
     if ratio < 10:
-        raise SystemExit(f"the teacher has only {ratio:.1f} times the student's multiply-adds: take a larger one (10 times at least)")
+        raise SystemExit(
+            f"the teacher has only {ratio:.1f} times the student's multiply-adds: take a larger one"
+            " (10 times at least)"
+        )
     teacher = options(args, folder, args.teacher)
     store = ["DISTILL.TEACHER_LOGITS_PATH", str(folder / "store"), "TRAIN.EPOCHS", "1"]
     if save_logits.main(["--resume", str(folder / "teacher.pth"), "--skip-eval", *teacher, *store]):
         raise SystemExit("the store could not be written")
     (folder / "teacher.yaml").write_text(main.dump(load_config(teacher)))
     student = options(args, folder, args.student)
-    ways = {"labels": [], "stored": [*store[:2], "DISTILL.REUSE_EPOCHS", "True"],
-            "online": ["DISTILL.ONLINE", "True", "DISTILL.TEACHER_CFG", str(folder / "teacher.yaml"),
-                       "DISTILL.TEACHER_WEIGHTS", str(folder / "teacher.pth")]}  # fmt: skip
+    ways = {
+        "labels": [],
+        "stored": [*store[:2], "DISTILL.REUSE_EPOCHS", "True"],
+        "online": [
+            "DISTILL.ONLINE",
+            "True",
+            "DISTILL.TEACHER_CFG",
+            str(folder / "teacher.yaml"),
+            "DISTILL.TEACHER_WEIGHTS",
+            str(folder / "teacher.pth"),
+        ],
+    }
     context, pipes, memory = multiprocessing.get_context("spawn"), {}, {}
     for mode in MODES:
         pipes[mode], other = context.Pipe()
@@ -108,20 +166,31 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         epochs[mode] += 1
 
     try:
-        seconds = alternate({mode: lambda mode=mode: train_epoch(mode) for mode in MODES}, args.repeats, args.warmup)
+        seconds = alternate(
+            {mode: lambda mode=mode: train_epoch(mode) for mode in MODES}, args.repeats, args.warmup
+        )
     finally:
         for pipe in pipes.values():
             pipe.send(None)
     labels = seconds["labels"]["median"]
-    return {"machine": machine(), **sizes, "teacher_over_student": ratio, "settings": vars(args), "seconds_per_epoch": seconds,
-            "peak_memory_gb": memory, "over_labels": {mode: seconds[mode]["median"] / labels for mode in MODES}}  # fmt: skip
+    return {
+        "machine": machine(),
+        **sizes,
+        "teacher_over_student": ratio,
+        "settings": vars(args),
+        "seconds_per_epoch": seconds,
+        "peak_memory_gb": memory,
+        "over_labels": {mode: seconds[mode]["median"] / labels for mode in MODES},
+    }
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--student", default="tiny", help="tiny, small, 5m, 11m, 21m, or timm:NAME")
-    parser.add_argument("--teacher", default="small", help="as --student, with at least 10 times its multiply-adds")
+    parser.add_argument(
+        "--teacher", default="small", help="as --student, with at least 10 times its multiply-adds"
+    )
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -3,12 +3,12 @@
     python -m benchmarks.listing                       # some minutes, 1 GB of disk and 3 GB of memory
     python -m benchmarks.listing --images 1000000
 
-The data is made up: as many names and classes as the real list has; each class's zip file is a link to one small archive.
-The first start scans the list; the second finds it cached. Each is a process of its own, timed from the end of its imports to the first
-batch from loader processes. A worker's memory is its private dirty pages (pages of mapped files are the page cache's, shared by all
-processes) after it has decoded some images from all over the list, beside that of a worker on ten drawn images, which has the same
-imports. The report goes to stdout as JSON.
-"""
+The data is made up: as many names and classes as the real list has; each class's zip file is a link
+to one small archive. The first start scans the list; the second finds it cached. Each is a process
+of its own, timed from the end of its imports to the first batch from loader processes. A worker's
+memory is its private dirty pages (pages of mapped files are the page cache's, shared by all
+processes) after it has decoded some images from all over the list, beside that of a worker on ten
+drawn images, which has the same imports. The report goes to stdout as JSON."""
 
 import argparse
 import io
@@ -54,7 +54,9 @@ class Measured(Dataset):
 def private_bytes() -> int:
     """This process's private dirty pages."""
     with open("/proc/self/smaps_rollup") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
+        return next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:")
+        )
 
 
 def make_data(root: Path, images: int, shuffled: bool) -> None:
@@ -66,7 +68,9 @@ def make_data(root: Path, images: int, shuffled: bool) -> None:
         numbers = np.random.Generator(np.random.PCG64(0)).permutation(numbers)
     with open(root / "in22k_image_names.txt", "w") as file:
         for chunk in np.array_split(numbers, max(1, images // MEBIBYTE)):
-            file.writelines(f"n{number * classes // images:08d}_{number}\n" for number in chunk.tolist())
+            file.writelines(
+                f"n{number * classes // images:08d}_{number}\n" for number in chunk.tolist()
+            )
     first = root / "n00000000.zip"
     pixels = np.random.Generator(np.random.PCG64(1)).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with io.BytesIO() as buffer, zipfile.ZipFile(first, "w") as archive:
@@ -78,11 +82,29 @@ def make_data(root: Path, images: int, shuffled: bool) -> None:
 
 
 def config(folder: Path, dataset: str = "imagenet22k", start: str = "auto"):
-    """The configuration of a run on the made-up data; the format makes one and the same member of every name."""
-    options = {"DATA.DATASET": dataset, "DATA.INDEX_DIR": folder / "index", "DATA.FNAME_FORMAT": "n00000000_7{:.0}.jpeg",
-               "DATA.IMG_SIZE": 64, "DATA.SHAPES.TRAIN_IMAGES": 10, "DATA.SHAPES.SIZE": 64, "DATA.BATCH_SIZE": 8,
-               "DATA.NUM_WORKERS": WORKERS, "DATA.WORKER_START": start, "MODEL.NUM_CLASSES": CLASSES}  # fmt: skip
-    return load_config(["--data-path", str(folder / "data"), "--opts", *(str(part) for pair in options.items() for part in pair)])
+    """The configuration of a run on the made-up data; the format makes one and the same member of
+    every name.
+    """
+    options = {
+        "DATA.DATASET": dataset,
+        "DATA.INDEX_DIR": folder / "index",
+        "DATA.FNAME_FORMAT": "n00000000_7{:.0}.jpeg",
+        "DATA.IMG_SIZE": 64,
+        "DATA.SHAPES.TRAIN_IMAGES": 10,
+        "DATA.SHAPES.SIZE": 64,
+        "DATA.BATCH_SIZE": 8,
+        "DATA.NUM_WORKERS": WORKERS,
+        "DATA.WORKER_START": start,
+        "MODEL.NUM_CLASSES": CLASSES,
+    }
+    return load_config(
+        [
+            "--data-path",
+            str(folder / "data"),
+            "--opts",
+            *(str(part) for pair in options.items() for part in pair),
+        ]
+    )
 
 
 def start_run(folder: Path) -> dict[str, object]:
@@ -97,10 +119,15 @@ def start_run(folder: Path) -> dict[str, object]:
     ended = time.perf_counter()
     assert len(batch.image) == cfg.DATA.BATCH_SIZE, "a whole batch"
     return {
-        "seconds": {"resolve": resolved - begun, "open_data_and_sampler": opened - resolved, "order_and_first_batch": ended - opened,
-                    "all": ended - begun},
-        "images": len(epochs.dataset), "main_process_peak_mb": peak_bytes() / MEBIBYTE,
-    }  # fmt: skip
+        "seconds": {
+            "resolve": resolved - begun,
+            "open_data_and_sampler": opened - resolved,
+            "order_and_first_batch": ended - opened,
+            "all": ended - begun,
+        },
+        "images": len(epochs.dataset),
+        "main_process_peak_mb": peak_bytes() / MEBIBYTE,
+    }
 
 
 def worker_memory(folder: Path, start: str) -> dict[str, object]:
@@ -109,19 +136,35 @@ def worker_memory(folder: Path, start: str) -> dict[str, object]:
     for dataset in ("shapes", "imagenet22k"):
         cfg = resolve(config(folder, dataset, start))
         replay = train_epochs(cfg, 0, cfg.DATA.BATCH_SIZE, 1).dataset
-        positions = np.random.Generator(np.random.PCG64(2)).integers(0, len(replay), WORKERS * DECODED).tolist()
-        loader = DataLoader(Measured(replay), sampler=positions, num_workers=WORKERS, multiprocessing_context=start, batch_size=None)
+        positions = (
+            np.random.Generator(np.random.PCG64(2))
+            .integers(0, len(replay), WORKERS * DECODED)
+            .tolist()
+        )
+        loader = DataLoader(
+            Measured(replay),
+            sampler=positions,
+            num_workers=WORKERS,
+            multiprocessing_context=start,
+            batch_size=None,
+        )
         sizes: dict[int, int] = {}
         for _, process, size in loader:
             sizes[process] = max(size, sizes.get(process, 0))
         measured[dataset] = max(sizes.values()) / MEBIBYTE
     grown = measured["imagenet22k"] - measured["shapes"]
-    return {"ten_images_mb": measured["shapes"], "whole_list_mb": measured["imagenet22k"], "beyond_imports_mb": grown}
+    return {
+        "ten_images_mb": measured["shapes"],
+        "whole_list_mb": measured["imagenet22k"],
+        "beyond_imports_mb": grown,
+    }
 
 
 def peak_bytes() -> int:
     """The largest resident size of this process so far, mapped pages included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def in_a_process(task: str, folder: Path) -> dict[str, object]:
@@ -141,26 +184,50 @@ def rounded(value):
 def main() -> None:
     """Measure and print the report."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.listing", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--images", type=int, default=IMAGES, help="names in the list (default: %(default)s)")
-    parser.add_argument("--shuffled", action="store_true", help="names in no order: the scan has to sort them")
-    parser.add_argument("--folder", type=Path, help="where to write the data (default: a temporary folder)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.listing", description=__doc__, formatter_class=formatter
+    )
+    parser.add_argument(
+        "--images", type=int, default=IMAGES, help="names in the list (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--shuffled", action="store_true", help="names in no order: the scan has to sort them"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to write the data (default: a temporary folder)"
+    )
     parser.add_argument("--task", choices=["start", "fork", "spawn"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        result = start_run(args.folder) if args.task == "start" else worker_memory(args.folder, args.task)
+        result = (
+            start_run(args.folder)
+            if args.task == "start"
+            else worker_memory(args.folder, args.task)
+        )
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         make_data(folder / "data", args.images, args.shuffled)
-        tasks = {"first_start": "start", "warm_start": "start", "worker_fork": "fork", "worker_spawn": "spawn"}
+        tasks = {
+            "first_start": "start",
+            "warm_start": "start",
+            "worker_fork": "fork",
+            "worker_spawn": "spawn",
+        }
         results = {}
         for label, task in tasks.items():
             results[label] = in_a_process(task, folder)
-            os.sync()  # pages of a file that was just written count as a process's own until they are on disk
+            # pages of a file that was just written count as a process's own until they are on disk
+            os.sync()
         size = sum(path.stat().st_size for path in (folder / "index").rglob("*") if path.is_file())
-    results = {"machine": machine(), "names": args.images, "cached_list_mb": size / MEBIBYTE, "workers": WORKERS, **results}
+    results = {
+        "machine": machine(),
+        "names": args.images,
+        "cached_list_mb": size / MEBIBYTE,
+        "workers": WORKERS,
+        **results,
+    }
     results["aims"] = {"warm_start_seconds": 10, "worker_beyond_imports_mb": 100}
     report(rounded(results))
 

@@ -1,10 +1,11 @@
-"""Ours against timm's tiny_vit with the same weights: evaluation and training steps in float32 and bfloat16, turn by turn in one run.
+"""Ours against timm's tiny_vit with the same weights: evaluation and training steps in float32 and
+bfloat16, turn by turn in one run.
 
     python -m benchmarks.model --variant 21m --device cuda --batch 128
 
-`as constructed` is what a user gets without asking. `best` is the quickest mode of each side: for evaluation batch norm folded into
-convolutions, channels-last memory, with --compile torch.compile on top of these. Ratios above 1 mean that ours is faster.
-"""
+`as constructed` is what a user gets without asking. `best` is the quickest mode of each side: for
+evaluation batch norm folded into convolutions, channels-last memory, with --compile torch.compile
+on top of these. Ratios above 1 mean that ours is faster."""
 
 import argparse
 import sys
@@ -21,33 +22,55 @@ from benchmarks.timing import alternate, machine, report
 from models.pretrained import to_timm
 from models.tiny_vit import VARIANTS, TinyViT
 
-TIMM_NAMES = {variant: f"tiny_vit_{variant}" if "_" in variant else f"tiny_vit_{variant}_224" for variant in VARIANTS}
+TIMM_NAMES = {
+    variant: f"tiny_vit_{variant}" if "_" in variant else f"tiny_vit_{variant}_224"
+    for variant in VARIANTS
+}
 
 
 def main() -> None:
     options = parse()
     device = torch.device(options.device)
     ours = TinyViT.from_config(options.variant, drop_path_rate=0.0).to(device)
-    theirs = timm.create_model(TIMM_NAMES[options.variant], num_classes=1000, drop_path_rate=0.0).to(device)
+    theirs = timm.create_model(
+        TIMM_NAMES[options.variant], num_classes=1000, drop_path_rate=0.0
+    ).to(device)
     theirs.load_state_dict(to_timm(ours.state_dict()))
     images = torch.randn(options.batch, 3, options.image_size, options.image_size, device=device)
     with torch.inference_mode():
         difference = (ours.eval()(images[:2]) - theirs.eval()(images[:2])).abs().max().item()
     rows = []
     for task in ("evaluation", "training step"):
-        sides = evaluation_sides(ours, theirs, options.compile) if task == "evaluation" else training_sides(ours, theirs, options.compile)
+        sides = (
+            evaluation_sides(ours, theirs, options.compile)
+            if task == "evaluation"
+            else training_sides(ours, theirs, options.compile)
+        )
         for dtype in ("float32", "bfloat16"):
             steps = {name: step(model, images, task, dtype) for name, model in sides.items()}
             rows.append({"task": task, "dtype": dtype, **compare(timed(steps, options))})
             print(line(rows[-1], options.batch), file=sys.stderr, flush=True)
-    report({"benchmark": "model", "machine": machine(), "settings": vars(options), "largest_difference": difference, "rows": rows})
+    report(
+        {
+            "benchmark": "model",
+            "machine": machine(),
+            "settings": vars(options),
+            "largest_difference": difference,
+            "rows": rows,
+        }
+    )
 
 
 def evaluation_sides(ours: nn.Module, theirs: nn.Module, compiled: bool) -> dict[str, nn.Module]:
     """Both sides as constructed, and with every means that leaves the outputs equal."""
     fused = deepcopy(ours).eval().fuse()
     tuned = reparameterize_model(theirs.eval()).to(memory_format=torch.channels_last)
-    sides = {"ours": ours.eval(), "timm": theirs.eval(), "ours fused": fused, "timm fused channels-last": tuned}
+    sides = {
+        "ours": ours.eval(),
+        "timm": theirs.eval(),
+        "ours fused": fused,
+        "timm fused channels-last": tuned,
+    }
     return sides | compilations(fused, tuned) if compiled else sides
 
 
@@ -64,11 +87,17 @@ def compilations(ours: nn.Module, theirs: nn.Module) -> dict[str, nn.Module]:
 
 
 def step(model: nn.Module, images: Tensor, task: str, dtype: str) -> Callable[[], None]:
-    """One forward pass, or a forward and a backward pass; bfloat16 means autocast, as in this project's own runs."""
+    """One forward pass, or a forward and a backward pass; bfloat16 means autocast, as in this
+    project's own runs.
+    """
 
     def run() -> None:
         training = task == "training step"
-        autocast = torch.autocast(images.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+        autocast = (
+            torch.autocast(images.device.type, torch.bfloat16)
+            if dtype == "bfloat16"
+            else nullcontext()
+        )
         with torch.inference_mode(not training), autocast:
             logits = model(images)
         if training:
@@ -78,17 +107,26 @@ def step(model: nn.Module, images: Tensor, task: str, dtype: str) -> Callable[[]
     return run
 
 
-def timed(steps: dict[str, Callable[[], None]], options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def timed(
+    steps: dict[str, Callable[[], None]], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     """Seconds of each side; as many rounds as fit into the time for a row, from 3 to --repeats."""
     warmup = alternate(steps, repeats=1, warmup=1 if options.compile else 0)
     round_seconds = sum(times["median"] for times in warmup.values())
-    return alternate(steps, repeats=max(3, min(options.repeats, int(options.seconds / round_seconds))), warmup=0)
+    return alternate(
+        steps, repeats=max(3, min(options.repeats, int(options.seconds / round_seconds))), warmup=0
+    )
 
 
 def compare(times: dict[str, dict[str, float]]) -> dict[str, object]:
-    """Times of all modes, and how many times as long timm takes, as constructed and in each side's best mode."""
+    """Times of all modes, and how many times as long timm takes, as constructed and in each side's
+    best mode.
+    """
     medians = {name: values["median"] for name, values in times.items()}
-    ours, theirs = (min((name for name in times if name.startswith(side)), key=medians.get) for side in ("ours", "timm"))
+    ours, theirs = (
+        min((name for name in times if name.startswith(side)), key=medians.get)
+        for side in ("ours", "timm")
+    )
     return {
         "seconds": times,
         "ratio_as_constructed": medians["timm"] / medians["ours"],
@@ -106,21 +144,37 @@ def line(row: dict, batch: int) -> str:
 
     ours, theirs = row["best"]
     return (
-        f"{row['task']:<13} {row['dtype']:<8}  as constructed: {rate('ours')} against timm's {rate('timm')} images/s, "
-        f"x{row['ratio_as_constructed']:.2f}  best: {ours} {rate(ours)}, {theirs} {rate(theirs)}, x{row['ratio_best']:.2f}"
+        f"{row['task']:<13} {row['dtype']:<8}  as constructed: {rate('ours')} against timm's"
+        f" {rate('timm')} images/s, x{row['ratio_as_constructed']:.2f}  best: {ours} {rate(ours)},"
+        f" {theirs} {rate(theirs)}, x{row['ratio_best']:.2f}"
     )
 
 
 def parse() -> argparse.Namespace:
     on_cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--variant", choices=VARIANTS, default="5m")
-    parser.add_argument("--image-size", type=int, default=0, help="pixels a side; 0 = the variant's own")
-    parser.add_argument("--batch", type=int, default=0, help="images of a step; 0 = 128 on CUDA, else 4")
-    parser.add_argument("--repeats", type=int, default=20, help="largest number of rounds for a row")
-    parser.add_argument("--seconds", type=float, default=12.0, help="time for a row, as far as 3 rounds allow")
+    parser.add_argument(
+        "--image-size", type=int, default=0, help="pixels a side; 0 = the variant's own"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=0, help="images of a step; 0 = 128 on CUDA, else 4"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="largest number of rounds for a row"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="time for a row, as far as 3 rounds allow"
+    )
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_cuda, help="time compiled models too; takes minutes")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=on_cuda,
+        help="time compiled models too; takes minutes",
+    )
     options = parser.parse_args()
     options.image_size = options.image_size or VARIANTS[options.variant].get("img_size", 224)
     options.batch = options.batch or (128 if options.device.startswith("cuda") else 4)

@@ -1,13 +1,14 @@
-"""Reading a logits store against reading the original's layout the original's way, and staging through a slow copy.
+"""Reading a logits store against reading the original's layout the original's way, and staging
+through a slow copy.
 
     python -m benchmarks.store                                    # 1.28 M images, K = 10 and 100
     python -m benchmarks.store --images 5000000 --topk 10 100     # a few minutes and 9 GB of disk
 
-Both stores are written first, with keys like ImageNet-22k's; then both sides are timed turn by turn in one run, with a warm page cache. The
-original's way: every key of an epoch is parsed into a dictionary, a record is read with seek and read. Memory is measured in a fresh
-process for each side, as the growth from before opening to after reading: private pages are a process's own, mapped ones are the page
-cache's and shared by all processes. The report goes to stdout as JSON.
-"""
+Both stores are written first, with keys like ImageNet-22k's; then both sides are timed turn by turn
+in one run, with a warm page cache. The original's way: every key of an epoch is parsed into a
+dictionary, a record is read with seek and read. Memory is measured in a fresh process for each
+side, as the growth from before opening to after reading: private pages are a process's own, mapped
+ones are the page cache's and shared by all processes. The report goes to stdout as JSON."""
 
 import argparse
 import json
@@ -21,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import alternate, machine, report
-from data.logits_store import LogitsStoreReader, LogitsStoreWriter, pack_records, record_dtype
-from data.store_keys import Keys
-from data.store_stage import EpochStager
+from data.store.keys import Keys
+from data.store.reader import LogitsStoreReader, LogitsStoreWriter, pack_records, record_dtype
+from data.store.stage import EpochStager
 
 CLASSES = 21841
 RANKS = 8
@@ -38,7 +39,8 @@ class OriginalReader:
 
     def __init__(self, folder: Path, k: int) -> None:
         self.k, self.size = k, 4 + 4 * k
-        self.rows: dict[str, int] = {}  # key -> rank << 32 | row: one int instead of a tuple, to its advantage
+        # key -> rank << 32 | row: one int instead of a tuple, to its advantage
+        self.rows: dict[str, int] = {}
         self.values = []
         for rank in range(RANKS):
             with open(folder / f"rank{rank}-keys.txt") as lines:
@@ -52,7 +54,11 @@ class OriginalReader:
         file.seek((row & 0xFFFFFFFF) * self.size)
         data = file.read(self.size)
         seed = int(np.frombuffer(data, np.int32, 1)[0])
-        return seed, np.frombuffer(data, np.int16, self.k, 4), np.frombuffer(data, np.float16, self.k, 4 + 2 * self.k)
+        return (
+            seed,
+            np.frombuffer(data, np.int16, self.k, 4),
+            np.frombuffer(data, np.float16, self.k, 4 + 2 * self.k),
+        )
 
     def close(self) -> None:
         for file in self.values:
@@ -83,7 +89,12 @@ def blocks(images: int, k: int, epoch: int) -> Iterator[tuple[np.ndarray, np.nda
     for low in range(0, images, BLOCK):
         positions = order[low : low + BLOCK]
         indices = (positions[:, None] * 7919 + np.arange(k)) % CLASSES
-        yield positions, pack_records(rng.integers(0, 2**31, len(positions)), indices, probs[positions % 256], CLASSES)
+        yield (
+            positions,
+            pack_records(
+                rng.integers(0, 2**31, len(positions)), indices, probs[positions % 256], CLASSES
+            ),
+        )
 
 
 def write_ours(root: Path, keys: Keys, k: int, epochs: int = EPOCHS) -> None:
@@ -104,8 +115,13 @@ def write_original(root: Path, keys: list[str], k: int) -> None:
         for positions, records in blocks(len(keys), k, epoch):
             for rank in range(RANKS):
                 mine = slice(rank, None, RANKS)
-                with open(folder / f"rank{rank}-keys.txt", "a") as names, open(folder / f"rank{rank}-values.bin", "ab") as values:
-                    names.write("".join(f"{keys[position]}\n" for position in positions[mine].tolist()))
+                with (
+                    open(folder / f"rank{rank}-keys.txt", "a") as names,
+                    open(folder / f"rank{rank}-values.bin", "ab") as values,
+                ):
+                    names.write(
+                        "".join(f"{keys[position]}\n" for position in positions[mine].tolist())
+                    )
                     values.write(records[mine].tobytes())
 
 
@@ -123,7 +139,8 @@ def memory() -> dict[str, float]:
 def worker_memory(side: str, folder: Path, images: int, k: int) -> dict[str, float]:
     """What a loader process of one side grows by; called in a process of its own."""
     positions = np.random.Generator(np.random.PCG64(5)).integers(0, images, READS).tolist()
-    wanted = [key_text(position) for position in positions]  # from the data set's listing, in both designs: they don't count
+    # from the data set's listing, in both designs: they don't count
+    wanted = [key_text(position) for position in positions]
     before = memory()
     if side == "ours":
         records = LogitsStoreReader(folder / "ours").open_epoch(0)
@@ -152,28 +169,56 @@ def compare(folder: Path, images: int, k: int, repeats: int) -> dict[str, object
         reader.read(first)
         reader.close()
 
-    result: dict[str, object] = {"images": images, "k": k, "record_bytes": record_dtype(k, CLASSES).itemsize}
+    result: dict[str, object] = {
+        "images": images,
+        "k": k,
+        "record_bytes": record_dtype(k, CLASSES).itemsize,
+    }
     result["open_and_first_record"] = seconds(
-        lambda: read_ours(LogitsStoreReader(folder / "ours").open_epoch(0), images // 2), lambda: open_original(0), max(3, repeats // 3))
-    result["epoch_switch"] = seconds(lambda: read_ours(ours.open_epoch(1), images // 2), lambda: open_original(1), max(3, repeats // 3))
+        lambda: read_ours(LogitsStoreReader(folder / "ours").open_epoch(0), images // 2),
+        lambda: open_original(0),
+        max(3, repeats // 3),
+    )
+    result["epoch_switch"] = seconds(
+        lambda: read_ours(ours.open_epoch(1), images // 2),
+        lambda: open_original(1),
+        max(3, repeats // 3),
+    )
 
     records, original = ours.open_epoch(0), OriginalReader(originals[0], k)
     for position in rng.integers(0, images, 100).tolist():
         a, b = read_ours(records, position), original.read(texts[position])
-        assert a[0] == b[0] and (a[1] == b[1]).all() and (a[2] == b[2]).all(), "the two stores differ"
-    for name, order in (("random", epoch_order(images, 5)), ("epoch_order", epoch_order(images, 0)[::RANKS])):
+        assert a[0] == b[0] and (a[1] == b[1]).all() and (a[2] == b[2]).all(), (
+            "the two stores differ"
+        )
+    for name, order in (
+        ("random", epoch_order(images, 5)),
+        ("epoch_order", epoch_order(images, 0)[::RANKS]),
+    ):
         positions = order[:READS].tolist()
         wanted = [texts[position] for position in positions]
-        times = alternate({"ours": lambda positions=positions: [read_ours(records, position) for position in positions],
-                           "original": lambda wanted=wanted: [original.read(key) for key in wanted]}, repeats)  # fmt: skip
+        times = alternate(
+            {
+                "ours": lambda positions=positions: [
+                    read_ours(records, position) for position in positions
+                ],
+                "original": lambda wanted=wanted: [original.read(key) for key in wanted],
+            },
+            repeats,
+        )
         rates = {side: round(len(positions) / time["median"]) for side, time in times.items()}
-        result[f"records_per_second_{name}"] = {**rates, "ratio": round(rates["ours"] / rates["original"], 2)}
+        result[f"records_per_second_{name}"] = {
+            **rates,
+            "ratio": round(rates["ours"] / rates["original"], 2),
+        }
     original.close()
     result["worker_memory"] = memories(folder, images, k)
     return result
 
 
-def seconds(ours: Callable[[], object], original: Callable[[], object], repeats: int) -> dict[str, object]:
+def seconds(
+    ours: Callable[[], object], original: Callable[[], object], repeats: int
+) -> dict[str, object]:
     """Median seconds of both sides, their spreads, and how many times faster ours is."""
     times = alternate({"ours": ours, "original": original}, repeats, warmup=1)
     return {**times, "ratio": round(times["original"]["median"] / times["ours"]["median"], 1)}
@@ -183,19 +228,44 @@ def memories(folder: Path, images: int, k: int) -> dict[str, object]:
     """What a loader process of each side grows by."""
     sides: dict[str, dict[str, float]] = {}
     for side in ("ours", "original"):
-        options = ["--worker", side, "--folder", str(folder), "--images", str(images), "--topk", str(k)]
+        options = [
+            "--worker",
+            side,
+            "--folder",
+            str(folder),
+            "--images",
+            str(images),
+            "--topk",
+            str(k),
+        ]
         command = [sys.executable, "-m", "benchmarks.store", *options]
-        sides[side] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return {**sides, "private_ratio_at_least": round(sides["original"]["private_mb"] / max(sides["ours"]["private_mb"], 1.0), 1)}
+        sides[side] = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        )
+    return {
+        **sides,
+        "private_ratio_at_least": round(
+            sides["original"]["private_mb"] / max(sides["ours"]["private_mb"], 1.0), 1
+        ),
+    }
 
 
 def staging(folder: Path, images: int, k: int) -> dict[str, object]:
-    """Seconds that a run waits at the start of each epoch while copies take two thirds of an epoch's time."""
-    write_ours(folder / "slow", Keys.of([key_text(position) for position in range(images)]), k, STAGED_EPOCHS)
+    """Seconds that a run waits at the start of each epoch while copies take two thirds of an
+    epoch's time.
+    """
+    write_ours(
+        folder / "slow",
+        Keys.of([key_text(position) for position in range(images)]),
+        k,
+        STAGED_EPOCHS,
+    )
     store = LogitsStoreReader(folder / "slow")
     size = len(store) * store.dtype.itemsize
     compute, copy = 3.0, 2.0
-    stager = EpochStager(store, folder / "local", on_chunk=lambda chunk: time.sleep(copy * chunk / size))
+    stager = EpochStager(
+        store, folder / "local", on_chunk=lambda chunk: time.sleep(copy * chunk / size)
+    )
     waited = []
     for epoch in range(STAGED_EPOCHS):
         start = time.perf_counter()
@@ -203,24 +273,55 @@ def staging(folder: Path, images: int, k: int) -> dict[str, object]:
         waited.append(round(time.perf_counter() - start, 4))
         stager.reader.open_epoch(epoch)
         time.sleep(compute)
-    return {"images": images, "k": k, "epoch_seconds": compute, "copy_seconds_at_least": copy, "waited_seconds_per_epoch": waited}
+    return {
+        "images": images,
+        "k": k,
+        "epoch_seconds": compute,
+        "copy_seconds_at_least": copy,
+        "waited_seconds_per_epoch": waited,
+    }
 
 
 def main() -> None:
     """Measure and print the report."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.store", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[1_281_167], help="sizes of data sets (default: %(default)s)")
-    parser.add_argument("--topk", type=int, nargs="+", default=[10, 100], help="probabilities per image (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="turns of each side (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where to write the stores (default: a temporary folder)")
-    parser.add_argument("--no-staging", action="store_true", help="leave out the slow copy, which takes 20 s")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.store", description=__doc__, formatter_class=formatter
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="+",
+        default=[1_281_167],
+        help="sizes of data sets (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--topk",
+        type=int,
+        nargs="+",
+        default=[10, 100],
+        help="probabilities per image (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=9, help="turns of each side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where to write the stores (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--no-staging", action="store_true", help="leave out the slow copy, which takes 20 s"
+    )
     parser.add_argument("--worker", choices=["ours", "original"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(worker_memory(args.worker, args.folder, args.images[0], args.topk[0])))
         return
-    result: dict[str, object] = {"machine": machine(), "page_cache": "warm", "ranks": RANKS, "sizes": []}
+    result: dict[str, object] = {
+        "machine": machine(),
+        "page_cache": "warm",
+        "ranks": RANKS,
+        "sizes": [],
+    }
     for images in args.images:
         for k in args.topk:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -1,4 +1,6 @@
-"""Timing two or more ways of doing one thing in a single run, turn by turn, so that the machine's mood hits all alike."""
+"""Timing two or more ways of doing one thing in a single run, turn by turn, so that the machine's
+mood hits all alike.
+"""
 
 import json
 import os
@@ -11,12 +13,14 @@ from collections.abc import Callable
 import torch
 
 
-def alternate(sides: dict[str, Callable[[], object]], repeats: int = 10, warmup: int = 2) -> dict[str, dict[str, float]]:
+def alternate(
+    sides: dict[str, Callable[[], object]], repeats: int = 10, warmup: int = 2
+) -> dict[str, dict[str, float]]:
     """Run each side once per round and return {side: {"median", "spread", "best"}} in seconds.
 
-    The first `warmup` rounds are not counted; every second round goes in reverse, so that no side always follows the same
-    one. The spread is the distance between the quartiles. Work queued on CUDA is waited for on both ends of a turn.
-    """
+    The first `warmup` rounds are not counted; every second round goes in reverse, so that no side
+    always follows the same one. The spread is the distance between the quartiles. Work queued on
+    CUDA is waited for on both ends of a turn."""
     assert sides and repeats >= 1 and warmup >= 0, "need a side, a round and no negative warm-up"
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-warmup, repeats):
@@ -27,7 +31,10 @@ def alternate(sides: dict[str, Callable[[], object]], repeats: int = 10, warmup:
             _wait()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: {"median": statistics.median(times), "spread": _spread(times), "best": min(times)} for name, times in seconds.items()}
+    return {
+        name: {"median": statistics.median(times), "spread": _spread(times), "best": min(times)}
+        for name, times in seconds.items()
+    }
 
 
 def machine() -> dict[str, object]:
@@ -64,6 +71,8 @@ def _spread(times: list[float]) -> float:
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -15,14 +15,33 @@ from yacs.config import CfgNode
 from configs.defaults import get_defaults
 from configs.validate import ConfigError, is_paired, validate
 
-__all__ = ["BatchPlan", "ConfigError", "LearningRates", "argument_parser", "batch_plan", "choices_in_words", "config_from_args", "dump",
-           "is_paired",
-           "learning_rates", "load_config", "replace", "run_folder", "teacher_config"]
+__all__ = [
+    "BatchPlan",
+    "ConfigError",
+    "LearningRates",
+    "argument_parser",
+    "batch_plan",
+    "choices_in_words",
+    "config_from_args",
+    "dump",
+    "is_paired",
+    "learning_rates",
+    "load_config",
+    "replace",
+    "run_folder",
+    "teacher_config",
+]
 
-# Values that load_config derives from other keys; a file that gives them is neither wrong nor heeded.
+# Values that load_config derives from other keys; a file that gives them is neither wrong nor
+# heeded.
 _DERIVED = ("WORLD_SIZE", "EXPLICIT", "BASE")
 # What a timm model knows about its own input: configuration key -> key of its pretrained_cfg.
-_TIMM_INPUT = {"DATA.MEAN": "mean", "DATA.STD": "std", "DATA.INTERPOLATION": "interpolation", "DATA.IMG_SIZE": "input_size"}
+_TIMM_INPUT = {
+    "DATA.MEAN": "mean",
+    "DATA.STD": "std",
+    "DATA.INTERPOLATION": "interpolation",
+    "DATA.IMG_SIZE": "input_size",
+}
 
 
 class BatchPlan(NamedTuple):
@@ -45,33 +64,100 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     """The flags that every program understands; programs add their own."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("--cfg", metavar="FILE", help="recipe (YAML); the first comment of each file under configs/ is the command that runs it")
-    add("--opts", metavar="KEY VALUE", nargs="*", action="extend", help="set any key of configs/defaults.py, e.g. --opts TRAIN.EPOCHS 10")
-    add("--batch-size", type=int, metavar="N", help="images per process and forward pass (DATA.BATCH_SIZE)")
+    add(
+        "--cfg",
+        metavar="FILE",
+        help=(
+            "recipe (YAML); the first comment of each file under configs/ is the command that"
+            " runs it"
+        ),
+    )
+    add(
+        "--opts",
+        metavar="KEY VALUE",
+        nargs="*",
+        action="extend",
+        help="set any key of configs/defaults.py, e.g. --opts TRAIN.EPOCHS 10",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images per process and forward pass (DATA.BATCH_SIZE)",
+    )
     add("--data-path", metavar="PATH", help="the data set (DATA.DATA_PATH)")
-    add("--pretrained", metavar="WEIGHTS", help="weights to start from: path, URL or zoo name (MODEL.PRETRAINED)")
-    add("--resume", metavar="CHECKPOINT", help="checkpoint to continue from, or to evaluate (MODEL.RESUME)")
-    add("--accumulation-steps", type=int, metavar="N", help="forward passes per update (TRAIN.ACCUMULATION_STEPS)")
-    add("--use-checkpoint", action="store_true", help="recompute activations to save memory (TRAIN.USE_CHECKPOINT)")
-    add("--disable_amp", "--disable-amp", action="store_true", help="float32 throughout (AMP_ENABLE False)")
+    add(
+        "--pretrained",
+        metavar="WEIGHTS",
+        help="weights to start from: path, URL or zoo name (MODEL.PRETRAINED)",
+    )
+    add(
+        "--resume",
+        metavar="CHECKPOINT",
+        help="checkpoint to continue from, or to evaluate (MODEL.RESUME)",
+    )
+    add(
+        "--accumulation-steps",
+        type=int,
+        metavar="N",
+        help="forward passes per update (TRAIN.ACCUMULATION_STEPS)",
+    )
+    add(
+        "--use-checkpoint",
+        action="store_true",
+        help="recompute activations to save memory (TRAIN.USE_CHECKPOINT)",
+    )
+    add(
+        "--disable_amp",
+        "--disable-amp",
+        action="store_true",
+        help="float32 throughout (AMP_ENABLE False)",
+    )
     add("--output", metavar="FOLDER", help="runs go to FOLDER/MODEL.NAME/TAG (OUTPUT)")
     add("--tag", metavar="NAME", help="name of this run (TAG)")
-    add("--eval", action="store_true", help="evaluate the weights of --resume or --pretrained, then stop")
-    add("--throughput", action="store_true", help="measure images per second of the model, then stop")
+    add(
+        "--eval",
+        action="store_true",
+        help="evaluate the weights of --resume or --pretrained, then stop",
+    )
+    add(
+        "--throughput",
+        action="store_true",
+        help="measure images per second of the model, then stop",
+    )
     add("--only-cpu", action="store_true", help="run on the CPU (DEVICE cpu)")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], help="where to run; auto takes cuda if there is any (DEVICE)")
-    add("--use-sync-bn", action="store_true", help="batch statistics over all processes (TRAIN.SYNC_BN)")
+    add(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        help="where to run; auto takes cuda if there is any (DEVICE)",
+    )
+    add(
+        "--use-sync-bn",
+        action="store_true",
+        help="batch statistics over all processes (TRAIN.SYNC_BN)",
+    )
     add("--use-wandb", action="store_true", help="also log to Weights & Biases (USE_WANDB)")
-    add("--local_rank", "--local-rank", type=int, help="accepted and ignored: torchrun says it in the environment")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="accepted and ignored: torchrun says it in the environment",
+    )
     return parser
 
 
 def load_config(argv: list[str], world_size: int = 1) -> CfgNode:
-    """Read flags, the YAML file with its BASE chain and --opts into a frozen configuration; any fault is a ConfigError."""
-    return config_from_args(argument_parser("TinyViT").parse_args([str(word) for word in argv]), world_size)
+    """Read flags, the YAML file with its BASE chain and --opts into a frozen configuration; any
+    fault is a ConfigError.
+    """
+    return config_from_args(
+        argument_parser("TinyViT").parse_args([str(word) for word in argv]), world_size
+    )
 
 
-def config_from_args(args: argparse.Namespace, world_size: int = 1, overrides: Mapping[str, Any] | None = None) -> CfgNode:
+def config_from_args(
+    args: argparse.Namespace, world_size: int = 1, overrides: Mapping[str, Any] | None = None
+) -> CfgNode:
     """The configuration of parsed flags; `overrides` are values that a program sets for itself."""
     cfg = get_defaults()
     sources = _merge_file(cfg, Path(args.cfg), seen=()) if args.cfg else {}
@@ -96,11 +182,26 @@ def config_from_args(args: argparse.Namespace, world_size: int = 1, overrides: M
 def teacher_config(cfg: CfgNode) -> CfgNode:
     """The configuration of the teacher that runs in the loop; it sees the student's images."""
     weights = ["--resume", cfg.DISTILL.TEACHER_WEIGHTS] if cfg.DISTILL.TEACHER_WEIGHTS else []
-    subset = ["--opts", "DISTILL.CLASS_SUBSET", cfg.DISTILL.CLASS_SUBSET] if cfg.DISTILL.CLASS_SUBSET else []
-    theirs = load_config(["--cfg", cfg.DISTILL.TEACHER_CFG, "--eval", *weights, *subset, *["--disable_amp"] * (not cfg.AMP_ENABLE)])
+    subset = (
+        ["--opts", "DISTILL.CLASS_SUBSET", cfg.DISTILL.CLASS_SUBSET]
+        if cfg.DISTILL.CLASS_SUBSET
+        else []
+    )
+    theirs = load_config(
+        [
+            "--cfg",
+            cfg.DISTILL.TEACHER_CFG,
+            "--eval",
+            *weights,
+            *subset,
+            *["--disable_amp"] * (not cfg.AMP_ENABLE),
+        ]
+    )
     if theirs.DATA.IMG_SIZE != cfg.DATA.IMG_SIZE:
-        raise ConfigError(f"DATA.IMG_SIZE = {cfg.DATA.IMG_SIZE}, but the teacher {cfg.DISTILL.TEACHER_CFG} takes images of "
-                          f"{theirs.DATA.IMG_SIZE} pixels: set the one or the other")
+        raise ConfigError(
+            f"DATA.IMG_SIZE = {cfg.DATA.IMG_SIZE}, but the teacher {cfg.DISTILL.TEACHER_CFG} takes"
+            f" images of {theirs.DATA.IMG_SIZE} pixels: set the one or the other"
+        )
     return theirs
 
 
@@ -128,8 +229,13 @@ def choices_in_words(cfg: CfgNode) -> str:
         return node
 
     defaults = get_defaults()
-    changed = [key for key in _all_keys(cfg) if key not in _DERIVED and not isinstance(leaf(cfg, key), CfgNode)
-               and leaf(cfg, key) != leaf(defaults, key)]  # fmt: skip
+    changed = [
+        key
+        for key in _all_keys(cfg)
+        if key not in _DERIVED
+        and not isinstance(leaf(cfg, key), CfgNode)
+        and leaf(cfg, key) != leaf(defaults, key)
+    ]
     return ", ".join(f"{key} {leaf(cfg, key)}" for key in changed) or "the defaults"
 
 
@@ -142,32 +248,56 @@ def batch_plan(cfg: CfgNode) -> BatchPlan:
     """Images per forward pass and forward passes per update, from GLOBAL_BATCH where that is given."""
     world, limit, total = cfg.WORLD_SIZE, cfg.DATA.BATCH_SIZE, cfg.TRAIN.GLOBAL_BATCH
     if not total:
-        return BatchPlan(limit, cfg.TRAIN.ACCUMULATION_STEPS, limit * world * cfg.TRAIN.ACCUMULATION_STEPS)
+        return BatchPlan(
+            limit, cfg.TRAIN.ACCUMULATION_STEPS, limit * world * cfg.TRAIN.ACCUMULATION_STEPS
+        )
     unit = 2 if is_paired(cfg) else 1  # a pair is never split
     if total % (world * unit):
         fitting = [size for size in range(1, total // unit + 1) if total % (size * unit) == 0]
         shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")
-        raise ConfigError(f"TRAIN.GLOBAL_BATCH {total} cannot be split over {world} processes{' in whole pairs' * (unit == 2)}: "
-                          f"use one of {shown} processes, or another GLOBAL_BATCH")
+        raise ConfigError(
+            f"TRAIN.GLOBAL_BATCH {total} cannot be split over {world}"
+            f" processes{' in whole pairs' * (unit == 2)}: use one of {shown} processes, or another"
+            " GLOBAL_BATCH"
+        )
     share = total // world
-    steps = next(n for n in range(1, share + 1) if share % (n * unit) == 0 and (share // n <= limit or share // n == unit))
+    steps = next(
+        n
+        for n in range(1, share + 1)
+        if share % (n * unit) == 0 and (share // n <= limit or share // n == unit)
+    )
     return BatchPlan(share // steps, steps, total)
 
 
 def learning_rates(cfg: CfgNode) -> LearningRates:
     """The configured rates times (images per update) / 512."""
     scale = batch_plan(cfg).per_update / 512.0
-    return LearningRates(cfg.TRAIN.BASE_LR * scale, cfg.TRAIN.WARMUP_LR * scale, cfg.TRAIN.MIN_LR * scale)
+    return LearningRates(
+        cfg.TRAIN.BASE_LR * scale, cfg.TRAIN.WARMUP_LR * scale, cfg.TRAIN.MIN_LR * scale
+    )
 
 
 def _flag_values(args: argparse.Namespace) -> dict[str, Any]:
     """The keys that flags set; a flag that is absent sets nothing."""
-    given = {"DATA.BATCH_SIZE": args.batch_size, "DATA.DATA_PATH": args.data_path, "MODEL.PRETRAINED": args.pretrained,
-             "MODEL.RESUME": args.resume, "TRAIN.ACCUMULATION_STEPS": args.accumulation_steps, "OUTPUT": args.output, "TAG": args.tag,
-             "DEVICE": args.device}
-    switches = {"TRAIN.USE_CHECKPOINT": (args.use_checkpoint, True), "AMP_ENABLE": (args.disable_amp, False),
-                "EVAL_MODE": (args.eval, True), "THROUGHPUT_MODE": (args.throughput, True), "DEVICE": (args.only_cpu, "cpu"),
-                "TRAIN.SYNC_BN": (args.use_sync_bn, True), "USE_WANDB": (args.use_wandb, True)}
+    given = {
+        "DATA.BATCH_SIZE": args.batch_size,
+        "DATA.DATA_PATH": args.data_path,
+        "MODEL.PRETRAINED": args.pretrained,
+        "MODEL.RESUME": args.resume,
+        "TRAIN.ACCUMULATION_STEPS": args.accumulation_steps,
+        "OUTPUT": args.output,
+        "TAG": args.tag,
+        "DEVICE": args.device,
+    }
+    switches = {
+        "TRAIN.USE_CHECKPOINT": (args.use_checkpoint, True),
+        "AMP_ENABLE": (args.disable_amp, False),
+        "EVAL_MODE": (args.eval, True),
+        "THROUGHPUT_MODE": (args.throughput, True),
+        "DEVICE": (args.only_cpu, "cpu"),
+        "TRAIN.SYNC_BN": (args.use_sync_bn, True),
+        "USE_WANDB": (args.use_wandb, True),
+    }
     values = {key: value for key, value in given.items() if value is not None}
     return values | {key: value for key, (is_on, value) in switches.items() if is_on}
 
@@ -193,8 +323,10 @@ def _timm_input(name: str) -> dict[str, Any]:
 
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(f"MODEL.NAME = {name!r}: timm {timm.__version__} has no such model"
-                          + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()"))
+        raise ConfigError(
+            f"MODEL.NAME = {name!r}: timm {timm.__version__} has no such model"
+            + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()")
+        )
     own = timm.get_pretrained_cfg(name)
     if own is None:
         return {}
@@ -206,10 +338,14 @@ def _timm_input(name: str) -> dict[str, Any]:
 
 
 def _merge_file(cfg: CfgNode, path: Path, seen: tuple[Path, ...]) -> dict[str, str]:
-    """Merge a YAML file over `cfg`, its BASE files first; returns the keys they set, each with its file."""
+    """Merge a YAML file over `cfg`, its BASE files first; returns the keys they set, each with its
+    file.
+    """
     resolved = path.resolve()
     if resolved in seen:
-        raise ConfigError(f"{path}: BASE goes round in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
+        raise ConfigError(
+            f"{path}: BASE goes round in a circle: {' -> '.join(p.name for p in (*seen, resolved))}"
+        )
     content = _read_yaml(path, named_by=seen[-1] if seen else None)
     bases = content.get("BASE") or []
     bases = [bases] if isinstance(bases, str) else bases
@@ -232,12 +368,21 @@ def _read_yaml(path: Path, named_by: Path | None) -> dict:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{path}: {reason}" + (f" (BASE of {named_by})" if named_by else "")) from None
+        reason = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else getattr(error, "strerror", None) or str(error)
+        )
+        raise ConfigError(
+            f"{path}: {reason}" + (f" (BASE of {named_by})" if named_by else "")
+        ) from None
     try:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.TagToken):
-                raise ConfigError(f"{path}: line {token.start_mark.line + 1}: YAML tags are not allowed, write plain values")
+                raise ConfigError(
+                    f"{path}: line {token.start_mark.line + 1}: YAML tags are not allowed, write"
+                    " plain values"
+                )
         _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -254,11 +399,16 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
         names = [key.value for key, _ in node.value]
         for (key, value), name in zip(node.value, names):
             if names.count(name) > 1:
-                raise ConfigError(f"{path}: line {key.start_mark.line + 1}: key {name} stands there twice, keep one")
+                raise ConfigError(
+                    f"{path}: line {key.start_mark.line + 1}: key {name} stands there twice,"
+                    " keep one"
+                )
             _refuse_repeated_keys(value, path)
 
 
-def _leaves(cfg: CfgNode, content: Mapping, source: str, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _leaves(
+    cfg: CfgNode, content: Mapping, source: str, prefix: str = ""
+) -> Iterable[tuple[str, Any]]:
     """The (dotted key, value) pairs of nested mappings."""
     for name, value in content.items():
         key = f"{prefix}{name}"
@@ -274,11 +424,15 @@ def _merge_opts(cfg: CfgNode, opts: list[str]) -> dict[str, str]:
     """Merge KEY VALUE pairs of the command line; returns the keys they set, each with its source."""
     if len(opts) % 2:
         way_out = "; write KEY VALUE, without =" if any("=" in word for word in opts[::2]) else ""
-        raise ConfigError(f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}{way_out}")
+        raise ConfigError(
+            f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}{way_out}"
+        )
     for key, text in zip(opts[::2], opts[1::2]):
         default = _find(cfg, key, text, "--opts")
         if isinstance(default, CfgNode):
-            raise ConfigError(f"--opts: {key} = {text}: is a group of keys, name one of {', '.join(default)}")
+            raise ConfigError(
+                f"--opts: {key} = {text}: is a group of keys, name one of {', '.join(default)}"
+            )
         if key in _DERIVED:
             raise ConfigError(f"--opts: {key} = {text}: is set by the program")
         _set(cfg, key, text if isinstance(default, str) else _literal(text), source="--opts")
@@ -302,7 +456,9 @@ def _find(cfg: CfgNode, key: str, value: Any, source: str) -> Any:
     for name in str(key).split("."):
         if not isinstance(node, CfgNode) or name not in node:
             known = list(_all_keys(cfg))
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5) or _same_last_name(str(key), known)
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5) or _same_last_name(
+                str(key), known
+            )
             advice = f"did you mean {near[0]}?" if near else "see configs/defaults.py"
             raise ConfigError(f"{source}: {key} = {value!r}: unknown key; {advice}")
         node = node[name]
@@ -311,7 +467,9 @@ def _find(cfg: CfgNode, key: str, value: Any, source: str) -> Any:
 
 def _same_last_name(key: str, known: list[str]) -> list[str]:
     last = {name.rsplit(".", 1)[-1]: name for name in known}
-    return [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1].upper(), last, n=1)]
+    return [
+        last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1].upper(), last, n=1)
+    ]
 
 
 def _all_keys(node: CfgNode, prefix: str = "") -> Iterable[str]:

@@ -1,4 +1,6 @@
-"""What makes a student's run replay the teacher's: the manifest a config writes, the values a store gives back, and the proof."""
+"""What makes a student's run replay the teacher's: the manifest a config writes, the values a store
+gives back, and the proof.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from data.decoder import AugmentDecoder
-from data.rng import generator
+from data.augment.decoder import AugmentDecoder
+from data.augment.rng import generator
 
 PROOF_IMAGES = 64
-# The keys whose values change a pixel or who is mixed with whom. A student takes them from its store.
+# The keys whose values change a pixel or who is mixed with whom. A student takes them from its
+# store.
 RECIPE_KEYS = (
-    "DATA.INTERPOLATION", "AUG.SCALE", "AUG.RATIO", "AUG.HFLIP", "AUG.VFLIP", "AUG.AUTO_AUGMENT", "AUG.COLOR_JITTER", "AUG.FILL",
-    "AUG.REPROB", "AUG.REMODE", "AUG.RECOUNT", "AUG.MIXUP", "AUG.CUTMIX", "AUG.CUTMIX_MINMAX", "AUG.MIXUP_PROB", "AUG.MIXUP_SWITCH_PROB",
-)  # fmt: skip
+    "DATA.INTERPOLATION",
+    "AUG.SCALE",
+    "AUG.RATIO",
+    "AUG.HFLIP",
+    "AUG.VFLIP",
+    "AUG.AUTO_AUGMENT",
+    "AUG.COLOR_JITTER",
+    "AUG.FILL",
+    "AUG.REPROB",
+    "AUG.REMODE",
+    "AUG.RECOUNT",
+    "AUG.MIXUP",
+    "AUG.CUTMIX",
+    "AUG.CUTMIX_MINMAX",
+    "AUG.MIXUP_PROB",
+    "AUG.MIXUP_SWITCH_PROB",
+)
 
 
 class IdentityError(ValueError):
@@ -25,7 +42,9 @@ class IdentityError(ValueError):
 
 def is_paired(cfg) -> bool:
     """Whether neighbours of an epoch's order are mixed with each other."""
-    return cfg.AUG.MIXUP_MODE == "pair2" and (cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None)
+    return cfg.AUG.MIXUP_MODE == "pair2" and (
+        cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None
+    )
 
 
 def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
@@ -40,14 +59,23 @@ def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
         "paired": is_paired(cfg),
         "temperature": cfg.DISTILL.TEMPERATURE,
         "image_size": cfg.DATA.IMG_SIZE,
-        "recipe": {**{key: _value(cfg, key) for key in RECIPE_KEYS}, "ops": AugmentDecoder.from_config(cfg).recipe()["ops"]},
+        "recipe": {
+            **{key: _value(cfg, key) for key in RECIPE_KEYS},
+            "ops": AugmentDecoder.from_config(cfg).recipe()["ops"],
+        },
     }
 
 
 def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """The config values that a store decides; one that the user set otherwise is an error naming both and the way out."""
+    """The config values that a store decides; one that the user set otherwise is an error naming
+    both and the way out.
+    """
     own_size = cfg.DATA.IMG_SIZE
-    keeps_size = cfg.DISTILL.OTHER_SIZE and "DATA.IMG_SIZE" in cfg.EXPLICIT and (own_size <= 32) == (identity["image_size"] <= 32)
+    keeps_size = (
+        cfg.DISTILL.OTHER_SIZE
+        and "DATA.IMG_SIZE" in cfg.EXPLICIT
+        and (own_size <= 32) == (identity["image_size"] <= 32)
+    )
     stored = {
         **{key: identity["recipe"][key] for key in RECIPE_KEYS},
         "DATA.SEED": identity["base_seed"],
@@ -57,34 +85,68 @@ def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any
     }
     for key, theirs in stored.items():
         mine = _value(cfg, key)
-        is_given = key in cfg.EXPLICIT and not (key == "MODEL.NUM_CLASSES" and mine == 0) and not (key == "AUG.FILL" and mine == [])
+        is_given = (
+            key in cfg.EXPLICIT
+            and not (key == "MODEL.NUM_CLASSES" and mine == 0)
+            and not (key == "AUG.FILL" and mine == [])
+        )
         if is_given and _plain(mine) != _plain(theirs):
-            raise IdentityError(f"{key} = {mine!r}, but the store {root} was written with {theirs!r}: {_way_out(key, theirs)}")
+            raise IdentityError(
+                f"{key} = {mine!r}, but the store {root} was written with {theirs!r}:"
+                f" {_way_out(key, theirs)}"
+            )
     topk, k = cfg.DISTILL.LOGITS_TOPK, identity["k"]
     if topk > k:
-        raise IdentityError(f"DISTILL.LOGITS_TOPK = {topk}, but the store {root} holds top-{k}: set DISTILL.LOGITS_TOPK {k} or less")
-    return {**stored, "DISTILL.LOGITS_TOPK": topk or k, "DISTILL.EXCESS": excess_of(cfg, identity.get("excess", "rescale"))}
+        raise IdentityError(
+            f"DISTILL.LOGITS_TOPK = {topk}, but the store {root} holds top-{k}: set"
+            f" DISTILL.LOGITS_TOPK {k} or less"
+        )
+    return {
+        **stored,
+        "DISTILL.LOGITS_TOPK": topk or k,
+        "DISTILL.EXCESS": excess_of(cfg, identity.get("excess", "rescale")),
+    }
 
 
 def excess_of(cfg, theirs: str) -> str:
-    """What becomes of probabilities that sum to more than 1: what the store's writer makes of them, unless the user says."""
+    """What becomes of probabilities that sum to more than 1: what the store's writer makes of them,
+    unless the user says.
+    """
     return theirs if cfg.DISTILL.EXCESS == "auto" else cfg.DISTILL.EXCESS
 
 
 def proof_of(cfg, dataset, decoder: AugmentDecoder) -> dict[str, Any]:
-    """What a reader recomputes before its first batch: digests of the decoder's output and of some of the data's images."""
+    """What a reader recomputes before its first batch: digests of the decoder's output and of some
+    of the data's images.
+    """
     count = min(PROOF_IMAGES, len(dataset))
-    positions = np.sort(generator(cfg.DATA.SEED).choice(len(dataset), count, replace=False)).tolist()
-    return {"canary": decoder.canary(), "images": {"positions": positions, "sha256": [image_digest(dataset, i) for i in positions]}}
+    positions = np.sort(
+        generator(cfg.DATA.SEED).choice(len(dataset), count, replace=False)
+    ).tolist()
+    return {
+        "canary": decoder.canary(),
+        "images": {"positions": positions, "sha256": [image_digest(dataset, i) for i in positions]},
+    }
 
 
-def check_proof(proof: Mapping[str, Any], dataset, decoder: AugmentDecoder, root: str, local: np.ndarray | None = None) -> None:
+def check_proof(
+    proof: Mapping[str, Any],
+    dataset,
+    decoder: AugmentDecoder,
+    root: str,
+    local: np.ndarray | None = None,
+) -> None:
     """Raise IdentityError unless this machine decodes, and this data holds, what the writer saw."""
     canary = decoder.canary()
-    drifted = [name for name, digest in proof.get("canary", {}).items() if canary.get(name) != digest]
+    drifted = [
+        name for name, digest in proof.get("canary", {}).items() if canary.get(name) != digest
+    ]
     if drifted:
-        raise IdentityError(f"this machine does not augment as the writer of the store {root} did ({', '.join(drifted)} differ): "
-                            "install the versions of Pillow and numpy that `python -m tools.logits info` shows for the store")
+        raise IdentityError(
+            f"this machine does not augment as the writer of the store {root} did"
+            f" ({', '.join(drifted)} differ): install the versions of Pillow and numpy that `python"
+            " -m tools.logits info` shows for the store"
+        )
     keys = dataset.get_keys() if hasattr(dataset, "get_keys") else None
     replaced = []
     images = proof.get("images", {"positions": [], "sha256": []})
@@ -93,8 +155,11 @@ def check_proof(proof: Mapping[str, Any], dataset, decoder: AugmentDecoder, root
         if index >= 0 and image_digest(dataset, index) != digest:
             replaced.append(keys[index] if keys is not None else str(position))
     if replaced:
-        raise IdentityError(f"{len(replaced)} of {len(images['positions'])} sampled images differ from those the store {root} was "
-                            f"written for (first: {', '.join(replaced[:3])}): restore the data, or save the logits again")
+        raise IdentityError(
+            f"{len(replaced)} of {len(images['positions'])} sampled images differ from those the"
+            f" store {root} was written for (first: {', '.join(replaced[:3])}): restore the data,"
+            " or save the logits again"
+        )
 
 
 def image_digest(dataset, index: int) -> str:
@@ -104,7 +169,10 @@ def image_digest(dataset, index: int) -> str:
 
 def _way_out(key: str, theirs: Any) -> str:
     if key == "DATA.IMG_SIZE":
-        return f"set DATA.IMG_SIZE {theirs}, or DISTILL.OTHER_SIZE True for a student of another size (on the same side of 32 pixels)"
+        return (
+            f"set DATA.IMG_SIZE {theirs}, or DISTILL.OTHER_SIZE True for a student of another size"
+            " (on the same side of 32 pixels)"
+        )
     return f"leave {key} out to take the store's, or save logits with the other value"
 
 
@@ -115,7 +183,11 @@ def _value(cfg, key: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value without the spellings that make no difference: tuples as lists, whole numbers as floats."""
+    """A value without the spellings that make no difference: tuples as lists, whole numbers as
+    floats.
+    """
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    return (
+        float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    )

@@ -22,7 +22,8 @@ class Comparison(NamedTuple):
     """Of each image [B]: how its record differs from the teacher's answer."""
 
     value_error: Tensor  # largest difference of a probability, float
-    divergence: Tensor  # KL divergence of the answer from the record, with a term for records whose sum is not 1, float
+    # KL divergence of the answer from the record, with a term for records whose sum is not 1, float
+    divergence: Tensor
     other_top1: Tensor  # whether the most probable class is another, and not for a tie
     other_classes: Tensor  # number of columns with another class, and not for a tie
     inexact: Tensor  # whether any bit differs
@@ -31,7 +32,9 @@ class Comparison(NamedTuple):
 
 
 def compare(indices: Tensor, probs: Tensor, logits: Tensor, temperature: float = 1.0) -> Comparison:
-    """Stored classes [B, K] and probabilities [B, K] against the logits [B, C] that the teacher gives now."""
+    """Stored classes [B, K] and probabilities [B, K] against the logits [B, C] that the teacher
+    gives now.
+    """
     k, num_classes = indices.shape[1], logits.shape[1]
     new_indices, new_probs = encode(logits, k, temperature)
     now = torch.softmax(logits.float() / temperature, dim=-1)
@@ -41,11 +44,16 @@ def compare(indices: Tensor, probs: Tensor, logits: Tensor, temperature: float =
     at_stored = now.gather(1, indices)
     value_error = (at_stored.half().float() - probs).abs().amax(1)  # rounded as the record is
     # A class that the record does not name has at most its last probability there.
-    is_named = torch.zeros_like(now, dtype=torch.bool).scatter_(1, indices, True).gather(1, new_indices)
+    is_named = (
+        torch.zeros_like(now, dtype=torch.bool).scatter_(1, indices, True).gather(1, new_indices)
+    )
     excess = (new_probs.float() - probs[:, -1:]).clamp(min=0).masked_fill(is_named, 0).amax(1)
     # "not <=" rather than ">", so that what is no number counts as different.
     other = (indices != new_indices) & ~((now.gather(1, new_indices) - at_stored).abs() <= TIE)
-    stored, answer = (densify(i, p, num_classes).clamp(min=SMALLEST) for i, p in ((indices, probs), (new_indices, new_probs)))
+    stored, answer = (
+        densify(i, p, num_classes).clamp(min=SMALLEST)
+        for i, p in ((indices, probs), (new_indices, new_probs))
+    )
     return Comparison(
         value_error=torch.maximum(value_error, excess).masked_fill(~is_class.all(1), torch.inf),
         divergence=(stored * (stored.log() - answer.log()) - stored + answer).sum(1),
@@ -59,7 +67,9 @@ def compare(indices: Tensor, probs: Tensor, logits: Tensor, temperature: float =
 
 @dataclass
 class Agreement:
-    """What comparing many images has shown, as plain numbers; those of several processes can be merged."""
+    """What comparing many images has shown, as plain numbers; those of several processes can be
+    merged.
+    """
 
     images: int = 0
     wrong_seeds: int = 0
@@ -68,10 +78,13 @@ class Agreement:
     inexact: int = 0
     sum_divergence: float = 0.0
     most_value_error: float = 0.0
-    worst: list[tuple[float, str]] = field(default_factory=list)  # (how bad, which image and why), the worst first
+    # (how bad, which image and why), the worst first
+    worst: list[tuple[float, str]] = field(default_factory=list)
 
     def add(self, comparison: Comparison, wrong_seeds: Tensor, name: Callable[[int], str]) -> None:
-        """Count a batch; `wrong_seeds` [B] says whose seed is not what it should be, `name` tells people which image a row is."""
+        """Count a batch; `wrong_seeds` [B] says whose seed is not what it should be, `name` tells
+        people which image a row is.
+        """
         if not len(wrong_seeds):
             return
         wrong_seeds = wrong_seeds.cpu()
@@ -88,38 +101,73 @@ class Agreement:
         for row in torch.topk(badness, min(WORST_SHOWN, len(wrong_seeds))).indices.tolist():
             if badness[row] > 0:
                 why = ", wrong seed" if wrong_seeds[row] else ""
-                text = f"{name(row)}: off by {error[row]:.4f}, class {found.stored_top1[row]} stored, {found.top1[row]} now{why}"
+                text = (
+                    f"{name(row)}: off by {error[row]:.4f}, class {found.stored_top1[row]} stored,"
+                    f" {found.top1[row]} now{why}"
+                )
                 self.worst.append((float(badness[row]), text))
         self._keep_worst()
 
     def merge(self, other: "Agreement") -> None:
         """Count what another process has found."""
-        for name in ("images", "wrong_seeds", "other_top1", "other_classes", "inexact", "sum_divergence"):
+        for name in (
+            "images",
+            "wrong_seeds",
+            "other_top1",
+            "other_classes",
+            "inexact",
+            "sum_divergence",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.most_value_error = max(self.most_value_error, other.most_value_error)
         self.worst += other.worst
         self._keep_worst()
 
     def faults(self, exact: bool = False) -> list[str]:
-        """Why the records are not the teacher's; nothing if they are. `exact` asks for equality of every bit."""
+        """Why the records are not the teacher's; nothing if they are. `exact` asks for equality of
+        every bit.
+        """
         if not self.images:
             return ["no image was checked"]
         same_top1, divergence = 1 - self.other_top1 / self.images, self.sum_divergence / self.images
         judged = [
             (self.wrong_seeds == 0, f"{self.wrong_seeds:,} of {self.images:,} seeds are wrong"),
-            (same_top1 >= LEAST_SAME_TOP1, f"only {same_top1:.3%} have the same top-1 class, at least {LEAST_SAME_TOP1:.1%} must"),
-            (divergence <= MOST_MEAN_KL, f"the mean KL divergence is {divergence:.2e}, at most {MOST_MEAN_KL:.0e} is allowed"),
-            (self.most_value_error <= MOST_VALUE_ERROR,
-             f"a probability is off by {self.most_value_error:.4f}, at most {MOST_VALUE_ERROR} is allowed"),
-            (not exact or self.inexact == 0, f"{self.inexact:,} of {self.images:,} records are not exactly equal"),
-        ]  # fmt: skip
+            (
+                same_top1 >= LEAST_SAME_TOP1,
+                (
+                    f"only {same_top1:.3%} have the same top-1 class, at least"
+                    f" {LEAST_SAME_TOP1:.1%} must"
+                ),
+            ),
+            (
+                divergence <= MOST_MEAN_KL,
+                (
+                    f"the mean KL divergence is {divergence:.2e}, at most {MOST_MEAN_KL:.0e} is"
+                    " allowed"
+                ),
+            ),
+            (
+                self.most_value_error <= MOST_VALUE_ERROR,
+                (
+                    f"a probability is off by {self.most_value_error:.4f}, at most"
+                    f" {MOST_VALUE_ERROR} is allowed"
+                ),
+            ),
+            (
+                not exact or self.inexact == 0,
+                f"{self.inexact:,} of {self.images:,} records are not exactly equal",
+            ),
+        ]
         return [text for is_right, text in judged if not is_right]
 
     def __str__(self) -> str:
         divergence = self.sum_divergence / max(self.images, 1)
-        return (f"{self.images:,} images: {self.wrong_seeds:,} wrong seeds, {self.other_top1:,} other top-1 classes, "
-                f"{self.other_classes:,} other classes in all, mean KL divergence {divergence:.2e}, "
-                f"largest difference {self.most_value_error:.2e}, {self.inexact:,} not exactly equal")
+        return (
+            f"{self.images:,} images: {self.wrong_seeds:,} wrong seeds, {self.other_top1:,} other"
+            f" top-1 classes, {self.other_classes:,} other classes in all, mean KL divergence"
+            f" {divergence:.2e}, largest difference {self.most_value_error:.2e}, {self.inexact:,}"
+            " not exactly equal"
+        )
 
     def _keep_worst(self) -> None:
         self.worst = heapq.nlargest(WORST_SHOWN, self.worst)

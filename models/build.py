@@ -1,4 +1,6 @@
-"""Students and teachers by configuration: TinyViT, the CLIP teacher, any timm model, any function of the user's."""
+"""Students and teachers by configuration: TinyViT, the CLIP teacher, any timm model, any function
+of the user's.
+"""
 
 import difflib
 import importlib
@@ -30,8 +32,11 @@ from models.tiny_vit import VARIANTS, TinyViT
 _WINDOWS = (7, 7, 14, 7)  # of the variants that do not say otherwise
 
 
-def build_model(cfg: CfgNode, *, load: bool = True, log: Callable[[str], None] = print) -> nn.Module:
-    """The model that a configuration describes, with MODEL.PRETRAINED fitted to it unless `load` is off.
+def build_model(
+    cfg: CfgNode, *, load: bool = True, log: Callable[[str], None] = print
+) -> nn.Module:
+    """The model that a configuration describes, with MODEL.PRETRAINED fitted to it unless `load` is
+    off.
 
     A class count of 0 means the model's usual one; data.build.resolve replaces it by the data's.
     """
@@ -42,27 +47,43 @@ def build_model(cfg: CfgNode, *, load: bool = True, log: Callable[[str], None] =
 
 
 def build_teacher(cfg: CfgNode, *, log: Callable[[str], None] = print) -> nn.Module:
-    """The model of a configuration with exactly the weights of MODEL.RESUME or MODEL.PRETRAINED, in eval mode and without gradients.
+    """The model of a configuration with exactly the weights of MODEL.RESUME or MODEL.PRETRAINED, in
+    eval mode and without gradients.
 
-    Where MODEL.NUM_CLASSES is 0 the weights say how many classes there are; `num_outputs` tells afterwards.
-    """
+    Where MODEL.NUM_CLASSES is 0 the weights say how many classes there are; `num_outputs` tells
+    afterwards."""
     model = _construct(cfg, log)
     name = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
     if name:
         weights = _read_named_weights(cfg, name)
         classes = head_classes(model, weights)
-        if not cfg.MODEL.NUM_CLASSES and classes and classes != num_outputs(model) and hasattr(model, "reset_classifier"):
+        if (
+            not cfg.MODEL.NUM_CLASSES
+            and classes
+            and classes != num_outputs(model)
+            and hasattr(model, "reset_classifier")
+        ):
             model.reset_classifier(classes)
         load_weights(model, weights, exact=True, label=name, log=log)
     elif ":" not in cfg.MODEL.TYPE:
-        log(f"{cfg.MODEL.NAME} has no weights but random ones: give --resume, --pretrained or MODEL.PRETRAINED")
+        log(
+            f"{cfg.MODEL.NAME} has no weights but random ones: give --resume, --pretrained or"
+            " MODEL.PRETRAINED"
+        )
     return model.eval().requires_grad_(False)
 
 
 def load_named_weights(
-    model: nn.Module, cfg: CfgNode, name: str, *, exact: bool = False, log: Callable[[str], None] = print
+    model: nn.Module,
+    cfg: CfgNode,
+    name: str,
+    *,
+    exact: bool = False,
+    log: Callable[[str], None] = print,
 ) -> LoadReport:
-    """Load weights by what a configuration calls them: a path, a URL, a name of the model zoo, for TYPE timm also `hub`."""
+    """Load weights by what a configuration calls them: a path, a URL, a name of the model zoo, for
+    TYPE timm also `hub`.
+    """
     return load_weights(model, _read_named_weights(cfg, name), exact=exact, label=name, log=log)
 
 
@@ -73,20 +94,31 @@ def num_outputs(model: nn.Module) -> int:
         return classes
     heads = classifier_names(model)
     if not heads:
-        raise ValueError(f"{type(model).__name__} does not say how many classes it has: give it an attribute num_classes")
+        raise ValueError(
+            f"{type(model).__name__} does not say how many classes it has: give it an attribute"
+            " num_classes"
+        )
     return next(model.get_submodule(heads[0]).parameters()).shape[0]
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     """The number of parameters, or of those that train."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trainable)
+    return sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if parameter.requires_grad or not trainable
+    )
 
 
 def count_multiply_adds(model: nn.Module, image_size: int) -> int | None:
-    """Multiply-accumulates of one image of so many pixels a side; None for a model that can't be run without values."""
+    """Multiply-accumulates of one image of so many pixels a side; None for a model that can't be
+    run without values.
+    """
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            deepcopy(model).to("meta").eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+            deepcopy(model).to("meta").eval()(
+                torch.empty(1, 3, image_size, image_size, device="meta")
+            )
     except Exception:  # whatever a user's model does in its forward pass
         return None
     return counter.get_total_flops() // 2
@@ -108,11 +140,18 @@ def load_function(spec: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and something that it imports is not
-        raise ValueError(f"{spec!r}: there is no module {error.name} (its folder must be on PYTHONPATH)") from None
+        raise ValueError(
+            f"{spec!r}: there is no module {error.name} (its folder must be on PYTHONPATH)"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        near = difflib.get_close_matches(name, [known for known in vars(module) if callable(getattr(module, known))], n=1)
-        raise ValueError(f"{spec!r}: {module.__file__} has no function {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        near = difflib.get_close_matches(
+            name, [known for known in vars(module) if callable(getattr(module, known))], n=1
+        )
+        raise ValueError(
+            f"{spec!r}: {module.__file__} has no function {name}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
     return function
 
 
@@ -121,18 +160,34 @@ def _construct(cfg: CfgNode, log: Callable[[str], None]) -> nn.Module:
     match cfg.MODEL.TYPE:
         case "tiny_vit":
             shape = {name.lower(): value for name, value in cfg.MODEL.TINY_VIT.items()}
-            return TinyViT(img_size=cfg.DATA.IMG_SIZE, num_classes=cfg.MODEL.NUM_CLASSES or 1000, drop_rate=cfg.MODEL.DROP_RATE,
-                           drop_path_rate=cfg.MODEL.DROP_PATH_RATE, use_checkpoint=cfg.TRAIN.USE_CHECKPOINT, **shape)
+            return TinyViT(
+                img_size=cfg.DATA.IMG_SIZE,
+                num_classes=cfg.MODEL.NUM_CLASSES or 1000,
+                drop_rate=cfg.MODEL.DROP_RATE,
+                drop_path_rate=cfg.MODEL.DROP_PATH_RATE,
+                use_checkpoint=cfg.TRAIN.USE_CHECKPOINT,
+                **shape,
+            )
         case "clip_vit_large14_224":
             model = clip_vit_large14_224(num_classes=cfg.MODEL.NUM_CLASSES or 21841)
         case "timm":
-            model = _timm_model(cfg, log, **({"num_classes": cfg.MODEL.NUM_CLASSES} if cfg.MODEL.NUM_CLASSES else {}))
+            model = _timm_model(
+                cfg,
+                log,
+                **({"num_classes": cfg.MODEL.NUM_CLASSES} if cfg.MODEL.NUM_CLASSES else {}),
+            )
         case spec if ":" in spec:
             model = load_function(spec)(cfg)
             if not isinstance(model, nn.Module):
-                raise ValueError(f"MODEL.TYPE = {spec!r}: expected the function to return a torch.nn.Module, got {type(model).__name__}")
+                raise ValueError(
+                    f"MODEL.TYPE = {spec!r}: expected the function to return a torch.nn.Module, got"
+                    f" {type(model).__name__}"
+                )
         case other:
-            raise ValueError(f"MODEL.TYPE = {other!r}: expected tiny_vit, clip_vit_large14_224, timm or package.module:function")
+            raise ValueError(
+                f"MODEL.TYPE = {other!r}: expected tiny_vit, clip_vit_large14_224, timm or"
+                " package.module:function"
+            )
     if cfg.TRAIN.USE_CHECKPOINT:
         _recompute_activations(model)
     return model
@@ -143,8 +198,10 @@ def _timm_model(cfg: CfgNode, log: Callable[[str], None], **options: Any) -> nn.
     name = cfg.MODEL.NAME
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"MODEL.NAME = {name!r}: timm {timm.__version__} has no such model"
-                         + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()"))
+        raise ValueError(
+            f"MODEL.NAME = {name!r}: timm {timm.__version__} has no such model"
+            + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()")
+        )
     own = timm.get_pretrained_cfg(name)
     if own is not None and own.fixed_input_size and own.input_size[-1] != cfg.DATA.IMG_SIZE:
         options["img_size"] = cfg.DATA.IMG_SIZE
@@ -156,14 +213,20 @@ def _timm_model(cfg: CfgNode, log: Callable[[str], None], **options: Any) -> nn.
             unknown = re.search(r"unexpected keyword argument '(\w+)'|$", str(error))[1]
             if unknown not in optional:
                 raise
-            log(f"{name} takes no {unknown}: MODEL.{unknown.upper()} {optional.pop(unknown)} has no effect")
+            log(
+                f"{name} takes no {unknown}: MODEL.{unknown.upper()} {optional.pop(unknown)} has no"
+                " effect"
+            )
 
 
 def _recompute_activations(model: nn.Module) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError):
-        raise ValueError(f"TRAIN.USE_CHECKPOINT: {type(model).__name__} cannot recompute its activations, leave it False") from None
+        raise ValueError(
+            f"TRAIN.USE_CHECKPOINT: {type(model).__name__} cannot recompute its activations, leave"
+            " it False"
+        ) from None
 
 
 def _read_named_weights(cfg: CfgNode, name: str) -> StateDict:
@@ -172,8 +235,10 @@ def _read_named_weights(cfg: CfgNode, name: str) -> StateDict:
             return _timm_model(cfg, lambda _: None, pretrained=True).state_dict()
         except Exception as error:  # the hub's client raises its own, network and file errors
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"MODEL.PRETRAINED hub: no weights for {cfg.MODEL.NAME} ({reason}). Without a connection fetch the file "
-                             "elsewhere and give its path as MODEL.PRETRAINED") from error
+            raise ValueError(
+                f"MODEL.PRETRAINED hub: no weights for {cfg.MODEL.NAME} ({reason}). Without a"
+                " connection fetch the file elsewhere and give its path as MODEL.PRETRAINED"
+            ) from error
     if cfg.MODEL.TYPE == "tiny_vit" and name in ZOO_NAMES:
         return read_state_dict(zoo_url(_zoo_variant(cfg), name))
     if cfg.MODEL.TYPE == "clip_vit_large14_224" and name == "22k":
@@ -182,10 +247,24 @@ def _read_named_weights(cfg: CfgNode, name: str) -> StateDict:
 
 
 def _zoo_variant(cfg: CfgNode) -> str:
-    """The official variant that a configuration's shape is, or may start from by resizing its windows."""
-    dims, heads, windows = (tuple(cfg.MODEL.TINY_VIT[key]) for key in ("EMBED_DIMS", "NUM_HEADS", "WINDOW_SIZES"))
-    fitting = [name for name, shape in VARIANTS.items() if (shape["embed_dims"], shape["num_heads"]) == (dims, heads)]
+    """The official variant that a configuration's shape is, or may start from by resizing its
+    windows.
+    """
+    dims, heads, windows = (
+        tuple(cfg.MODEL.TINY_VIT[key]) for key in ("EMBED_DIMS", "NUM_HEADS", "WINDOW_SIZES")
+    )
+    fitting = [
+        name
+        for name, shape in VARIANTS.items()
+        if (shape["embed_dims"], shape["num_heads"]) == (dims, heads)
+    ]
     if not fitting:
-        raise ValueError(f"MODEL.PRETRAINED = {cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED!r}: the model zoo has no TinyViT of EMBED_DIMS "
-                         f"{list(dims)} and NUM_HEADS {list(heads)}; take a recipe of configs/, or give a file")
-    return next((name for name in fitting if VARIANTS[name].get("window_sizes", _WINDOWS) == windows), fitting[0])
+        raise ValueError(
+            f"MODEL.PRETRAINED = {cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED!r}: the model zoo has no"
+            f" TinyViT of EMBED_DIMS {list(dims)} and NUM_HEADS {list(heads)}; take a recipe of"
+            " configs/, or give a file"
+        )
+    return next(
+        (name for name in fitting if VARIANTS[name].get("window_sizes", _WINDOWS) == windows),
+        fitting[0],
+    )

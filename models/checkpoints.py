@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 
 def save_atomic(state: dict[str, Any], path: str | Path) -> None:
-    """Write tensors and plain values so that `path` is at any time either the old file or the whole new one."""
+    """Write tensors and plain values so that `path` is at any time either the old file or the whole
+    new one.
+    """
     path = Path(path)
     _assert_plain(state, "state")
     temporary = path.with_name(f".{path.name}.tmp")
@@ -30,14 +32,20 @@ def save_atomic(state: dict[str, Any], path: str | Path) -> None:
         if not isinstance(cause, OSError):
             raise
         kept = "; the file that was there is unchanged" if path.exists() else ""
-        raise OSError(cause.errno or errno.EIO, f"can't write the checkpoint ({cause.strerror}){kept}", str(path)) from error
+        raise OSError(
+            cause.errno or errno.EIO,
+            f"can't write the checkpoint ({cause.strerror}){kept}",
+            str(path),
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
 def save_also(path: str | Path, other: str | Path) -> None:
-    """Give a checkpoint that was just written a second name: a link to the same file where there can be links, else a copy."""
+    """Give a checkpoint that was just written a second name: a link to the same file where there
+    can be links, else a copy.
+    """
     path, other = Path(path), Path(other)
     temporary = other.with_name(f".{other.name}.tmp")
     try:
@@ -58,14 +66,20 @@ def _assert_plain(value: Any, name: str) -> None:
     """Only what `torch.load(weights_only=True)` reads in any version may be saved."""
     if isinstance(value, dict):
         for key, item in value.items():
-            assert type(key) in (str, int), f"{name} has the key {key!r}, which is neither text nor a number"
+            assert type(key) in (
+                str,
+                int,
+            ), f"{name} has the key {key!r}, which is neither text nor a number"
             _assert_plain(item, f"{name}[{key!r}]")
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             _assert_plain(item, f"{name}[{i}]")
     else:
         plain = type(value) in (Tensor, int, float, bool, str, bytes, type(None))
-        assert plain, f"{name} is a {type(value).__module__}.{type(value).__qualname__}: save plain values and tensors"
+        assert plain, (
+            f"{name} is a {type(value).__module__}.{type(value).__qualname__}: save plain values"
+            " and tensors"
+        )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -83,9 +97,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that `save_atomic` wrote, on the CPU; no code in it is ever run, and a damaged file is a ValueError."""
+    """A checkpoint that `save_atomic` wrote, on the CPU; no code in it is ever run, and a damaged
+    file is a ValueError.
+    """
     if Path(path).suffix == ".safetensors":
-        raise ValueError(f"{path} holds weights alone, so no training goes on from it: take them with --pretrained")
+        raise ValueError(
+            f"{path} holds weights alone, so no training goes on from it: take them with"
+            " --pretrained"
+        )
     try:
         # torch does not compare checksums: without this a flipped bit would become a weight.
         with zipfile.ZipFile(path) as archive:
@@ -96,17 +115,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}") from None
     except (OSError, MemoryError) as error:  # which say nothing of what the file holds
-        raise OSError(getattr(error, "errno", None) or errno.EIO, f"this checkpoint can't be read now ({error})", str(path)) from error
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"this checkpoint can't be read now ({error})",
+            str(path),
+        ) from error
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the checkpoint {path} is damaged or of another kind ({reason}): use another one") from error
+        raise ValueError(
+            f"the checkpoint {path} is damaged or of another kind ({reason}): use another one"
+        ) from error
     if not isinstance(state, dict):
-        raise ValueError(f"the checkpoint {path} holds a {type(state).__name__} instead of a training state: use another one")
+        raise ValueError(
+            f"the checkpoint {path} holds a {type(state).__name__} instead of a training state: use"
+            " another one"
+        )
     return state
 
 
 def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date; damaged ones are named and skipped.
+    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date; damaged
+    ones are named and skipped.
 
     One that can't be read, for no fault of its own, is an OSError.
     """
@@ -135,5 +164,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"the checkpoint is of another {type(model).__name__} ({reason}): begin another run with --tag, or give the "
-                         "model back that it was written for") from None
+        raise ValueError(
+            f"the checkpoint is of another {type(model).__name__} ({reason}): begin another run"
+            " with --tag, or give the model back that it was written for"
+        ) from None

@@ -16,7 +16,10 @@ def imagenet_wnids(num_classes: int) -> tuple[str, ...]:
     from timm.data import ImageNetInfo  # holds the lists; slow to import, and most runs need none
 
     if num_classes not in _SUBSETS:
-        raise ValueError(f"no WordNet ids are known for {num_classes} classes, only for {' and '.join(map(str, _SUBSETS))}")
+        raise ValueError(
+            f"no WordNet ids are known for {num_classes} classes, only for"
+            f" {' and '.join(map(str, _SUBSETS))}"
+        )
     return tuple(ImageNetInfo(_SUBSETS[num_classes]).label_names())
 
 
@@ -26,17 +29,24 @@ def map_22k_to_1k() -> np.ndarray:
 
 
 def class_map(num_outputs: int, num_data_classes: int) -> np.ndarray | None:
-    """For each class of the data the model's output that stands for it, -1 where there is none; None if no map is known."""
+    """For each class of the data the model's output that stands for it, -1 where there is none;
+    None if no map is known.
+    """
     if num_outputs == num_data_classes:
         return np.arange(num_outputs, dtype=np.int64)
     if {num_outputs, num_data_classes} != set(_SUBSETS):
         return None
     position = {wnid: index for index, wnid in enumerate(imagenet_wnids(num_outputs))}
-    return np.array([position.get(wnid, -1) for wnid in imagenet_wnids(num_data_classes)], dtype=np.int64)
+    return np.array(
+        [position.get(wnid, -1) for wnid in imagenet_wnids(num_data_classes)], dtype=np.int64
+    )
 
 
-def outputs_of_labels(num_outputs: int, num_labels: int, numbers_own: bool) -> tuple[np.ndarray | None, str]:
-    """For each label of the data the output that stands for it, -1 where none does; None with the reason where labels are of no use.
+def outputs_of_labels(
+    num_outputs: int, num_labels: int, numbers_own: bool
+) -> tuple[np.ndarray | None, str]:
+    """For each label of the data the output that stands for it, -1 where none does; None with the
+    reason where labels are of no use.
 
     With `numbers_own` it is such data that numbers the outputs; else they have a meaning already.
     """
@@ -45,31 +55,51 @@ def outputs_of_labels(num_outputs: int, num_labels: int, numbers_own: bool) -> t
     mapping = class_map(num_outputs, num_labels)
     if mapping is None and numbers_own:
         return np.arange(num_labels), ""
-    return mapping, "" if mapping is not None else (
-        f"the data has {num_labels} classes and the model {num_outputs}, and nothing says which is which: "
-        "name the model's classes in DATA.CLASS_LIST, so that the data's get their ids")  # fmt: skip
+    return mapping, (
+        ""
+        if mapping is not None
+        else (
+            f"the data has {num_labels} classes and the model {num_outputs}, and nothing says which"
+            " is which: name the model's classes in DATA.CLASS_LIST, so that the data's get"
+            " their ids"
+        )
+    )
 
 
 def map_outputs(logits: torch.Tensor, mapping: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Outputs [B, C] in the data's numbering; a class without an output gets its row's minimum, so it never wins."""
+    """Outputs [B, C] in the data's numbering; a class without an output gets its row's minimum, so
+    it never wins.
+    """
     mapping = torch.as_tensor(mapping, device=logits.device)
     mapped = logits.index_select(-1, mapping.clamp(min=0))
     return torch.where(mapping < 0, logits.amin(-1, keepdim=True), mapped)
 
 
-def read_class_subset(path: str | Path, num_outputs: int, class_names: Sequence[str] = ()) -> list[int]:
-    """Read output indices from a file of indices or class names, one a line (`class_names` defaults to ImageNet's WordNet ids)."""
+def read_class_subset(
+    path: str | Path, num_outputs: int, class_names: Sequence[str] = ()
+) -> list[int]:
+    """Read output indices from a file of indices or class names, one a line (`class_names` defaults
+    to ImageNet's WordNet ids).
+    """
     names = class_names or (imagenet_wnids(num_outputs) if num_outputs in _SUBSETS else ())
     index_of = {name: index for index, name in enumerate(names)}
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the list of classes cannot be read ({error})") from None
-    subset = [index_of.get(line, int(line) if line.isascii() and line.isdigit() else -1) for line in lines if line]
-    wrong = [line for line, index in zip(filter(None, lines), subset) if not 0 <= index < num_outputs]
+    subset = [
+        index_of.get(line, int(line) if line.isascii() and line.isdigit() else -1)
+        for line in lines
+        if line
+    ]
+    wrong = [
+        line for line, index in zip(filter(None, lines), subset) if not 0 <= index < num_outputs
+    ]
     if wrong:
-        raise ValueError(f"{path}: {', '.join(wrong[:3])}{', ...' * (len(wrong) > 3)}: neither class names of the teacher nor "
-                         f"indices below {num_outputs}")
+        raise ValueError(
+            f"{path}: {', '.join(wrong[:3])}{', ...' * (len(wrong) > 3)}: neither class names of"
+            f" the teacher nor indices below {num_outputs}"
+        )
     if not subset or len(set(subset)) < len(subset):
         raise ValueError(f"{path}: expected some classes, one a line, each once")
     return subset

@@ -1,4 +1,6 @@
-"""The teacher CLIP-ViT: the vision tower of CLIP with a linear classifier; parameter names of the official checkpoint."""
+"""The teacher CLIP-ViT: the vision tower of CLIP with a linear classifier; parameter names of the
+official checkpoint.
+"""
 
 from typing import Any
 
@@ -49,7 +51,9 @@ class Transformer(nn.Module):
 class VisionTower(nn.Module):
     """Images [B, 3, S, S] -> the projected class token [B, embed_dim]."""
 
-    def __init__(self, embed_dim: int, image_resolution: int, layers: int, width: int, patch_size: int):
+    def __init__(
+        self, embed_dim: int, image_resolution: int, layers: int, width: int, patch_size: int
+    ):
         super().__init__()
         points = (image_resolution // patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
@@ -69,7 +73,9 @@ class VisionTower(nn.Module):
 
 
 class ClipViT(nn.Module):
-    """CLIP's vision tower, then a linear layer to classes, which is computed in its own precision also under autocast."""
+    """CLIP's vision tower, then a linear layer to classes, which is computed in its own precision
+    also under autocast.
+    """
 
     def __init__(
         self,
@@ -82,19 +88,31 @@ class ClipViT(nn.Module):
     ):
         super().__init__()
         if vision_width % HEAD_DIM:
-            raise ValueError(f"vision_width {vision_width}: must be a multiple of {HEAD_DIM}, the size of an attention head")
+            raise ValueError(
+                f"vision_width {vision_width}: must be a multiple of {HEAD_DIM}, the size of an"
+                " attention head"
+            )
         if image_resolution % vision_patch_size:
-            raise ValueError(f"image_resolution {image_resolution}: must be a multiple of vision_patch_size {vision_patch_size}")
+            raise ValueError(
+                f"image_resolution {image_resolution}: must be a multiple of vision_patch_size"
+                f" {vision_patch_size}"
+            )
         self.image_resolution = image_resolution
         self.num_features = embed_dim
-        self.visual = VisionTower(embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size)
+        self.visual = VisionTower(
+            embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size
+        )
         self.reset_classifier(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, image_resolution, image_resolution] -> logits [B, num_classes], or features [B, embed_dim] if there are no classes."""
+        """[B, 3, image_resolution, image_resolution] -> logits [B, num_classes], or features [B,
+        embed_dim] if there are no classes.
+        """
         side = self.image_resolution
         if images.shape[1:] != (3, side, side):
-            raise ValueError(f"images of shape {list(images.shape)}: this model takes [batch, 3, {side}, {side}]")
+            raise ValueError(
+                f"images of shape {list(images.shape)}: this model takes [batch, 3, {side}, {side}]"
+            )
         features = self.visual(images)
         if self.num_classes == 0:
             return features
@@ -112,7 +130,12 @@ class ClipViT(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, device=self.visual.proj.device, dtype=self.visual.proj.dtype)
+            self.head = nn.Linear(
+                self.num_features,
+                num_classes,
+                device=self.visual.proj.device,
+                dtype=self.visual.proj.dtype,
+            )
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
@@ -121,8 +144,12 @@ class ClipViT(nn.Module):
         return {"visual.class_embedding", "visual.positional_embedding"}
 
 
-def clip_vit_large14_224(num_classes: int = 21841, pretrained: bool = False, **overrides: Any) -> ClipViT:
-    """CLIP-ViT-L/14 at 224 pixels, the official teacher for ImageNet-22k, with its weights if asked."""
+def clip_vit_large14_224(
+    num_classes: int = 21841, pretrained: bool = False, **overrides: Any
+) -> ClipViT:
+    """CLIP-ViT-L/14 at 224 pixels, the official teacher for ImageNet-22k, with its weights if
+    asked.
+    """
     model = ClipViT(num_classes=num_classes, **overrides)
     if pretrained:
         from models.pretrained import load_pretrained

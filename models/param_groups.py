@@ -1,4 +1,6 @@
-"""Which parameters train, with which weight decay and which share of the learning rate; the optimizer over them."""
+"""Which parameters train, with which weight decay and which share of the learning rate; the
+optimizer over them.
+"""
 
 import torch
 from torch import nn
@@ -22,28 +24,48 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     match settings.NAME:
         case "adamw":
             fused = devices <= _FUSED_DEVICES
-            return torch.optim.AdamW(groups, cfg.TRAIN.BASE_LR, tuple(settings.BETAS), settings.EPS, fused=fused)
+            return torch.optim.AdamW(
+                groups, cfg.TRAIN.BASE_LR, tuple(settings.BETAS), settings.EPS, fused=fused
+            )
         case "sgd":
             fused = devices == {"cuda"}  # so that an update without effect need not ask the device
-            return torch.optim.SGD(groups, cfg.TRAIN.BASE_LR, settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, fused=fused)
+            return torch.optim.SGD(
+                groups,
+                cfg.TRAIN.BASE_LR,
+                settings.MOMENTUM,
+                nesterov=settings.MOMENTUM > 0,
+                fused=fused,
+            )
     raise ValueError(f"TRAIN.OPTIMIZER.NAME = {settings.NAME!r}: expected adamw or sgd")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_lr_decay: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_lr_decay: float = 1.0
+) -> list[dict]:
     """Groups of trainable parameters by weight decay, then `lr_scale`, each in the order first met.
 
-    Parameters of one dimension, biases and what the model itself names (attention biases, embeddings) do not decay.
-    """
+    Parameters of one dimension, biases and what the model itself names (attention biases,
+    embeddings) do not decay."""
     scales = _lr_scales(model, layer_lr_decay)
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    keywords = ("attention_biases", *(model.no_weight_decay_keywords() if hasattr(model, "no_weight_decay_keywords") else ()))
+    keywords = (
+        "attention_biases",
+        *(model.no_weight_decay_keywords() if hasattr(model, "no_weight_decay_keywords") else ()),
+    )
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        spared = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt or any(keyword in name for keyword in keywords)
+        spared = (
+            parameter.ndim <= 1
+            or name.endswith(".bias")
+            or name in exempt
+            or any(keyword in name for keyword in keywords)
+        )
         decay, scale = 0.0 if spared else weight_decay, scales.get(name, 1.0)
-        group = groups.setdefault((spared, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
+        group = groups.setdefault(
+            (spared, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -55,8 +77,10 @@ def freeze_backbone(model: nn.Module) -> None:
     """Stop gradients of everything but the classifier."""
     heads = tuple(f"{name}." for name in classifier_names(model))
     if not heads:
-        raise ValueError(f"TRAIN.FREEZE backbone: {type(model).__name__} has no classifier that get_classifier() or the name head, fc or "
-                         "classifier would give, so nothing would train")
+        raise ValueError(
+            f"TRAIN.FREEZE backbone: {type(model).__name__} has no classifier that get_classifier()"
+            " or the name head, fc or classifier would give, so nothing would train"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(heads))
 
@@ -65,6 +89,9 @@ def _lr_scales(model: nn.Module, layer_lr_decay: float) -> dict[str, float]:
     if layer_lr_decay == 1:
         return {}
     if not hasattr(model, "lr_scales"):
-        raise ValueError(f"TRAIN.LAYER_LR_DECAY {layer_lr_decay}: {type(model).__name__} does not say how deep its parameters lie; set it "
-                         "to 1.0, or give the model a method lr_scales(decay) -> {parameter name: factor}")
+        raise ValueError(
+            f"TRAIN.LAYER_LR_DECAY {layer_lr_decay}: {type(model).__name__} does not say how deep"
+            " its parameters lie; set it to 1.0, or give the model a method lr_scales(decay) ->"
+            " {parameter name: factor}"
+        )
     return model.lr_scales(layer_lr_decay)

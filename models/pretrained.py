@@ -1,8 +1,9 @@
-"""Weights in and out: reading checkpoints safely, naming schemes, fitting weights to a model, the model zoo.
+"""Weights in and out: reading checkpoints safely, naming schemes, fitting weights to a model, the
+model zoo.
 
-Checkpoints of the official release, of this project and of timm are read, as .pth or .safetensors. No file can run code: only
-tensors, plain containers and the configuration node that some official files hold are accepted.
-"""
+Checkpoints of the official release, of this project and of timm are read, as .pth or .safetensors.
+No file can run code: only tensors, plain containers and the configuration node that some official
+files hold are accepted."""
 
 import http.client
 import os
@@ -36,9 +37,11 @@ _ZOO_URL = "https://github.com/wkcn/TinyViT-model-zoo/releases/download"
 _SIZES = ("5m", "11m", "21m")
 _WEIGHT_KEYS = ("model", "state_dict", "model_state_dict")
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
-_WRAPPERS = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+# what DistributedDataParallel and torch.compile put before every name
+_WRAPPERS = ("module.", "_orig_mod.")
 _OPTIONAL = "num_batches_tracked"  # a counter that no output depends on; files of old have none
-_RECOMPUTED = "attention_bias_idxs"  # a buffer of official checkpoints that follows from the window size
+# a buffer of official checkpoints that follows from the window size
+_RECOMPUTED = "attention_bias_idxs"
 _TIMEOUT = 30  # seconds without a byte
 
 
@@ -49,19 +52,27 @@ class LoadReport:
     source: str
     loaded: int  # tensors taken as they are
     adapted: tuple[str, ...] = ()  # tensors taken in another shape, each with what was done
-    zeroed: tuple[str, ...] = ()  # tensors of the head that the file could not give, each with the reason
+    # tensors of the head that the file could not give, each with the reason
+    zeroed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()  # counters that the file lacks; they keep their values
     unexpected: tuple[str, ...] = ()  # tensors of the file that have no place in the model
 
     def __str__(self) -> str:
         lines = [f"weights of {self.source}: {self.loaded} tensors loaded"]
-        kinds = {"adapted": self.adapted, "head set to zero": self.zeroed, "not in the file": self.missing,
-                 "not in the model": self.unexpected}
-        return "\n".join(lines + [f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names])
+        kinds = {
+            "adapted": self.adapted,
+            "head set to zero": self.zeroed,
+            "not in the file": self.missing,
+            "not in the model": self.unexpected,
+        }
+        return "\n".join(
+            lines + [f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+        )
 
 
 def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
-    """The weights in a checkpoint file or behind a URL, without wrappers; `ema` asks for the averaged ones.
+    """The weights in a checkpoint file or behind a URL, without wrappers; `ema` asks for the
+    averaged ones.
 
     Without `ema` averaged weights are taken only where there are no others.
     """
@@ -70,10 +81,16 @@ def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
 
 
 def read_notes(source: str | Path) -> dict[str, object]:
-    """What a checkpoint of a training of ours tells beside its weights: `config`, its YAML, and `class_names`; others tell nothing."""
+    """What a checkpoint of a training of ours tells beside its weights: `config`, its YAML, and
+    `class_names`; others tell nothing.
+    """
     content, _ = _read(source)
     kinds = {"config": str, "class_names": list}
-    return {key: content[key] for key, kind in kinds.items() if isinstance(content, Mapping) and isinstance(content.get(key), kind)}
+    return {
+        key: content[key]
+        for key, kind in kinds.items()
+        if isinstance(content, Mapping) and isinstance(content.get(key), kind)
+    }
 
 
 def load_weights(
@@ -86,16 +103,17 @@ def load_weights(
 ) -> LoadReport:
     """Load weights from a file, a URL or a state dict into a model, and say what was done.
 
-    The naming (ours or timm's) is converted as needed. Unless `exact`, attention biases are interpolated to the model's windows, a
-    22k head becomes a 1k head through the class map, and a head of any other size is set to zero. A tensor that
-    the model needs and cannot get is an error; with `exact` so is one that it has no place for. `label` names the
-    weights in messages.
-    """
+    The naming (ours or timm's) is converted as needed. Unless `exact`, attention biases are
+    interpolated to the model's windows, a 22k head becomes a 1k head through the class map, and a
+    head of any other size is set to zero. A tensor that the model needs and cannot get is an error;
+    with `exact` so is one that it has no place for. `label` names the weights in messages."""
     named = isinstance(source, (str, Path))
     state = read_state_dict(source) if named else _without_wrappers(source)
     label = label or (str(source) if named else "the given state dict")
     targets = model.state_dict()
-    state = _in_naming_of(targets, {key: value for key, value in state.items() if not key.endswith(_RECOMPUTED)})
+    state = _in_naming_of(
+        targets, {key: value for key, value in state.items() if not key.endswith(_RECOMPUTED)}
+    )
     head = () if exact else tuple(f"{name}." for name in classifier_names(model))
 
     fitting: StateDict = {}
@@ -108,7 +126,9 @@ def load_weights(
             rows = _head_rows(value, target)
             fitting[key] = torch.zeros_like(target) if rows is None else rows
             given = "not in the file" if value is None else f"{list(value.shape)} in the file"
-            (zeroed if rows is None else adapted).append(f"{key} ({given}, {list(target.shape)} here)")
+            (zeroed if rows is None else adapted).append(
+                f"{key} ({given}, {list(target.shape)} here)"
+            )
         elif value is None and key.endswith(_OPTIONAL):
             missing.append(key)
         elif value is None:
@@ -122,19 +142,29 @@ def load_weights(
     if exact:
         misfits += [f"{key} has no place" for key in unexpected]
     if misfits:
-        shown = "; ".join(misfits[:6]) + (f"; and {len(misfits) - 6} more" if len(misfits) > 6 else "")
-        raise ValueError(f"{label} does not fit {type(model).__name__}: {shown}. Check that the model's configuration is the weights' own")
+        shown = "; ".join(misfits[:6]) + (
+            f"; and {len(misfits) - 6} more" if len(misfits) > 6 else ""
+        )
+        raise ValueError(
+            f"{label} does not fit {type(model).__name__}: {shown}. Check that the model's"
+            " configuration is the weights' own"
+        )
 
     model.load_state_dict(fitting, strict=False)
     loaded = len(fitting) - len(adapted) - len(zeroed)
-    report = LoadReport(label, loaded, tuple(adapted), tuple(zeroed), tuple(missing), tuple(unexpected))
+    report = LoadReport(
+        label, loaded, tuple(adapted), tuple(zeroed), tuple(missing), tuple(unexpected)
+    )
     log(str(report))
     return report
 
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights alone, as safetensors; the file is whole or not there."""
-    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+    state = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
     temporary = Path(f"{path}.tmp")
     try:
         safetensors.torch.save_file(state, temporary)
@@ -147,35 +177,50 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_pretrained(model: nn.Module, variant: str, which: str, log: Callable[[str], None] = print) -> LoadReport:
-    """Download official weights once and load them: variant as in TinyViT.from_config, `which` one of ZOO_NAMES."""
+def load_pretrained(
+    model: nn.Module, variant: str, which: str, log: Callable[[str], None] = print
+) -> LoadReport:
+    """Download official weights once and load them: variant as in TinyViT.from_config, `which` one
+    of ZOO_NAMES.
+    """
     return load_weights(model, zoo_url(variant, which), log=log)
 
 
 def zoo_url(variant: str, which: str) -> str:
-    """Where the model zoo keeps a variant's weights; the environment variable TINYVIT_ZOO_URL names a mirror.
+    """Where the model zoo keeps a variant's weights; the environment variable TINYVIT_ZOO_URL names
+    a mirror.
 
-    21m_384 and 21m_512 have weights of their own for 22kto1k_distill, else they start from 21m's. The teacher is
-    ("clip_vit_large14_224", "22k").
-    """
+    21m_384 and 21m_512 have weights of their own for 22kto1k_distill, else they start from 21m's.
+    The teacher is ("clip_vit_large14_224", "22k")."""
     base = os.environ.get("TINYVIT_ZOO_URL", _ZOO_URL).rstrip("/")
     if (variant, which) == (CLIP_VARIANT, "22k"):
         return f"{base}/pretrained_teacher/clip_vit_large_patch14_22k.pth"
     size, _, resolution = variant.partition("_")
-    if size not in _SIZES or resolution not in (("", "384", "512") if size == "21m" else ("",)) or which not in ZOO_NAMES:
-        raise ValueError(f"the model zoo has no {which!r} weights for {variant!r}: it has {', '.join(ZOO_NAMES)} for "
-                         f"{', '.join((*_SIZES, '21m_384', '21m_512'))}, and 22k for {CLIP_VARIANT}")
+    if (
+        size not in _SIZES
+        or resolution not in (("", "384", "512") if size == "21m" else ("",))
+        or which not in ZOO_NAMES
+    ):
+        raise ValueError(
+            f"the model zoo has no {which!r} weights for {variant!r}: it has {', '.join(ZOO_NAMES)}"
+            f" for {', '.join((*_SIZES, '21m_384', '21m_512'))}, and 22k for {CLIP_VARIANT}"
+        )
     if resolution and which == "22kto1k_distill":
         return f"{base}/checkpoints/tiny_vit_21m_22kto1k_{resolution}_distill.pth"
     return f"{base}/checkpoints/tiny_vit_{size}_{which}.pth"
 
 
 def cached_download(url: str | Path) -> Path:
-    """The local copy of a URL's file, fetched on first use into TINYVIT_CACHE or torch.hub's folder; it is whole or not there."""
+    """The local copy of a URL's file, fetched on first use into TINYVIT_CACHE or torch.hub's
+    folder; it is whole or not there.
+    """
     url = str(url)
-    folder = Path(os.environ.get("TINYVIT_CACHE") or Path(torch.hub.get_dir()) / "checkpoints").expanduser()
+    folder = Path(
+        os.environ.get("TINYVIT_CACHE") or Path(torch.hub.get_dir()) / "checkpoints"
+    ).expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name or "weights"
-    if not name.startswith(("tiny_vit_", "clip_vit_large_patch14_22k")):  # other sites' names may coincide
+    # other sites' names may coincide
+    if not name.startswith(("tiny_vit_", "clip_vit_large_patch14_22k")):
         name = f"{Path(name).stem}-{sha256(url.encode()).hexdigest()[:8]}{Path(name).suffix}"
     target = folder / name
     if target.is_file():
@@ -185,14 +230,18 @@ def cached_download(url: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, partial.open("xb") as file:
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(response, "read", total=size or None, desc=name, disable=None) as stream:
+            with tqdm.wrapattr(
+                response, "read", total=size or None, desc=name, disable=None
+            ) as stream:
                 shutil.copyfileobj(stream, file, 1 << 20)
             if size and file.tell() != size:
                 raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
         os.replace(partial, target)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ValueError(f"{url} could not be fetched ({error}). Fetch it by other means and save it as {target}, or give its path, or "
-                         "set TINYVIT_ZOO_URL to a mirror of the model zoo") from None
+        raise ValueError(
+            f"{url} could not be fetched ({error}). Fetch it by other means and save it as"
+            f" {target}, or give its path, or set TINYVIT_ZOO_URL to a mirror of the model zoo"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
     return target
@@ -200,41 +249,77 @@ def cached_download(url: str | Path) -> Path:
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> StateDict:
     """Official names to those of timm.models.tiny_vit."""
-    return {_to_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)}
+    return {
+        _to_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)
+    }
 
 
 def from_timm(state: Mapping[str, torch.Tensor]) -> StateDict:
     """The names of timm.models.tiny_vit to the official ones."""
-    return {_from_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)}
+    return {
+        _from_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)
+    }
 
 
 def resize_attention_biases(biases: torch.Tensor, positions: int) -> torch.Tensor:
-    """Attention biases [heads, side^2] for another window of `positions` offsets: bicubic, head by head."""
+    """Attention biases [heads, side^2] for another window of `positions` offsets: bicubic, head by
+    head.
+    """
     old, new = isqrt(biases.shape[1]), isqrt(positions)
     grid = biases.float().view(1, -1, old, old)
-    return functional.interpolate(grid, size=(new, new), mode="bicubic").view(-1, positions).to(biases.dtype)
+    return (
+        functional.interpolate(grid, size=(new, new), mode="bicubic")
+        .view(-1, positions)
+        .to(biases.dtype)
+    )
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that turn features into classes, as far as they have parameters."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else \
-        next((getattr(model, name) for name in ("head", "fc", "classifier") if isinstance(getattr(model, name, None), nn.Module)), None)
+    found = (
+        model.get_classifier()
+        if hasattr(model, "get_classifier")
+        else next(
+            (
+                getattr(model, name)
+                for name in ("head", "fc", "classifier")
+                if isinstance(getattr(model, name, None), nn.Module)
+            ),
+            None,
+        )
+    )
     heads = found if isinstance(found, (tuple, list)) else (found,)
-    return tuple(name for name, module in model.named_modules()
-                 if any(module is head for head in heads) and next(module.parameters(), None) is not None)
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if any(module is head for head in heads) and next(module.parameters(), None) is not None
+    )
 
 
 def head_classes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
-    """The number of classes that a state dict's head has, for a model of its kind; 0 if it has none."""
+    """The number of classes that a state dict's head has, for a model of its kind; 0 if it has
+    none.
+    """
     state = _in_naming_of(model.state_dict(), dict(state))
-    return next((len(state[f"{name}.weight"]) for name in classifier_names(model) if f"{name}.weight" in state), 0)
+    return next(
+        (
+            len(state[f"{name}.weight"])
+            for name in classifier_names(model)
+            if f"{name}.weight" in state
+        ),
+        0,
+    )
 
 
 def _to_timm_name(key: str) -> str:
     if key.startswith("patch_embed.seq."):
         key = re.sub(r"seq\.(\d)", lambda match: f"conv{int(match[1]) // 2 + 1}", key)
     elif key.startswith("layers."):  # timm counts a merging layer to the stage after it
-        key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
+        key = re.sub(
+            r"^layers\.(\d+)\.downsample",
+            lambda match: f"stages.{int(match[1]) + 1}.downsample",
+            key,
+        )
         key = key.replace("layers.", "stages.", 1)
     elif key.startswith("norm_head."):
         return key.replace("norm_head.", "head.norm.", 1)
@@ -247,7 +332,11 @@ def _from_timm_name(key: str) -> str:
     if key.startswith("patch_embed."):
         key = re.sub(r"conv(\d)\.", lambda match: f"seq.{(int(match[1]) - 1) * 2}.", key)
     elif key.startswith("stages."):
-        key = re.sub(r"^stages\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key)
+        key = re.sub(
+            r"^stages\.(\d+)\.downsample",
+            lambda match: f"layers.{int(match[1]) - 1}.downsample",
+            key,
+        )
         key = key.replace("stages.", "layers.", 1)
     elif key.startswith("head.norm."):
         return key.replace("head.norm.", "norm_head.", 1)
@@ -266,8 +355,14 @@ def _in_naming_of(targets: Mapping[str, torch.Tensor], state: StateDict) -> Stat
 
 
 def _head_rows(value: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor | None:
-    """A head of 21,841 classes cut to 1,000 by the class map; an absent class gets the mean of the others."""
-    if value is None or value.shape[1:] != target.shape[1:] or (len(value), len(target)) != (21841, 1000):
+    """A head of 21,841 classes cut to 1,000 by the class map; an absent class gets the mean of the
+    others.
+    """
+    if (
+        value is None
+        or value.shape[1:] != target.shape[1:]
+        or (len(value), len(target)) != (21841, 1000)
+    ):
         return None
     mapping = torch.from_numpy(map_22k_to_1k())
     rows = value[mapping.clamp(min=0)]
@@ -276,29 +371,58 @@ def _head_rows(value: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor
 
 
 def _read(source: str | Path) -> tuple[object, Path]:
-    """What a checkpoint file, or one behind a URL, holds, and where it lies; a ValueError says why it can't be used."""
+    """What a checkpoint file, or one behind a URL, holds, and where it lies; a ValueError says why
+    it can't be used.
+    """
     path = cached_download(source) if _is_url(source) else Path(source).expanduser()
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}")
+        raise ValueError(
+            f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}"
+        )
     if not path.is_file():
         raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
     try:
-        content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _load_plain(path)
+        content = (
+            safetensors.torch.load_file(path)
+            if path.suffix == ".safetensors"
+            else _load_plain(path)
+        )
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {found[1]}" if found else "it is no checkpoint, or a damaged one"
-        raise ValueError(f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is run. If you trust it, load it "
-                         "elsewhere and save model.state_dict() alone") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError,
-            safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})") from None
+        raise ValueError(
+            f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is"
+            " run. If you trust it, load it elsewhere and save model.state_dict() alone"
+        ) from None
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise ValueError(
+            f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})"
+        ) from None
     return content, path
 
 
 def _load_plain(path: Path) -> object:
-    """Unpickle tensors and plain containers; the configuration nodes of official checkpoints are read as dictionaries."""
-    stand_ins = [type(name, (), {"__module__": module, "__qualname__": name, "__new__": lambda cls: OrderedDict()})
-                 for module, name in (("yacs.config", "CfgNode"), ("argparse", "Namespace"))]
+    """Unpickle tensors and plain containers; the configuration nodes of official checkpoints are
+    read as dictionaries.
+    """
+    stand_ins = [
+        type(
+            name,
+            (),
+            {"__module__": module, "__qualname__": name, "__new__": lambda cls: OrderedDict()},
+        )
+        for module, name in (("yacs.config", "CfgNode"), ("argparse", "Namespace"))
+    ]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -313,12 +437,20 @@ def _unwrap(content: object, path: Path, ema: bool) -> StateDict:
             raise ValueError(f"{path}: it holds no averaged weights (TRAIN.EMA_DECAY was 0)")
         if content and all(isinstance(value, torch.Tensor) for value in content.values()):
             return _without_wrappers(content)
-    held = f"keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    raise ValueError(f"{path}: no weights found, only {held}: expected a state dict, alone or under {' or '.join(_WEIGHT_KEYS)}")
+    held = (
+        f"keys {', '.join(map(str, list(content)[:8]))}"
+        if isinstance(content, Mapping)
+        else f"a {type(content).__name__}"
+    )
+    raise ValueError(
+        f"{path}: no weights found, only {held}: expected a state dict, alone or under"
+        f" {' or '.join(_WEIGHT_KEYS)}"
+    )
 
 
 def _without_wrappers(state: Mapping[str, torch.Tensor]) -> StateDict:
-    state = {key: value for key, value in state.items() if key != "n_averaged"}  # torch.optim.swa_utils.AveragedModel's counter
+    # torch.optim.swa_utils.AveragedModel's counter
+    state = {key: value for key, value in state.items() if key != "n_averaged"}
     for prefix in _WRAPPERS * 2:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}

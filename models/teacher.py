@@ -1,4 +1,6 @@
-"""A frozen model whose answers are kept: which of its outputs, in which precision, and how the data's labels are numbered in them."""
+"""A frozen model whose answers are kept: which of its outputs, in which precision, and how the
+data's labels are numbered in them.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -26,15 +28,28 @@ class Teacher:
     dtype: torch.dtype | None  # of autocast; None is float32
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, device: torch.device, log: Callable[[str], None] = print) -> "Teacher":
-        """The model of a configuration with exactly its weights, cut to DISTILL.CLASS_SUBSET; a user's function brings its own weights."""
+    def from_config(
+        cls, cfg: CfgNode, device: torch.device, log: Callable[[str], None] = print
+    ) -> "Teacher":
+        """The model of a configuration with exactly its weights, cut to DISTILL.CLASS_SUBSET; a
+        user's function brings its own weights.
+        """
         by_function = ":" in cfg.MODEL.TYPE
         if not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED or by_function):
-            raise ValueError(f"MODEL.RESUME: name the weights of the teacher {cfg.MODEL.NAME} (--resume or --pretrained)")
+            raise ValueError(
+                f"MODEL.RESUME: name the weights of the teacher {cfg.MODEL.NAME} (--resume or"
+                " --pretrained)"
+            )
         model = as_teacher(build_teacher(cfg, log=log)).to(device)
         outputs, path = num_outputs(model), cfg.DISTILL.CLASS_SUBSET
         classes = read_class_subset(path, outputs) if path else None
-        return cls(cfg.MODEL.TYPE if by_function else cfg.MODEL.NAME, model, outputs, classes, teacher_dtype(cfg, device))
+        return cls(
+            cfg.MODEL.TYPE if by_function else cfg.MODEL.NAME,
+            model,
+            outputs,
+            classes,
+            teacher_dtype(cfg, device),
+        )
 
     @property
     def num_classes(self) -> int:
@@ -51,13 +66,22 @@ class Teacher:
         return teacher_logits(self.model, images, self.classes, self.dtype)
 
     def in_the_loop(
-        self, k: int, temperature: float, statistics: tuple[Sequence[float], Sequence[float]], own: tuple[Sequence[float], Sequence[float]]
+        self,
+        k: int,
+        temperature: float,
+        statistics: tuple[Sequence[float], Sequence[float]],
+        own: tuple[Sequence[float], Sequence[float]],
     ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """A function from a student's images to what a store would hold; their mean and std, `statistics`, give way to its `own`."""
+        """A function from a student's images to what a store would hold; their mean and std,
+        `statistics`, give way to its `own`.
+        """
         device = next(self.model.parameters()).device
-        (mean, std), (own_mean, own_std) = (torch.tensor(pair, device=device)[..., None, None] for pair in (statistics, own))
+        (mean, std), (own_mean, own_std) = (
+            torch.tensor(pair, device=device)[..., None, None] for pair in (statistics, own)
+        )
         is_same, scale, shift = statistics == own, std / own_std, (mean - own_mean) / own_std
-        classes = None if self.classes is None else torch.tensor(self.classes, device=device)  # once: a copy to a GPU is waited for
+        # once: a copy to a GPU is waited for
+        classes = None if self.classes is None else torch.tensor(self.classes, device=device)
 
         def targets(images: Tensor) -> tuple[Tensor, Tensor]:
             images = images if is_same else images * scale + shift
@@ -66,7 +90,9 @@ class Teacher:
         return targets
 
     def label_map(self, num_data_classes: int) -> np.ndarray | None:
-        """For each class of the data the kept output that stands for it, -1 where none does; None if the data's labels don't fit."""
+        """For each class of the data the kept output that stands for it, -1 where none does; None
+        if the data's labels don't fit.
+        """
         mapping = class_map(self.outputs, num_data_classes)
         if self.classes is None:
             return mapping
@@ -78,12 +104,23 @@ class Teacher:
 
     def in_data_classes(self, logits: Tensor, label_map: np.ndarray) -> Tensor:
         """All outputs of the model in the data's numbering."""
-        return map_outputs(logits if self.classes is None else class_subset(logits, self.classes), label_map)
+        return map_outputs(
+            logits if self.classes is None else class_subset(logits, self.classes), label_map
+        )
 
     def identity(self) -> dict[str, Any]:
         """What tells it from others: records of different identities never share a store."""
-        subset = {} if self.classes is None else {"classes_sha256": hashlib.sha256(repr(self.classes).encode()).hexdigest()}
-        return {"name": self.name, "weights_sha256": weights_digest(self.model), "dtype": self.precision, **subset}
+        subset = (
+            {}
+            if self.classes is None
+            else {"classes_sha256": hashlib.sha256(repr(self.classes).encode()).hexdigest()}
+        )
+        return {
+            "name": self.name,
+            "weights_sha256": weights_digest(self.model),
+            "dtype": self.precision,
+            **subset,
+        }
 
 
 def weights_digest(model: nn.Module) -> str:

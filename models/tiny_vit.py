@@ -1,7 +1,8 @@
-"""The TinyViT family: four stages, MBConv blocks first, then attention in windows; parameter names of the official checkpoints.
+"""The TinyViT family: four stages, MBConv blocks first, then attention in windows; parameter names
+of the official checkpoints.
 
-Between modules a map is [B, C, H, W] in channels-last memory, so that blocks see it as [B, H, W, C] without a copy.
-"""
+Between modules a map is [B, C, H, W] in channels-last memory, so that blocks see it as [B, H, W, C]
+without a copy."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,24 +19,46 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["TinyViT", "tiny_vit_5m_224", "tiny_vit_11m_224", "tiny_vit_21m_224", "tiny_vit_21m_384", "tiny_vit_21m_512"]
+__all__ = [
+    "TinyViT",
+    "tiny_vit_5m_224",
+    "tiny_vit_11m_224",
+    "tiny_vit_21m_224",
+    "tiny_vit_21m_384",
+    "tiny_vit_21m_512",
+]
 
 SMALLEST_IMAGE = 32  # pixels a side: the last stage's map is then a single point
-CPU_HAS_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # fast convolutions
+# fast convolutions
+CPU_HAS_BFLOAT16 = (
+    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "5m": {"embed_dims": (64, 128, 160, 320), "num_heads": (2, 4, 5, 10), "drop_path_rate": 0.0},
     "11m": {"embed_dims": (64, 128, 256, 448), "num_heads": (2, 4, 8, 14), "drop_path_rate": 0.1},
     "21m": {"embed_dims": (96, 192, 384, 576), "num_heads": (3, 6, 12, 18), "drop_path_rate": 0.2},
 }
-VARIANTS["21m_384"] = {**VARIANTS["21m"], "drop_path_rate": 0.1, "img_size": 384, "window_sizes": (12, 12, 24, 12)}
-VARIANTS["21m_512"] = {**VARIANTS["21m"], "drop_path_rate": 0.1, "img_size": 512, "window_sizes": (16, 16, 32, 16)}
+VARIANTS["21m_384"] = {
+    **VARIANTS["21m"],
+    "drop_path_rate": 0.1,
+    "img_size": 384,
+    "window_sizes": (12, 12, 24, 12),
+}
+VARIANTS["21m_512"] = {
+    **VARIANTS["21m"],
+    "drop_path_rate": 0.1,
+    "img_size": 512,
+    "window_sizes": (16, 16, 32, 16),
+}
 WEIGHTS = ("22kto1k_distill", "22k_distill", "1k")  # names of official checkpoints
 WEIGHT_ALIASES = {"in1k": "22kto1k_distill", "in22k": "22k_distill"}
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU of a map in channels-last memory, seen as the contiguous tensor it is: on a CPU nearly twice as fast."""
+    """GELU of a map in channels-last memory, seen as the contiguous tensor it is: on a CPU nearly
+    twice as fast.
+    """
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -47,7 +70,9 @@ class Gelu(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """A convolution that computes bfloat16 in float32 on a CPU without bfloat16 kernels, ten times as fast there and no less exact."""
+    """A convolution that computes bfloat16 in float32 on a CPU without bfloat16 kernels, ten times
+    as fast there and no less exact.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -61,12 +86,23 @@ class Convolution(nn.Conv2d):
 class ConvBn(nn.Sequential):
     """A convolution without bias, then batch norm; after `fuse` a convolution with bias alone."""
 
-    def __init__(self, in_chans: int, out_chans: int, kernel: int = 1, stride: int = 1, groups: int = 1, bn_weight: float = 1.0):
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        bn_weight: float = 1.0,
+    ):
         super().__init__()
-        self.c = Convolution(in_chans, out_chans, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.c = Convolution(
+            in_chans, out_chans, kernel, stride, kernel // 2, groups=groups, bias=False
+        )
         self.bn = nn.BatchNorm2d(out_chans)
         nn.init.constant_(self.bn.weight, bn_weight)
-        if kernel > 1 and in_chans > groups:  # other weights are in both layouts at once, and keep the strides that gradients come in
+        # other weights are in both layouts at once, and keep the strides that gradients come in
+        if kernel > 1 and in_chans > groups:
             self.c.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -87,7 +123,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
-        self.seq = nn.Sequential(ConvBn(in_chans, dim // 2, 3, stride=2), Gelu(), ConvBn(dim // 2, dim, 3, stride=2))
+        self.seq = nn.Sequential(
+            ConvBn(in_chans, dim // 2, 3, stride=2), Gelu(), ConvBn(dim // 2, dim, 3, stride=2)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.seq(images.contiguous(memory_format=torch.channels_last))
@@ -123,17 +161,20 @@ class PatchMerging(nn.Module):
 
 
 def window_offsets(window: int, device: torch.device) -> Tensor:
-    """For every two points of a window, flattened to [N * N], N = window^2, the column of their |dy|, |dx| in `attention_biases`.
+    """For every two points of a window, flattened to [N * N], N = window^2, the column of their
+    |dy|, |dx| in `attention_biases`.
 
-    Offsets are numbered in the order first met scanning points row by row, and the first point alone meets them all.
-    """
+    Offsets are numbered in the order first met scanning points row by row, and the first point
+    alone meets them all."""
     side = torch.arange(window, device=device)
     distance = (side[:, None] - side).abs()
     return (distance[:, None, :, None] * window + distance[:, None, :]).flatten()
 
 
 class Attention(nn.Module):
-    """Pre-norm attention among the points of a window, with a learned bias per head and offset: [windows, N, C] -> the same."""
+    """Pre-norm attention among the points of a window, with a learned bias per head and offset:
+    [windows, N, C] -> the same.
+    """
 
     def __init__(self, dim: int, num_heads: int, window: int):
         super().__init__()
@@ -145,9 +186,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         windows, points, dim = x.shape
-        query, key, value = self.qkv(self.norm(x)).view(windows, points, self.num_heads, -1).transpose(1, 2).chunk(3, dim=-1)
+        query, key, value = (
+            self.qkv(self.norm(x))
+            .view(windows, points, self.num_heads, -1)
+            .transpose(1, 2)
+            .chunk(3, dim=-1)
+        )
         # Spread anew each time: a kept copy would go stale, and would hold N^2 values per head.
-        bias = self.attention_biases.to(query.dtype).index_select(1, offsets).view(1, self.num_heads, points, points)
+        bias = (
+            self.attention_biases.to(query.dtype)
+            .index_select(1, offsets)
+            .view(1, self.num_heads, points, points)
+        )
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(windows, points, dim))
 
@@ -169,7 +219,16 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention in windows, a depthwise convolution, an MLP."""
 
-    def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio: float, drop: float, drop_path: float, local_conv_size: int):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        local_conv_size: int,
+    ):
         super().__init__()
         self.window = window
         self.attn = Attention(dim, num_heads, window)
@@ -185,23 +244,41 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
     def _attend(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """[B, H, W, C] -> the same; a map that is no multiple of the window is padded with zeros, which are attended to as well."""
+        """[B, H, W, C] -> the same; a map that is no multiple of the window is padded with zeros,
+        which are attended to as well.
+        """
         batch, height, width, dim = x.shape
         window = self.window
         below, right = -height % window, -width % window
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
         rows, columns = (height + below) // window, (width + right) // window
-        x = x.reshape(batch, rows, window, columns, window, dim).transpose(2, 3).reshape(-1, window * window, dim)
+        x = (
+            x.reshape(batch, rows, window, columns, window, dim)
+            .transpose(2, 3)
+            .reshape(-1, window * window, dim)
+        )
         x = self.attn(x, offsets)
-        x = x.view(batch, rows, columns, window, window, dim).transpose(2, 3).reshape(batch, rows * window, columns * window, dim)
+        x = (
+            x.view(batch, rows, columns, window, window, dim)
+            .transpose(2, 3)
+            .reshape(batch, rows * window, columns * window, dim)
+        )
         return x[:, :height, :width]
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution; `downsample`, the merging that leads to the next stage, is called by the model."""
+    """Blocks at one resolution; `downsample`, the merging that leads to the next stage, is called
+    by the model.
+    """
 
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module, window: int | None, use_checkpoint: bool):
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: nn.Module,
+        window: int | None,
+        use_checkpoint: bool,
+    ):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -219,13 +296,21 @@ class Stage(nn.Module):
 
 
 def _recompute_options(block: nn.Module) -> dict[str, Callable]:
-    """A recomputed forward pass must not count its batch twice in the running statistics (a compiled one never does)."""
-    return {} if torch.compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _statistics_kept(block))}
+    """A recomputed forward pass must not count its batch twice in the running statistics (a
+    compiled one never does).
+    """
+    return (
+        {}
+        if torch.compiler.is_compiling()
+        else {"context_fn": lambda: (nullcontext(), _statistics_kept(block))}
+    )
 
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
@@ -237,7 +322,8 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
 
 
 class TinyViT(nn.Module):
-    """TinyViT for images of any size from 32 pixels up; `img_size` only says for which one `flops` counts.
+    """TinyViT for images of any size from 32 pixels up; `img_size` only says for which one `flops`
+    counts.
 
     The first stage is convolutional: the first of `num_heads` and of `window_sizes` is not used.
     """
@@ -259,13 +345,17 @@ class TinyViT(nn.Module):
         local_conv_size: int = 3,
     ):
         super().__init__()
-        _check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, window_sizes=window_sizes)
+        _check_stages(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, window_sizes=window_sizes
+        )
         _check_least(SMALLEST_IMAGE, img_size=img_size)
         _check_least(1, in_chans=in_chans)
         _check_least(0, num_classes=num_classes)
         _check_probabilities(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         if local_conv_size % 2 == 0:
-            raise ValueError(f"local_conv_size {local_conv_size}: an odd number keeps the size of the map")
+            raise ValueError(
+                f"local_conv_size {local_conv_size}: an odd number keeps the size of the map"
+            )
         self.img_size = img_size
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -276,23 +366,32 @@ class TinyViT(nn.Module):
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.patch_embed = PatchEmbed(in_chans, embed_dims[0])
         self.layers = nn.ModuleList()
-        for i, (dim, depth, heads, window) in enumerate(zip(embed_dims, depths, num_heads, window_sizes)):
+        for i, (dim, depth, heads, window) in enumerate(
+            zip(embed_dims, depths, num_heads, window_sizes)
+        ):
             if i == 0:
                 blocks = [MBConv(dim, mbconv_expand_ratio, next(rates)) for _ in range(depth)]
             else:
-                blocks = [Block(dim, heads, window, mlp_ratio, drop_rate, next(rates), local_conv_size) for _ in range(depth)]
-            downsample = PatchMerging(dim, embed_dims[i + 1]) if i + 1 < len(embed_dims) else nn.Identity()
+                blocks = [
+                    Block(dim, heads, window, mlp_ratio, drop_rate, next(rates), local_conv_size)
+                    for _ in range(depth)
+                ]
+            downsample = (
+                PatchMerging(dim, embed_dims[i + 1]) if i + 1 < len(embed_dims) else nn.Identity()
+            )
             self.layers.append(Stage(blocks, downsample, window if i else None, use_checkpoint))
         self.norm_head = nn.LayerNorm(self.num_features)
         self.head = _head(self.num_features, num_classes)
         self.apply(_init_linear)
 
     @classmethod
-    def from_config(cls, variant: str, pretrained: bool | str = False, **overrides: Any) -> "TinyViT":
+    def from_config(
+        cls, variant: str, pretrained: bool | str = False, **overrides: Any
+    ) -> "TinyViT":
         """Build a variant by name (5m, 11m, 21m, 21m_384, 21m_512), with official weights if asked.
 
-        `pretrained` is True (22kto1k_distill), a name of WEIGHTS, or one of kornia's: in1k, in22k, and for 21m in1k_384, in1k_512.
-        """
+        `pretrained` is True (22kto1k_distill), a name of WEIGHTS, or one of kornia's: in1k, in22k,
+        and for 21m in1k_384, in1k_512."""
         if variant not in VARIANTS:
             raise ValueError(f"no TinyViT variant {variant!r}: there are {', '.join(VARIANTS)}")
         settings = {**VARIANTS[variant], **overrides}
@@ -306,7 +405,9 @@ class TinyViT(nn.Module):
         return model
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> logits [B, num_classes], or normalised features [B, C] if there are no classes."""
+        """[B, in_chans, H, W] -> logits [B, num_classes], or normalised features [B, C] if there
+        are no classes.
+        """
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -318,7 +419,9 @@ class TinyViT(nn.Module):
         return self.head(self.norm_head(features))
 
     def forward_intermediates(self, images: Tensor) -> list[Tensor]:
-        """The map of each stage, before it is merged for the next: [B, C_i, H / s, W / s] at strides s = 4, 8, 16, 32."""
+        """The map of each stage, before it is merged for the next: [B, C_i, H / s, W / s] at
+        strides s = 4, 8, 16, 32.
+        """
         self._check_images(images)
         x = self.patch_embed(images)
         maps = []
@@ -330,9 +433,15 @@ class TinyViT(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             shape = f"[batch, {self.in_chans}, height, width]"
-            raise ValueError(f"images of shape {list(images.shape)}: this model takes {shape}; in_chans=... builds it for other channels")
+            raise ValueError(
+                f"images of shape {list(images.shape)}: this model takes {shape}; in_chans=..."
+                " builds it for other channels"
+            )
         if images.shape[2] < SMALLEST_IMAGE or images.shape[3] < SMALLEST_IMAGE:
-            raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} pixels: {SMALLEST_IMAGE} a side is the least, resize them")
+            raise ValueError(
+                f"images of {images.shape[2]} x {images.shape[3]} pixels: {SMALLEST_IMAGE} a side"
+                " is the least, resize them"
+            )
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
@@ -352,7 +461,9 @@ class TinyViT(nn.Module):
             layer.use_checkpoint = enable
 
     def fuse(self) -> "TinyViT":
-        """Fold every batch norm into its convolution, in place, for inference: the outputs are those of eval mode."""
+        """Fold every batch norm into its convolution, in place, for inference: the outputs are
+        those of eval mode.
+        """
         for module in self.modules():
             if isinstance(module, ConvBn):
                 module.fuse()
@@ -362,11 +473,15 @@ class TinyViT(nn.Module):
         """Multiply-accumulates of one image of `img_size` pixels a side."""
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
-            deepcopy(self).to("meta").eval()(torch.empty(1, self.in_chans, self.img_size, self.img_size, device="meta"))
+            deepcopy(self).to("meta").eval()(
+                torch.empty(1, self.in_chans, self.img_size, self.img_size, device="meta")
+            )
         return counter.get_total_flops() // 2
 
     def no_weight_decay_keywords(self) -> set[str]:
-        """Parts of the names of parameters, beside biases and norms, that weight decay should leave alone."""
+        """Parts of the names of parameters, beside biases and norms, that weight decay should leave
+        alone.
+        """
         return {"attention_biases"}
 
     @property
@@ -375,7 +490,9 @@ class TinyViT(nn.Module):
         return sum(self.depths)
 
     def layer_depths(self) -> dict[str, int]:
-        """For each parameter the block it goes with: mergings with the block before, the stem with the first, the head with the last."""
+        """For each parameter the block it goes with: mergings with the block before, the stem with
+        the first, the head with the last.
+        """
         first = (0, *accumulate(self.depths))
 
         def depth(name: str) -> int:
@@ -392,8 +509,13 @@ class TinyViT(nn.Module):
         return {name: depth(name) for name, _ in self.named_parameters()}
 
     def lr_scales(self, decay: float) -> dict[str, float]:
-        """For each parameter the factor of its learning rate: `decay` to the power of the blocks above its own."""
-        return {name: decay ** (self.num_layers - depth - 1) for name, depth in self.layer_depths().items()}
+        """For each parameter the factor of its learning rate: `decay` to the power of the blocks
+        above its own.
+        """
+        return {
+            name: decay ** (self.num_layers - depth - 1)
+            for name, depth in self.layer_depths().items()
+        }
 
 
 def pretrained_source(variant: str, pretrained: bool | str, img_size: int) -> tuple[str, str]:
@@ -404,8 +526,15 @@ def pretrained_source(variant: str, pretrained: bool | str, img_size: int) -> tu
         return f"21m{pretrained.removeprefix('in1k')}", WEIGHTS[0]
     name = WEIGHTS[0] if pretrained is True else WEIGHT_ALIASES.get(pretrained, pretrained)
     if name not in WEIGHTS:
-        names = (*WEIGHTS, *WEIGHT_ALIASES, *(("in1k_384", "in1k_512") if variant.startswith("21m") else ()))
-        raise ValueError(f"no pretrained weights {pretrained!r} for TinyViT {variant}: there are {', '.join(names)}; True means the first")
+        names = (
+            *WEIGHTS,
+            *WEIGHT_ALIASES,
+            *(("in1k_384", "in1k_512") if variant.startswith("21m") else ()),
+        )
+        raise ValueError(
+            f"no pretrained weights {pretrained!r} for TinyViT {variant}: there are"
+            f" {', '.join(names)}; True means the first"
+        )
     return variant, name
 
 
@@ -422,16 +551,25 @@ def _init_linear(module: nn.Module) -> None:
 def _check_stages(**stages: Sequence[int]) -> None:
     """One value per stage and setting, all positive, and heads that share the channels."""
     if len({len(values) for values in stages.values()}) > 1:
-        raise ValueError(f"each stage needs one value of each: {', '.join(f'{name} has {len(values)}' for name, values in stages.items())}")
+        raise ValueError(
+            "each stage needs one value of each:"
+            f" {', '.join(f'{name} has {len(values)}' for name, values in stages.items())}"
+        )
     for name, values in stages.items():
         if not values or min(values) < 1:
             raise ValueError(f"{name} {list(values)}: each stage's is 1 or more")
     dims, heads = stages["embed_dims"], stages["num_heads"]
     for stage in range(1, len(dims)):
         if dims[stage] % heads[stage]:
-            raise ValueError(f"num_heads {heads[stage]} of stage {stage} does not divide its embed_dims {dims[stage]}")
+            raise ValueError(
+                f"num_heads {heads[stage]} of stage {stage} does not divide its embed_dims"
+                f" {dims[stage]}"
+            )
     if dims[0] % 2:
-        raise ValueError(f"embed_dims {dims[0]} of stage 0 is odd: the first convolution of the patch embedding has half of it")
+        raise ValueError(
+            f"embed_dims {dims[0]} of stage 0 is odd: the first convolution of the patch embedding"
+            " has half of it"
+        )
 
 
 def _check_least(least: int, **values: int) -> None:
@@ -446,33 +584,46 @@ def _check_probabilities(**values: float) -> None:
             raise ValueError(f"{name} {value}: a probability in [0, 1)")
 
 
-def tiny_vit_5m_224(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+def tiny_vit_5m_224(
+    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
+) -> TinyViT:
     """TinyViT-5M: 5.4 M parameters, 1.3 G multiply-accumulates."""
     return TinyViT.from_config("5m", pretrained, num_classes=num_classes, **overrides)
 
 
-def tiny_vit_11m_224(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+def tiny_vit_11m_224(
+    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
+) -> TinyViT:
     """TinyViT-11M: 11 M parameters, 2.0 G multiply-accumulates."""
     return TinyViT.from_config("11m", pretrained, num_classes=num_classes, **overrides)
 
 
-def tiny_vit_21m_224(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+def tiny_vit_21m_224(
+    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
+) -> TinyViT:
     """TinyViT-21M: 21 M parameters, 4.3 G multiply-accumulates."""
     return TinyViT.from_config("21m", pretrained, num_classes=num_classes, **overrides)
 
 
-def tiny_vit_21m_384(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+def tiny_vit_21m_384(
+    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
+) -> TinyViT:
     """TinyViT-21M for 384-pixel images: 13.7 G multiply-accumulates."""
     return TinyViT.from_config("21m_384", pretrained, num_classes=num_classes, **overrides)
 
 
-def tiny_vit_21m_512(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+def tiny_vit_21m_512(
+    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
+) -> TinyViT:
     """TinyViT-21M for 512-pixel images: 26.9 G multiply-accumulates."""
     return TinyViT.from_config("21m_512", pretrained, num_classes=num_classes, **overrides)
 
 
-default_cfgs = {f"tinyvit_{name}": {} for name in ("5m_224", "11m_224", "21m_224")}  # timm reads what data its models take under this name
-default_cfgs |= {f"tinyvit_21m_{size}": {"input_size": (3, size, size), "crop_pct": 1.0} for size in (384, 512)}
+# timm reads what data its models take under this name
+default_cfgs = {f"tinyvit_{name}": {} for name in ("5m_224", "11m_224", "21m_224")}
+default_cfgs |= {
+    f"tinyvit_21m_{size}": {"input_size": (3, size, size), "crop_pct": 1.0} for size in (384, 512)
+}
 
 
 def _registered(build: Callable[..., TinyViT]) -> Callable[..., TinyViT]:

@@ -1,4 +1,6 @@
-"""What an update moves of a model and what it leaves alone; where a flag on the device says so, all of it."""
+"""What an update moves of a model and what it leaves alone; where a flag on the device says so, all
+of it.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,18 +17,22 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def set_training_mode(model: nn.Module, frozen: bool, keep_statistics: bool) -> None:
-    """Training mode, but not for what is to stay as it is: a frozen backbone, or running statistics."""
+    """Training mode, but not for what is to stay as it is: a frozen backbone, or running
+    statistics.
+    """
     model.train(not frozen)
     if keep_statistics:
         for module in batch_norms(model):
             module.eval()
 
 
-def guarded_step(optimizer: torch.optim.Optimizer, is_good: Tensor, wait: bool | None = None) -> None:
+def guarded_step(
+    optimizer: torch.optim.Optimizer, is_good: Tensor, wait: bool | None = None
+) -> None:
     """The optimizer's step if the one-element tensor `is_good` holds, else nothing moves.
 
-    Without `wait` the device decides and the host does not ask it (default: on CUDA); that needs a fused optimizer.
-    """
+    Without `wait` the device decides and the host does not ask it (default: on CUDA); that needs a
+    fused optimizer."""
     if wait is None:
         wait = is_good.device.type != "cuda"
     if wait or not all(group.get("fused") for group in optimizer.param_groups):
@@ -34,17 +40,26 @@ def guarded_step(optimizer: torch.optim.Optimizer, is_good: Tensor, wait: bool |
             optimizer.step()
         return
     for group in optimizer.param_groups:
-        if group.get("momentum"):  # a fused first step that is skipped would leave the buffers uninitialised
+        # a fused first step that is skipped would leave the buffers uninitialised
+        if group.get("momentum"):
             for parameter in group["params"]:
-                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-    # The interface between GradScaler and fused optimizers: where found_inf is not 0 the kernel changes nothing.
+                optimizer.state[parameter].setdefault(
+                    "momentum_buffer", torch.zeros_like(parameter)
+                )
+    # The interface between GradScaler and fused optimizers: where found_inf is not 0 the kernel
+    # changes nothing.
     optimizer.grad_scale, optimizer.found_inf = None, (~is_good).float()
     optimizer.step()
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The buffers that a forward pass in training mode changes."""
-    return [buffer for module in batch_norms(model) if module.training for buffer in module.buffers(False)]
+    return [
+        buffer
+        for module in batch_norms(model)
+        if module.training
+        for buffer in module.buffers(False)
+    ]
 
 
 @torch.no_grad()
@@ -58,7 +73,9 @@ def restore_unless(is_good: Tensor, tensors: Iterable[Tensor], saved: Iterable[T
 
 @contextmanager
 def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give tensors back what they hold now: running statistics, which a recomputed forward pass would move a second time."""
+    """Give tensors back what they hold now: running statistics, which a recomputed forward pass
+    would move a second time.
+    """
     saved = [(tensor, tensor.clone()) for tensor in tensors]
     yield
     with torch.no_grad():
@@ -77,7 +94,9 @@ class Average:
 
     @torch.no_grad()
     def update(self, updates: int, is_good: Tensor) -> None:
-        """Move towards the model after its update number `updates`, if the flag holds; early on in larger steps."""
+        """Move towards the model after its update number `updates`, if the flag holds; early on in
+        larger steps.
+        """
         weight = (1 - min(self.decay, (1 + updates) / (10 + updates))) * is_good.float()
         for mine, theirs in self._pairs:
             if mine.is_floating_point():

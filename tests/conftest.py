@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-# One thread a process, here and in the processes that tests start: several processes share few cores, and threads that wait for
+# One thread a process, here and in the processes that tests start: several processes share few
+# cores, and threads that wait for
 # each other on a busy machine are many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,10 +22,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """The folder of cases checked against the original, or the test is skipped."""
-    folder = SHARED / "goldens"
-    if not folder.is_dir():
-        pytest.skip(f"no goldens at {folder}: set TINYVIT_SHARED to the folder that holds them")
+    """The folder of cases that were made with the original."""
+    folder = ROOT / "tests" / "goldens"
+    assert (folder / "augment_index.json").is_file(), f"{folder} is incomplete: restore it with git"
     return folder
 
 
@@ -39,7 +39,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Lists of images that tests make stay out of the user's cache, also in the processes that tests start."""
+    """Lists of images that tests make stay out of the user's cache, also in the processes that
+    tests start.
+    """
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = {"configs", "data", "models", "tools", "benchmarks", "logger", "lr_scheduler", "utils", "main", "save_logits"}
+OURS = {
+    "configs",
+    "data",
+    "models",
+    "tools",
+    "benchmarks",
+    "logger",
+    "lr_scheduler",
+    "utils",
+    "main",
+    "save_logits",
+}
 # What each part may import of ours; the programs at the top may import everything but each other.
 MAY_IMPORT = {
     "configs": {"configs"},
@@ -22,11 +33,15 @@ MAY_IMPORT = {
     "tools": OURS - {"main", "save_logits", "benchmarks"},
     "hubconf": {"models"},
 }
-STORE_FILES = ("data/logits_store.py",)
+STORE_FILES = ("data/store/reader.py",)
 
 
 def modules() -> list[Path]:
-    folders = [path for name in ("configs", "data", "models", "tools") for path in sorted((ROOT / name).rglob("*.py"))]
+    folders = [
+        path
+        for name in ("configs", "data", "models", "tools")
+        for path in sorted((ROOT / name).rglob("*.py"))
+    ]
     return folders + sorted(ROOT.glob("*.py"))
 
 
@@ -57,20 +72,32 @@ def store_closure() -> list[Path]:
     while pending:
         path = pending.pop()
         seen.append(path)
-        pending += [ROOT / f"{name.replace('.', '/')}.py" for name in imports(path) if name.split(".")[0] in OURS
-                    and ROOT / f"{name.replace('.', '/')}.py" not in seen]
+        pending += [
+            ROOT / f"{name.replace('.', '/')}.py"
+            for name in imports(path)
+            if name.split(".")[0] in OURS and ROOT / f"{name.replace('.', '/')}.py" not in seen
+        ]
     return seen
 
 
 def test_the_store_needs_numpy_and_the_standard_library_alone():
     for path in store_closure():
-        foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"numpy", "data"}
+        foreign = (
+            {name.split(".")[0] for name in imports(path)}
+            - set(sys.stdlib_module_names)
+            - {"numpy", "data"}
+        )
         assert not foreign, f"{path.name} imports {foreign}"
 
 
 def test_importing_reads_no_file_of_ours_and_writes_nothing(tmp_path):
-    """Every module in one fresh process, from a foreign folder: no logger configured, no CUDA started, no draw taken, no file written."""
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in modules()]
+    """Every module in one fresh process, from a foreign folder: no logger configured, no CUDA
+    started, no draw taken, no file written.
+    """
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in modules()
+    ]
     code = f"""
 import importlib, logging, random, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -82,7 +109,9 @@ assert not torch.cuda.is_initialized()
 after = random.getstate(), numpy.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes(), list(logging.root.handlers)
 assert before == after
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "" and done.stderr == "" and list(tmp_path.iterdir()) == []
 
@@ -93,17 +122,23 @@ def draws(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             text = ast.unparse(node.func)
-            if text.startswith(("random.", "np.random.", "numpy.random.")) and text.rsplit(".", 1)[-1] not in (
-                    "Generator", "PCG64", "MT19937", "SeedSequence", "default_rng"):  # fmt: skip
+            if text.startswith(("random.", "np.random.", "numpy.random.")) and text.rsplit(".", 1)[
+                -1
+            ] not in ("Generator", "PCG64", "MT19937", "SeedSequence", "default_rng"):
                 found.append(f"{path.name}: {text}")
-            if text in ("torch.rand", "torch.randn", "torch.randint", "torch.randperm", "torch.manual_seed") and not any(
-                    keyword.arg == "generator" for keyword in node.keywords):  # fmt: skip
+            if text in (
+                "torch.rand",
+                "torch.randn",
+                "torch.randint",
+                "torch.randperm",
+                "torch.manual_seed",
+            ) and not any(keyword.arg == "generator" for keyword in node.keywords):
                 found.append(f"{path.name}: {text}")
     return found
 
 
 def test_no_module_level_draw_in_data():
-    assert [call for path in sorted((ROOT / "data").glob("*.py")) for call in draws(path)] == []
+    assert [call for path in sorted((ROOT / "data").rglob("*.py")) for call in draws(path)] == []
 
 
 def test_the_draw_finder_finds(tmp_path):

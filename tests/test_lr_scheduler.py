@@ -10,11 +10,22 @@ import torch
 from configs import load_config
 from lr_scheduler import Schedule, build_scheduler, lr_at
 
-SHORT = Schedule("cosine", base=1.0, warmup=0.1, minimum=0.01, updates=100, warmup_updates=10, decay_updates=30, decay_rate=0.5)
+SHORT = Schedule(
+    "cosine",
+    base=1.0,
+    warmup=0.1,
+    minimum=0.01,
+    updates=100,
+    warmup_updates=10,
+    decay_updates=30,
+    decay_rate=0.5,
+)
 
 
 def optimizer_of(*scales):
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale in scales]
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr_scale": scale} for scale in scales
+    ]
     return torch.optim.SGD(groups, lr=123.0)
 
 
@@ -27,7 +38,9 @@ def test_rates_equal_the_originals(goldens, name):
     table = np.load(goldens / "lr.npz")[name]
     before = json.loads((goldens / "lr_groups.json").read_text())["scal"][name]["before"]
     optimizer = optimizer_of(1.0)
-    scheduler = build_scheduler(config("TRAIN.LR_SCHEDULER.NAME", name, world_size=8), optimizer, steps_per_epoch=13)
+    scheduler = build_scheduler(
+        config("TRAIN.LR_SCHEDULER.NAME", name, world_size=8), optimizer, steps_per_epoch=13
+    )
     assert optimizer.param_groups[0]["lr"] == pytest.approx(before, rel=1e-14)
     rates = []
     for update in range(len(table)):
@@ -40,12 +53,26 @@ def test_scaled_groups_equal_the_originals(goldens):
     case = json.loads((goldens / "lr_groups.json").read_text())
     base, tables = case["base"], case["lrs"]
     optimizer = optimizer_of(*(group["lr_scale"] for group in case["groups"]))
-    cfg = config("TRAIN.EPOCHS", base["epochs"], "TRAIN.WARMUP_EPOCHS", base["warmup_epochs"], "TRAIN.BASE_LR", base["lr"] / 2,
-                 "TRAIN.WARMUP_LR", base["warm"] / 2, "TRAIN.MIN_LR", base["min"] / 2, world_size=8)  # 8 x 128 images: twice the rates
+    cfg = config(
+        "TRAIN.EPOCHS",
+        base["epochs"],
+        "TRAIN.WARMUP_EPOCHS",
+        base["warmup_epochs"],
+        "TRAIN.BASE_LR",
+        base["lr"] / 2,
+        # 8 x 128 images: twice the rates
+        "TRAIN.WARMUP_LR",
+        base["warm"] / 2,
+        "TRAIN.MIN_LR",
+        base["min"] / 2,
+        world_size=8,
+    )
     scheduler = build_scheduler(cfg, optimizer, steps_per_epoch=13)
 
     def check(expected):
-        np.testing.assert_allclose([group["lr"] for group in optimizer.param_groups], expected, rtol=1e-13)
+        np.testing.assert_allclose(
+            [group["lr"] for group in optimizer.param_groups], expected, rtol=1e-13
+        )
 
     check(tables.pop("init"))
     updates = {int(key.removeprefix("after_update_")): expected for key, expected in tables.items()}
@@ -66,7 +93,9 @@ def test_warm_up_is_linear_and_then_joins_the_cosine_under_way():
 
 def test_linear_ends_at_one_percent_and_step_halves():
     linear = dataclasses.replace(SHORT, name="linear")
-    assert [lr_at(step, linear) for step in (10, 55, 100, 500)] == pytest.approx([1.0, 0.505, 0.01, 0.01], rel=1e-12)
+    assert [lr_at(step, linear) for step in (10, 55, 100, 500)] == pytest.approx(
+        [1.0, 0.505, 0.01, 0.01], rel=1e-12
+    )
     step = dataclasses.replace(SHORT, name="step")
     assert [lr_at(at, step) for at in (10, 29, 30, 59, 60, 90)] == [1, 1, 0.5, 0.5, 0.25, 0.125]
 
@@ -110,5 +139,7 @@ def test_a_step_is_a_pure_function_of_its_number():
 
 
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match=r"TRAIN.LR_SCHEDULER.NAME = 'poly': expected cosine, linear or step"):
+    with pytest.raises(
+        ValueError, match=r"TRAIN.LR_SCHEDULER.NAME = 'poly': expected cosine, linear or step"
+    ):
         lr_at(50, dataclasses.replace(SHORT, name="poly"))

@@ -19,7 +19,7 @@ from torch import nn
 
 import utils
 from configs.defaults import get_defaults
-from tests.helpers import free_port, run_ranks, torchrun
+from tests.support.helpers import free_port, run_ranks, torchrun
 from utils import (
     Distributed,
     Measurements,
@@ -54,7 +54,11 @@ def test_without_torchrun_a_run_is_alone_and_every_exchange_is_the_identity():
     assert world == Distributed(0, 1, 0, CPU) and world.is_main
     tensor, obj = torch.ones(2), {"a": 1}
     assert world.any_of(True, False) == [True, False] and world.on_main(lambda: 3) == 3
-    assert world.all_reduce_sum(tensor) is tensor and world.broadcast_object(obj) is obj and world.gather_objects(obj) == [obj]
+    assert (
+        world.all_reduce_sum(tensor) is tensor
+        and world.broadcast_object(obj) is obj
+        and world.gather_objects(obj) == [obj]
+    )
     world.broadcast_tensors([tensor])
     world.destroy()
     assert not torch.distributed.is_initialized()
@@ -108,11 +112,16 @@ def test_processes_exchange_tensors_and_objects(world_size):
             "backend": "gloo",
             "any": [True, False, True],
             "on main": 0,
-            "fault": ("ElsewhereError" if rank else "ValueError", "invalid literal for int() with base 10: 'not 0'"),
+            "fault": (
+                "ElsewhereError" if rank else "ValueError",
+                "invalid literal for int() with base 10: 'not 0'",
+            ),
         }
 
 
-@pytest.mark.parametrize("left_behind", ["nothing", "a whole group", "an early end", "some who came"])
+@pytest.mark.parametrize(
+    "left_behind", ["nothing", "a whole group", "an early end", "some who came"]
+)
 def test_processes_that_join_find_nothing_of_those_before(left_behind):
     """In one store, as torchrun's outlives a restart."""
     store, moment = dist.HashStore(), timedelta(seconds=0.2)
@@ -127,7 +136,10 @@ def test_processes_that_join_find_nothing_of_those_before(left_behind):
             old = list(pool.map(join, range(3)))
     elif left_behind != "nothing":
         with ThreadPoolExecutor(2) as pool:
-            waits = [pool.submit(join, rank, moment) for rank in ((0,) if left_behind == "an early end" else (0, 1))]
+            waits = [
+                pool.submit(join, rank, moment)
+                for rank in ((0,) if left_behind == "an early end" else (0, 1))
+            ]
         assert all("not all have come" in str(wait.exception()) for wait in waits)
     with ThreadPoolExecutor(3) as pool:
         late = [pool.submit(join, rank) for rank in (1, 2)]
@@ -141,7 +153,10 @@ def test_processes_that_join_find_nothing_of_those_before(left_behind):
 
 def exchange_alone():
     world = init_distributed("cpu")  # one process under torchrun needs no group
-    return ((world.rank, world.world_size, world.local_rank, str(world.device), world.is_main), torch.distributed.is_initialized()), 0
+    return (
+        (world.rank, world.world_size, world.local_rank, str(world.device), world.is_main),
+        torch.distributed.is_initialized(),
+    ), 0
 
 
 def test_torchrun_itself_is_understood(tmp_path):
@@ -165,7 +180,13 @@ def test_a_port_in_use_is_a_clear_error(monkeypatch):
         port = taken.getsockname()[1]
         for key, value in zip(TORCHRUN_KEYS, ("0", "2", "0", "127.0.0.1", str(port))):
             monkeypatch.setenv(key, value)
-        with pytest.raises(ValueError, match=rf"process 0 of 2 can't join the others at 127.0.0.1:{port}: .*another --master-port"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                rf"process 0 of 2 can't join the others at 127.0.0.1:{port}: .*another"
+                r" --master-port"
+            ),
+        ):
             init_distributed("cpu", join_timeout=timedelta(seconds=2))
 
 
@@ -183,8 +204,14 @@ def test_processes_that_never_come_are_a_clear_error(monkeypatch):
         ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE only one is set"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK 2 is not in \[0, WORLD_SIZE = 2\)"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 is not in"),
-        ({"RANK": "first", "WORLD_SIZE": "2"}, "the environment variable RANK is 'first', not a number"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, r"at \(MASTER_ADDR is not set\):\(MASTER_PORT is not set\)"),
+        (
+            {"RANK": "first", "WORLD_SIZE": "2"},
+            "the environment variable RANK is 'first', not a number",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            r"at \(MASTER_ADDR is not set\):\(MASTER_PORT is not set\)",
+        ),
     ],
 )
 def test_a_wrong_environment_is_a_clear_error(environment, message, monkeypatch):
@@ -196,7 +223,9 @@ def test_a_wrong_environment_is_a_clear_error(environment, message, monkeypatch)
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends that a machine has so many GPUs and perhaps MPS; returns the list of devices made current."""
+    """Pretends that a machine has so many GPUs and perhaps MPS; returns the list of devices made
+    current.
+    """
 
     def pretend(gpus: int, mps: bool = False) -> list[int]:
         chosen: list[int] = []
@@ -222,10 +251,28 @@ def test_devices_are_chosen_by_name_and_local_rank(machine):
 @pytest.mark.parametrize(
     ("name", "gpus", "visible", "message"),
     [
-        ("cuda", 0, None, r"DEVICE cuda: no GPU for LOCAL_RANK 2: no GPU is visible to PyTorch; use --device cpu"),
+        (
+            "cuda",
+            0,
+            None,
+            r"DEVICE cuda: no GPU for LOCAL_RANK 2: no GPU is visible to PyTorch; use --device cpu",
+        ),
         ("cuda", 0, "", r"no GPU is visible to PyTorch \(CUDA_VISIBLE_DEVICES is ''\)"),
-        ("cuda", 1, None, "no GPU for LOCAL_RANK 2: 1 GPU is visible; start at most 1 processes on this machine"),
-        ("auto", 2, "0,1", r"DEVICE auto: no GPU for LOCAL_RANK 2: 2 GPUs are visible \(CUDA_VISIBLE_DEVICES is '0,1'\); start at most 2"),
+        (
+            "cuda",
+            1,
+            None,
+            "no GPU for LOCAL_RANK 2: 1 GPU is visible; start at most 1 processes on this machine",
+        ),
+        (
+            "auto",
+            2,
+            "0,1",
+            (
+                r"DEVICE auto: no GPU for LOCAL_RANK 2: 2 GPUs are visible \(CUDA_VISIBLE_DEVICES"
+                r" is '0,1'\); start at most 2"
+            ),
+        ),
         ("mps", 0, None, "DEVICE mps: this machine or this PyTorch has no MPS device"),
         ("tpu", 0, None, "DEVICE 'tpu' is none of auto, cuda, mps, cpu"),
     ],
@@ -297,7 +344,11 @@ def test_whoever_asks_twice_on_the_keyboard_need_not_wait(capfd):
     with StopRequest() as stop, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         assert stop.received == "SIGINT"
-        assert capfd.readouterr().err == "SIGINT: stopping as soon as the state is whole; Ctrl-C again ends now, without saving\n"
+        assert (
+            capfd.readouterr().err
+            == "SIGINT: stopping as soon as the state is whole; Ctrl-C again ends now, without"
+            " saving\n"
+        )
         signal.raise_signal(signal.SIGINT)
 
 
@@ -337,11 +388,18 @@ def test_mixed_precision_is_what_the_device_has(monkeypatch):
     assert amp("cuda", "AMP_DTYPE", "off") is amp("cuda", "AMP_ENABLE", False) is None
     assert amp("cuda", "AMP_ENABLE", False, "AMP_DTYPE", "bf16") is None
     assert amp("cpu") is amp("mps") is None
-    assert amp("cpu", "AMP_DTYPE", "bf16") is None and amp("mps", "AMP_DTYPE", "bf16") is torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert (
+        amp("cpu", "AMP_DTYPE", "bf16") is None
+        and amp("mps", "AMP_DTYPE", "bf16") is torch.bfloat16
+    )
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     assert amp("cuda") is torch.float16
-    with pytest.raises(ValueError, match="AMP_DTYPE bf16: Tesla V100 has no bfloat16; use AMP_DTYPE fp16 or auto"):
+    with pytest.raises(
+        ValueError, match="AMP_DTYPE bf16: Tesla V100 has no bfloat16; use AMP_DTYPE fp16 or auto"
+    ):
         amp("cuda", "AMP_DTYPE", "bf16")
     with pytest.raises(ValueError, match="AMP_DTYPE 'fp8' is none of"):
         amp("cpu", "AMP_DTYPE", "fp8")
@@ -372,12 +430,21 @@ def test_measurements_are_means_in_float64_over_windows_and_epochs():
         measured.add(row.requires_grad_(), torch.tensor([number]))
     assert not measured.collect(3) and torch.cat(measured.streak).tolist() == [2, 3]
     assert measured.take_window() == pytest.approx(part, rel=1e-14)
-    again = Measurements("abc", Distributed(), json.loads(json.dumps(measured.state)))  # as through a checkpoint
+    # as through a checkpoint
+    again = Measurements("abc", Distributed(), json.loads(json.dumps(measured.state)))
     for row in rows[4:]:
         again.add(row, torch.tensor([0]))
-    assert not again.collect(1) and again.state["skipped"] == 2 and again.state["skipped_in_a_row"] == 0
+    assert (
+        not again.collect(1)
+        and again.state["skipped"] == 2
+        and again.state["skipped_in_a_row"] == 0
+    )
     assert again.take_epoch() == pytest.approx(mean, rel=1e-14)
-    assert list(again.take_window()) == list("abc") and again.take_window() == {} and again.take_epoch() == {}
+    assert (
+        list(again.take_window()) == list("abc")
+        and again.take_window() == {}
+        and again.take_epoch() == {}
+    )
     big = Measurements("a", Distributed())
     big.add(torch.tensor([16777216.0]), torch.tensor([0]))
     big.add(torch.tensor([1.0]), torch.tensor([1]))
@@ -392,7 +459,11 @@ def test_measurements_stop_at_so_many_updates_without_effect_in_a_row():
     assert not measured.collect(2) and torch.cat(measured.streak).tolist() == [3, 30]
     for number, value in enumerate([math.inf, 1.0], 4):
         measured.add(torch.tensor([value]), torch.tensor([number]))
-    assert measured.collect(2) and torch.cat(measured.streak).tolist() == [3, 30, 4] and measured.state["skipped"] == 3
+    assert (
+        measured.collect(2)
+        and torch.cat(measured.streak).tolist() == [3, 30, 4]
+        and measured.state["skipped"] == 3
+    )
 
 
 def test_measurements_do_not_wait_for_the_device_before_they_are_collected(monkeypatch):
@@ -419,9 +490,14 @@ def test_calls_are_timed_after_a_warm_up_and_end_early_on_a_slow_machine(monkeyp
     calls = []
     clock = iter(range(1000))
     monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
-    assert time_calls(lambda: calls.append(1), CPU, calls=6, warmup=2) == [1.0] * 6 and len(calls) == 8
+    assert (
+        time_calls(lambda: calls.append(1), CPU, calls=6, warmup=2) == [1.0] * 6 and len(calls) == 8
+    )
     calls.clear()
-    assert time_calls(lambda: calls.append(1), CPU, calls=30, warmup=10, limit=4.0) == [1.0] * 4 and len(calls) == 8
+    assert (
+        time_calls(lambda: calls.append(1), CPU, calls=30, warmup=10, limit=4.0) == [1.0] * 4
+        and len(calls) == 8
+    )
     assert 0 < peak_memory(CPU) < 1000
 
 
@@ -434,7 +510,11 @@ def evaluation(seed: int = 0, classes: int = 7):
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5, generator=generator)
         model[1].weight.normal_(generator=generator)
-    return model, torch.randn(41, 3, 2, 2, generator=generator), torch.randint(0, classes, (41,), generator=generator)
+    return (
+        model,
+        torch.randn(41, 3, 2, 2, generator=generator),
+        torch.randint(0, classes, (41,), generator=generator),
+    )
 
 
 def batches(images, labels, size):
@@ -454,7 +534,9 @@ def naive(model, images, labels, classes=7):
         "top1": 100 * sum(int(ranked[i, 0] == labels[i]) for i in known) / len(labels),
         "top5": 100 * sum(int(labels[i]) in ranked[i, :5] for i in known) / len(labels),
         "class_count": [sum(int(label == c) for label in labels) for c in range(classes)],
-        "class_top1": [sum(int(labels[i] == c == ranked[i, 0]) for i in known) for c in range(classes)],
+        "class_top1": [
+            sum(int(labels[i] == c == ranked[i, 0]) for i in known) for c in range(classes)
+        ],
     }
 
 
@@ -479,7 +561,9 @@ def test_evaluate_against_a_naive_loop(size, missing):
 
 def test_evaluate_without_labels_gives_the_count_alone():
     model, images, labels = evaluation()
-    assert evaluate(model, batches(images, torch.full_like(labels, -1), 8), CPU, num_classes=7) == {"count": 41}
+    assert evaluate(model, batches(images, torch.full_like(labels, -1), 8), CPU, num_classes=7) == {
+        "count": 41
+    }
 
 
 def test_evaluate_restores_the_mode_after_an_error_and_builds_no_graph():
@@ -507,7 +591,14 @@ def test_evaluate_maps_outputs_and_labels():
     def map_labels(labels):
         return torch.where(places[labels] < 0, -1, labels)
 
-    found = evaluate(model, batches(images, labels, 8), CPU, map_outputs=map_outputs, map_labels=map_labels, num_classes=4)
+    found = evaluate(
+        model,
+        batches(images, labels, 8),
+        CPU,
+        map_outputs=map_outputs,
+        map_labels=map_labels,
+        num_classes=4,
+    )
     wrapped = nn.Sequential(model, nn.Module())
     wrapped[1].forward = map_outputs
     expected = naive(wrapped, images, map_labels(labels), classes=4)
@@ -532,12 +623,16 @@ def test_evaluate_runs_under_autocast_and_counts_in_float32():
 
 def test_evaluate_takes_longer_batches_and_narrow_labels():
     model, images, labels = evaluation()
-    loader = [(i, label.to(torch.int32), "seed", "position") for i, label in batches(images, labels, 8)]
+    loader = [
+        (i, label.to(torch.int32), "seed", "position") for i, label in batches(images, labels, 8)
+    ]
     assert_results(evaluate(model, loader, CPU, num_classes=7), naive(model, images, labels))
 
 
 def evaluate_part(counts):
-    """Evaluate this rank's share, of another size than the others', with a wrapped model whose statistics differ by rank."""
+    """Evaluate this rank's share, of another size than the others', with a wrapped model whose
+    statistics differ by rank.
+    """
     world = init_distributed("cpu")
     model, images, labels = evaluation()
     model = nn.parallel.DistributedDataParallel(model)

@@ -1,4 +1,6 @@
-"""Curves of one or several runs from their metrics.jsonl: loss, accuracy and learning rate, and a line of best values for each."""
+"""Curves of one or several runs from their metrics.jsonl: loss, accuracy and learning rate, and a
+line of best values for each.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # (panel's title and unit, [(metric, how it is called, line style)])
 PANELS = (
     ("loss", [("loss", "train", "-"), ("val_loss", "validation", "--")]),
-    ("top-1 accuracy (%)", [("val_top1", "validation", "--"), ("train_top1", "train", "-"), ("train_teacher_top1", "teacher", ":")]),
+    (
+        "top-1 accuracy (%)",
+        [
+            ("val_top1", "validation", "--"),
+            ("train_top1", "train", "-"),
+            ("train_teacher_top1", "teacher", ":"),
+        ],
+    ),
     ("learning rate", [("lr", "largest of all groups", "-")]),
 )
 
@@ -30,12 +39,17 @@ class Run:
 
     @classmethod
     def read(cls, place: Path) -> Run:
-        """Read a run's folder or its metrics.jsonl; a last line that is cut short (the run still writes) is left out."""
+        """Read a run's folder or its metrics.jsonl; a last line that is cut short (the run still
+        writes) is left out.
+        """
         path = place / "metrics.jsonl" if place.is_dir() else place
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}: give a run's folder (OUTPUT/NAME/TAG) or its metrics.jsonl") from None
+            raise ValueError(
+                f"{path}: {error.strerror}: give a run's folder (OUTPUT/NAME/TAG) or its"
+                " metrics.jsonl"
+            ) from None
         lines = tuple(line for line in map(_parsed, text.splitlines()) if line is not None)
         if not lines:
             raise ValueError(f"{path}: holds no metrics yet")
@@ -54,7 +68,9 @@ class Run:
         return None if not len(values) else float(values.max() if largest else values.min())
 
     def _epochs(self, steps: np.ndarray) -> np.ndarray:
-        """Updates as epochs, by the updates at which epochs ended; an epoch that is not over is taken to be as long as the others."""
+        """Updates as epochs, by the updates at which epochs ended; an epoch that is not over is
+        taken to be as long as the others.
+        """
         ends = {line["epoch"]: line["step"] for line in self.lines if "train_loss" in line}
         if not ends:
             return steps
@@ -73,7 +89,10 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     if len(set(map(tuple, halves))) < 2:
         return list(runs)
     wanted = [half for half in (0, 1) if len({parts[half] for parts in halves}) > 1]
-    return [replace(run, name="/".join(parts[half] for half in wanted)) for run, parts in zip(runs, halves)]
+    return [
+        replace(run, name="/".join(parts[half] for half in wanted))
+        for run, parts in zip(runs, halves)
+    ]
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -83,22 +102,42 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(title, some) for title, metrics in PANELS
-              if (some := [metric for metric in metrics if any(len(run.series(metric[0])[0]) for run in runs)])]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained")
+    panels = [
+        (title, some)
+        for title, metrics in PANELS
+        if (
+            some := [
+                metric for metric in metrics if any(len(run.series(metric[0])[0]) for run in runs)
+            ]
+        )
+    ]
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained"
+    )
     for axis, (title, metrics) in zip(axes[0], panels):
         for run, colour in zip(runs, _cycle(COLOURS)):
             for metric, label, style in metrics:
                 x, y = run.series(metric)
                 if len(x):
                     marker = "o" if len(x) < 30 and metric.startswith("val") else None
-                    axis.plot(x, y, style, color=colour, label=f"{run.name}: {label}", marker=marker, markersize=3.5, linewidth=1.6)
+                    axis.plot(
+                        x,
+                        y,
+                        style,
+                        color=colour,
+                        label=f"{run.name}: {label}",
+                        marker=marker,
+                        markersize=3.5,
+                        linewidth=1.6,
+                    )
         axis.set_title(title)
         axis.set_xlabel(" / ".join(dict.fromkeys(run.unit for run in runs)))
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         # Beneath the curves, so that it covers none of them.
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8, frameon=False, ncols=1)
+        axis.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8, frameon=False, ncols=1
+        )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -107,18 +146,38 @@ def best_values(runs: Iterable[Run]) -> str:
     """One line a run: its best accuracy and loss."""
     rows = []
     for run in runs:
-        shown = [("validation top-1", run.best("val_top1", True), "%"), ("validation loss", run.best("val_loss", False), ""),
-                 ("training loss", run.best("train_loss", False), "")]
-        words = ", ".join(f"{name} {value:.2f}{unit}" for name, value, unit in shown if value is not None)
+        shown = [
+            ("validation top-1", run.best("val_top1", True), "%"),
+            ("validation loss", run.best("val_loss", False), ""),
+            ("training loss", run.best("train_loss", False), ""),
+        ]
+        words = ", ".join(
+            f"{name} {value:.2f}{unit}" for name, value, unit in shown if value is not None
+        )
         rows.append(f"{run.name}: {words or 'no epoch is over yet'}")
     return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__, allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder (OUTPUT/NAME/TAG) or its metrics.jsonl")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, default=Path("curves.png"), help="the picture (default curves.png)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plot", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="a run's folder (OUTPUT/NAME/TAG) or its metrics.jsonl",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        default=Path("curves.png"),
+        help="the picture (default curves.png)",
+    )
     args = parser.parse_args(argv)
     try:
         runs = told_apart([Run.read(place) for place in args.runs])

@@ -1,4 +1,6 @@
-"""Evaluates the official checkpoints on ImageNet-1k's validation images and compares with the published accuracies."""
+"""Evaluates the official checkpoints on ImageNet-1k's validation images and compares with the
+published accuracies.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +34,35 @@ class Published(NamedTuple):
 
 
 ZOO = (
-    Published("5m", "1k", 79.1), Published("11m", "1k", 81.5), Published("21m", "1k", 83.1),
-    Published("5m", "22kto1k_distill", 80.7), Published("11m", "22kto1k_distill", 83.2), Published("21m", "22kto1k_distill", 84.8),
-    Published("21m_384", "22kto1k_distill", 86.2), Published("21m_512", "22kto1k_distill", 86.5),
-)  # fmt: skip
+    Published("5m", "1k", 79.1),
+    Published("11m", "1k", 81.5),
+    Published("21m", "1k", 83.1),
+    Published("5m", "22kto1k_distill", 80.7),
+    Published("11m", "22kto1k_distill", 83.2),
+    Published("21m", "22kto1k_distill", 84.8),
+    Published("21m_384", "22kto1k_distill", 86.2),
+    Published("21m_512", "22kto1k_distill", 86.5),
+)
 
 
 def measure(entry: Published, weights: str, args: argparse.Namespace) -> float:
     """Top-1 of a checkpoint, in percent, with the evaluation of the recipe it came from."""
     model = TinyViT.from_config(entry.variant)
     load_weights(model, weights, exact=True, log=lambda text: None)
-    opts = ["DATA.VAL_PATH", str(args.val), "DATA.CLASS_LIST", "imagenet1k", "DATA.IMG_SIZE", str(model.img_size), "DATA.BATCH_SIZE",
-            str(args.batch_size), "DATA.NUM_WORKERS", str(args.workers), "TEST.CROP", str(model.img_size == 224)]  # fmt: skip
+    opts = [
+        "DATA.VAL_PATH",
+        str(args.val),
+        "DATA.CLASS_LIST",
+        "imagenet1k",
+        "DATA.IMG_SIZE",
+        str(model.img_size),
+        "DATA.BATCH_SIZE",
+        str(args.batch_size),
+        "DATA.NUM_WORKERS",
+        str(args.workers),
+        "TEST.CROP",
+        str(model.img_size == 224),
+    ]
     cfg = load_config(["--eval", "--device", args.device, "--opts", *opts])
     device, epochs = choose_device(args.device), val_epochs(cfg, 0)
     batches = progress(epochs.batches(0), total=epochs.count(), description=entry.file)
@@ -59,29 +78,62 @@ def found(args: argparse.Namespace) -> Iterator[tuple[Published, str]]:
         elif args.download:
             yield entry, zoo_url(entry.variant, entry.which)
         else:
-            print(f"{entry.file}: not in {args.checkpoints}, left out (--download fetches it)", flush=True)
+            print(
+                f"{entry.file}: not in {args.checkpoints}, left out (--download fetches it)",
+                flush=True,
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status: 1 if a checkpoint is off by more than the tolerance or none was found."""
-    parser = argparse.ArgumentParser(prog="python -m tools.verify_zoo", description=__doc__, allow_abbrev=False)
+    """The command; returns its exit status: 1 if a checkpoint is off by more than the tolerance or
+    none was found.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.verify_zoo", description=__doc__, allow_abbrev=False
+    )
     add = parser.add_argument
-    add("val", metavar="VAL", type=Path, help="ImageNet-1k's validation images: class folders, or a tar of them")
-    add("--checkpoints", metavar="FOLDER", type=Path, default=Path("checkpoints"), help="where official checkpoints lie (checkpoints)")
-    add("--download", action="store_true", help="fetch those that are missing from the authors' model zoo")
+    add(
+        "val",
+        metavar="VAL",
+        type=Path,
+        help="ImageNet-1k's validation images: class folders, or a tar of them",
+    )
+    add(
+        "--checkpoints",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("checkpoints"),
+        help="where official checkpoints lie (checkpoints)",
+    )
+    add(
+        "--download",
+        action="store_true",
+        help="fetch those that are missing from the authors' model zoo",
+    )
     add("--batch-size", type=int, default=64, metavar="N", help="images per forward pass (64)")
     add("--workers", type=int, default=4, metavar="N", help="loader processes (4)")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="where to run (auto)")
+    add(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="where to run (auto)",
+    )
     args = parser.parse_args(argv)
     off = count = 0
     try:
         if not args.val.exists():
-            raise ValueError(f"{args.val}: no such file or folder; give ImageNet-1k's validation images")
+            raise ValueError(
+                f"{args.val}: no such file or folder; give ImageNet-1k's validation images"
+            )
         for entry, weights in found(args):
             top1 = measure(entry, weights, args)
             is_off = abs(top1 - entry.top1) > TOLERANCE
             off, count = off + is_off, count + 1
-            print(f"{entry.file}: top-1 {top1:.2f}%, published {entry.top1:.1f}%: {'DIFFERS' if is_off else 'agrees'}", flush=True)
+            print(
+                f"{entry.file}: top-1 {top1:.2f}%, published {entry.top1:.1f}%:"
+                f" {'DIFFERS' if is_off else 'agrees'}",
+                flush=True,
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

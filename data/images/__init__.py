@@ -1,0 +1,1 @@
+"""Images: which there are, and how one is opened."""

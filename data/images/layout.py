@@ -1,0 +1,142 @@
+"""Where the images of a split lie, and which numbering of classes their labels follow."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from data.images.listing import read_names
+from data.images.scans import class_folders
+
+__all__ = [
+    "NAME_LIST",
+    "class_folders",
+    "class_list",
+    "data_path",
+    "find_split",
+    "first_existing",
+    "has_splits",
+    "is_22k",
+    "training_place",
+    "val_of_22k",
+]
+
+NAME_LIST = "in22k_image_names.txt"
+# DATA.CLASS_LIST -> timm's name
+CLASS_SETS = {"imagenet1k": "imagenet-1k", "imagenet22k": "imagenet-22k"}
+NUM_CLASSES_22K = 21841
+
+
+def data_path(cfg) -> Path:
+    """DATA.DATA_PATH, which exists unless it is to be made by a download."""
+    if not cfg.DATA.DATA_PATH:
+        raise ValueError(
+            f"DATA.DATA_PATH is empty: say where {cfg.DATA.DATASET} lies with --data-path (or try "
+            "--cfg configs/shapes/student.yaml, which needs no files)"
+        )
+    path = Path(cfg.DATA.DATA_PATH)
+    if not path.exists() and not (cfg.DATA.DOWNLOAD and cfg.DATA.DATASET.startswith("cifar")):
+        raise ValueError(
+            f"DATA.DATA_PATH = {path}: no such file or folder; correct --data-path"
+            + (
+                ", or set DATA.DOWNLOAD True to fetch it"
+                if cfg.DATA.DATASET.startswith("cifar")
+                else ""
+            )
+        )
+    return path
+
+
+def find_split(cfg, split: str) -> Path:
+    """The folder or tar file of a split."""
+    if split == "val" and cfg.DATA.VAL_PATH:
+        root = Path(cfg.DATA.VAL_PATH)
+        place = first_existing(root / "val", root / "val.tar", root)
+        if place is None:
+            raise ValueError(f"DATA.VAL_PATH = {root}: no such file or folder; correct it")
+        return place
+    root = data_path(cfg)
+    if root.is_file():
+        if split == "val" and not cfg.EVAL_MODE:
+            raise ValueError(
+                f"DATA.DATA_PATH = {root}: one file can't hold training and validation images: "
+                "name the latter in DATA.VAL_PATH"
+            )
+        return root
+    place = first_existing(root / split, root / f"{split}.tar")
+    if place is None:
+        packed = sorted(path.name for path in root.glob(f"{split}.t*z*") if path.is_file())
+        hint = f"; unpack {packed[0]}, from which single images can't be read" if packed else ""
+        other = ", or set DATA.VAL_PATH" if split == "val" else ""
+        raise ValueError(
+            f"{root}: has neither {split}/ nor {split}.tar{hint}: correct --data-path{other}"
+        )
+    return place
+
+
+def training_place(cfg) -> Path | None:
+    """The folder or tar file of the training images, if there is one."""
+    root = Path(cfg.DATA.DATA_PATH)
+    if not cfg.DATA.DATA_PATH or (root.is_file() and cfg.EVAL_MODE and not cfg.DATA.VAL_PATH):
+        return None
+    return root if root.is_file() else first_existing(root / "train", root / "train.tar")
+
+
+def val_of_22k(cfg) -> Path:
+    """The images on which ImageNet-22k is validated: DATA.VAL_PATH, else those of an ImageNet
+    folder beside it.
+    """
+    if cfg.DATA.VAL_PATH:
+        return find_split(cfg, "val")
+    beside = data_path(cfg).absolute().parent / "ImageNet"
+    place = first_existing(beside / "val", beside / "val.tar")
+    if place is None:
+        raise ValueError(
+            f"{beside}: has neither val/ nor val.tar, on which imagenet22k is validated: set"
+            " DATA.VAL_PATH"
+        )
+    return place
+
+
+def first_existing(*places: Path) -> Path | None:
+    """The first of the places where there is a file or folder."""
+    return next((place for place in places if place.exists()), None)
+
+
+def has_splits(root: Path) -> bool:
+    """Whether a folder holds images in the layout of ImageNet."""
+    return any(
+        (root / split).is_dir() or (root / f"{split}.tar").is_file() for split in ("train", "val")
+    )
+
+
+def class_list(name: str) -> list[str]:
+    """The class names of a numbering, by id."""
+    if name in CLASS_SETS:
+        return list(_imagenet_names(CLASS_SETS[name]))
+    if not Path(name).is_file():
+        raise ValueError(
+            f"DATA.CLASS_LIST = {name}: neither {' nor '.join(CLASS_SETS)}, and no file"
+        )
+    names = [line.strip() for line in read_names(name, "DATA.CLASS_LIST") if line.strip()]
+    twice = next((repeated for repeated, count in Counter(names).items() if count > 1), None)
+    if twice or not names:
+        found = f"{twice} stands twice" if twice else "it is empty"
+        raise ValueError(
+            f"DATA.CLASS_LIST = {name}: {found}: expected class names, one a line, each once"
+        )
+    return names
+
+
+@cache
+def _imagenet_names(subset: str) -> tuple[str, ...]:
+    from timm.data import ImageNetInfo  # holds the lists; slow to import
+
+    return tuple(ImageNetInfo(subset).label_names())
+
+
+def is_22k(names: Sequence[str]) -> bool:
+    """Whether a numbering is all of ImageNet-22k's."""
+    return len(names) == NUM_CLASSES_22K and list(names) == class_list("imagenet22k")

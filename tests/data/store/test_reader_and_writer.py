@@ -1,0 +1,797 @@
+"""The store as a whole: bytes, resuming, sealing, and everything that a writer or a reader refuses."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.store import format as store_format
+from data.store import writer as store_writer
+from data.store.files import FileLock, this_process
+from data.store.reader import (
+    LockedError,
+    LogitsStoreReader,
+    LogitsStoreWriter,
+    StoreError,
+    disk_need,
+    epoch_bytes,
+    pack_records,
+    record_dtype,
+    store_epoch,
+)
+from tests.support.store_samples import (
+    CLASSES,
+    IMAGES,
+    KEYS,
+    K,
+    batches,
+    manifest,
+    records_of,
+    write_store,
+)
+
+EVERYONE = np.arange(IMAGES)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A path with a space and a quote."""
+    return tmp_path / "a store's folder"
+
+
+def writer_of(root: Path, **identity) -> LogitsStoreWriter:
+    return LogitsStoreWriter(root, manifest(**identity), KEYS)
+
+
+def raising(error: BaseException):
+    def function(*arguments, **named):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("k", "classes", "index", "size"),
+    [
+        (10, 1000, "<u2", 44),
+        (100, 21841, "<u2", 404),
+        (1, 10, "<u2", 8),
+        (100, 65536, "<u2", 404),
+        (100, 65537, "<u4", 604),
+    ],
+)
+def test_a_record(k, classes, index, size):
+    dtype = record_dtype(k, classes)
+    assert dtype.itemsize == size and dtype.names == ("seed", "index", "prob")
+    assert [dtype[name].base for name in dtype.names] == [
+        np.dtype(text) for text in ("<i4", index, "<f2")
+    ]
+    assert dtype["index"].shape == dtype["prob"].shape == (k,) and [
+        dtype.fields[name][1] for name in dtype.names
+    ][:2] == [0, 4]
+
+
+def test_packed_records_keep_every_value():
+    records = pack_records(
+        np.array([2**31 - 1]), np.array([[65535, 0]]), np.array([[1.0, 2.0**-24]]), 65536
+    )
+    assert records.tobytes() == struct.pack("<i2H2e", 2**31 - 1, 65535, 0, 1.0, 2.0**-24)
+
+
+def test_the_bytes_of_a_store(root):
+    """What docs/REPLAY.md promises, built by hand."""
+    records = pack_records(
+        np.array([10, 11, 12]),
+        np.array([[1, 2], [3, 4], [5, 6]]),
+        np.array([[0.5, 0.25]] * 3),
+        CLASSES,
+    )
+    keys = ["a/b.jpg", "a/ü.jpg", "c/d e.jpg"]
+    with LogitsStoreWriter(root, manifest(k=2), keys) as writer:
+        writer.begin_epoch(12, rank=3)
+        writer.append(np.array([2, 0]), records[[2, 0]])
+        writer.append(np.array([1]), records[[1]])
+        writer.seal(12, {"top1": np.float32(81.5), "top5": 95.25})
+    assert sorted(path.name for path in root.iterdir()) == [
+        "epoch_0012.json",
+        "epoch_0012.npy",
+        "keys.txt",
+        "manifest.json",
+    ]
+    assert (root / "keys.txt").read_bytes() == "a/b.jpg\na/ü.jpg\nc/d e.jpg\n".encode()
+    body = b"".join(
+        struct.pack("<i2H2e", seed, 2 * i + 1, 2 * i + 2, 0.5, 0.25)
+        for i, seed in enumerate((10, 11, 12))
+    )
+    data = (root / "epoch_0012.npy").read_bytes()
+    length = struct.unpack("<H", data[8:10])[0]
+    assert data[:8] == b"\x93NUMPY\x01\x00" and data[10 + length :] == body
+    descr = "[('seed', '<i4'), ('index', '<u2', (2,)), ('prob', '<f2', (2,))]"
+    assert (
+        data[10 : 10 + length].decode().split()
+        == f"{{'descr': {descr}, 'fortran_order': False, 'shape': (3,), }}".split()
+    )
+    stored = json.loads((root / "manifest.json").read_bytes())
+    digest = hashlib.sha256((root / "keys.txt").read_bytes()).hexdigest()
+    assert stored["format"] == 1 and stored["identity"] == json.loads(
+        json.dumps(manifest(k=2)["identity"])
+    ) | {"num_images": 3, "keys_sha256": digest}
+    assert {**stored, "format": 1, "identity": 0} == {**manifest(), "format": 1, "identity": 0}
+    seal = json.loads((root / "epoch_0012.json").read_bytes())
+    identity = {name: stored[name] for name in ("format", "identity", "teacher")}
+    assert seal == {
+        "format": 1,
+        "epoch": 12,
+        "records": 3,
+        "record_bytes": 12,
+        "block_records": 65536,
+        "sha256": [hashlib.sha256(body).hexdigest()],
+        "identity_sha256": (
+            hashlib.sha256(
+                json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
+            ).hexdigest()
+        ),
+        "teacher": {"top1": 81.5, "top5": 95.25},
+    }
+
+
+def test_numpy_alone_reads_a_store(root):
+    write_store(root)
+    records = np.load(root / "epoch_0000.npy", mmap_mode="r")
+    names = (root / "keys.txt").read_text().splitlines()
+    np.testing.assert_array_equal(records, records_of(0, EVERYONE))
+    assert names == KEYS
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> list[bytes]:
+    """The bytes of three epochs of an uninterrupted run."""
+    reader = write_store(tmp_path_factory.mktemp("reference"), epochs=3)
+    for epoch in range(3):
+        np.testing.assert_array_equal(reader.open_epoch(epoch), records_of(epoch, EVERYONE))
+    return [(reader.root / f"epoch_{epoch:04d}.npy").read_bytes() for epoch in range(3)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_world_size_leaves_no_trace(root, reference, world):
+    write_store(root, epochs=1, world=world)
+    assert (root / "epoch_0000.npy").read_bytes() == reference[0]
+
+
+def test_an_epoch_alone_equals_one_after_others(root, reference):
+    with writer_of(root) as writer:
+        writer.begin_epoch(2)
+        writer.append(EVERYONE, records_of(2, EVERYONE))
+        writer.seal(2)
+    assert (root / "epoch_0002.npy").read_bytes() == reference[2]
+
+
+@pytest.mark.parametrize("stretch", [1, 100, 301, 302])
+def test_sealing_in_several_passes(root, reference, monkeypatch, stretch):
+    monkeypatch.setattr(store_format, "SEAL_RECORDS", 1)
+    monkeypatch.setattr(store_writer, "SEAL_RECORDS", 1)
+    monkeypatch.setattr(store_writer, "ASSEMBLE_BYTES", stretch * record_dtype(K, CLASSES).itemsize)
+    write_store(root, world=2)
+    assert (root / "epoch_0000.npy").read_bytes() == reference[0]
+
+
+def test_the_first_record_in_rank_file_offset_order_wins(root):
+    def say(positions, value):
+        records = records_of(0, np.asarray(positions))
+        records["seed"] = value
+        return np.asarray(positions), records
+
+    writers = {}
+    for rank, value in ((2, 20), (0, 1), (1, 10)):
+        writers[rank] = writer_of(root)
+        writers[rank].begin_epoch(0, rank)
+        writers[rank].append(*say([5, 6, 5], value))  # twice in one block
+        writers[rank].append(*say([6, 7 + rank], value + 1))
+    writers[1].begin_epoch(0, 1)  # a later file of the same rank
+    writers[1].append(*say(EVERYONE, 12))
+    for writer in writers.values():
+        writer.end_epoch()
+    writers[0].seal(0)
+    seeds = LogitsStoreReader(root).open_epoch(0)["seed"]
+    assert seeds[:11].tolist() == [12, 12, 12, 12, 12, 1, 1, 2, 11, 12, 12]
+    for writer in writers.values():
+        writer.close()
+
+
+def test_within_a_block_the_first_record_wins(root):
+    with writer_of(root) as writer:
+        records = records_of(0, np.append(EVERYONE, 5))
+        records["seed"][-1] = 1
+        writer.begin_epoch(0)
+        writer.append(np.append(EVERYONE, 5), records)
+        writer.seal(0)
+    assert LogitsStoreReader(root).open_epoch(0)["seed"][5] == records["seed"][5] != 1
+
+
+def test_what_is_missing_is_computed_and_nothing_else(root, reference):
+    plan = batches(0)
+    with writer_of(root) as writer:
+        assert writer.missing(0).tolist() == list(range(IMAGES))
+        writer.begin_epoch(0)
+        for positions in plan[:4]:
+            writer.append(positions, records_of(0, positions))
+        expected = np.sort(np.concatenate(plan[4:]))
+        assert writer.missing(0).tolist() == expected.tolist()  # also while the part is open
+    with writer_of(root) as writer:
+        assert (
+            writer.missing(0).dtype == np.int64 and writer.missing(0).tolist() == expected.tolist()
+        )
+        with pytest.raises(
+            StoreError,
+            match=(
+                rf"epoch 0 lacks {len(expected)} of {IMAGES} images \(the first: .*run"
+                r" save_logits.py again"
+            ),
+        ):
+            writer.seal(0)
+        assert not list(root.glob("epoch_0000.npy*"))
+        writer.begin_epoch(0)
+        writer.append(expected, records_of(0, expected))
+        writer.seal(0)
+        assert writer.missing(0).tolist() == [] and writer.is_sealed(0)
+        writer.seal(0)  # done already
+        with pytest.raises(
+            StoreError, match=r"epoch 0 is sealed already.*delete epoch_0000.npy and .json"
+        ):
+            writer.begin_epoch(0)
+    assert (root / "epoch_0000.npy").read_bytes() == reference[0]
+
+
+@pytest.mark.parametrize("at", ["records", "seal", "parts"])
+def test_a_crash_while_sealing(root, reference, monkeypatch, at):
+    writer = writer_of(root)
+    writer.begin_epoch(0)
+    writer.append(EVERYONE, records_of(0, EVERYONE))
+    crash = KeyboardInterrupt()
+    with monkeypatch.context() as patch:
+        if at == "records":
+            patch.setattr(os, "replace", raising(crash))
+        elif at == "seal":
+            patch.setattr(store_writer, "write_atomic", raising(crash))
+        else:
+            patch.setattr(shutil, "rmtree", raising(crash))
+        with pytest.raises(KeyboardInterrupt):
+            writer.seal(0)
+    assert LogitsStoreReader(root).epochs() == ([0] if at == "parts" else [])
+    if at != "parts":
+        with pytest.raises(StoreError, match="epoch 0 is not sealed"):
+            LogitsStoreReader(root).open_epoch(0)
+    (root / "epoch_0000.npy.tmp-dead").write_bytes(b"left by another crash")
+    again = writer_of(root)
+    assert again.missing(0).tolist() == []
+    again.seal(0)
+    assert (root / "epoch_0000.npy").read_bytes() == reference[0]
+    kept = {"epoch_0000.json", "epoch_0000.npy", "keys.txt", "manifest.json"} | (
+        {"epoch_0000.npy.tmp-dead"} if at == "parts" else set()
+    )
+    assert {path.name for path in root.iterdir()} == kept
+
+
+def test_sealing_in_the_background(root, reference):
+    with writer_of(root) as writer:
+        for epoch in range(3):
+            writer.begin_epoch(epoch)
+            writer.append(EVERYONE, records_of(epoch, EVERYONE))
+            writer.seal_in_background(epoch, {"top1": epoch})
+    assert [(root / f"epoch_{epoch:04d}.npy").read_bytes() for epoch in range(3)] == reference
+    assert not list(root.glob("*.lock")) and LogitsStoreReader(root).seal(2)["teacher"] == {
+        "top1": 2
+    }
+
+
+@pytest.mark.parametrize("where", ["append", "begin", "seal", "close"])
+def test_an_error_of_background_sealing_surfaces_at_the_next_call(root, where, monkeypatch):
+    writer = writer_of(root)
+    writer.begin_epoch(0)
+    writer.append(EVERYONE[:10], records_of(0, EVERYONE[:10]))
+    go, true_seal = threading.Event(), writer.seal
+    monkeypatch.setattr(writer, "seal", lambda *arguments: go.wait(30) and true_seal(*arguments))
+    future = writer.seal_in_background(0)
+    if where == "append":
+        writer.begin_epoch(1)
+    go.set()
+    assert isinstance(future.exception(), StoreError)
+    calls = {
+        "append": lambda: writer.append(EVERYONE[:1], records_of(1, EVERYONE[:1])),
+        "begin": lambda: writer.begin_epoch(1),
+        "seal": lambda: writer.seal_in_background(1),
+        "close": writer.close,
+    }
+    with pytest.raises(StoreError, match="epoch 0 lacks 291 of 301 images"):
+        calls[where]()
+    writer.close()
+
+
+def test_a_second_job_is_kept_off_an_epoch(root):
+    first = LogitsStoreWriter(root, manifest(), KEYS, job="first")
+    first.begin_epoch(0)
+    second = LogitsStoreWriter(root, manifest(), KEYS, job="second")
+    for call in (lambda: second.begin_epoch(0), lambda: second.seal(0)):
+        with pytest.raises(
+            LockedError,
+            match=rf"epoch_0000.lock: process {os.getpid()} on {this_process().host} is at work",
+        ):
+            call()
+    second.begin_epoch(1)  # machines may share the work by epochs
+    with pytest.raises(LockedError, match=r"not this job's: rank 0 begins it first"):
+        second.begin_epoch(0, rank=1)
+    LogitsStoreWriter(root, manifest(), KEYS, job="first").begin_epoch(0, rank=1)
+    first.close()
+    second.begin_epoch(0)
+    second.close()
+    assert not list(root.glob("*.lock"))
+
+
+def test_the_heartbeat_of_a_writer(root):
+    writer = writer_of(root)
+    writer.begin_epoch(0)
+    lock = root / "epoch_0000.lock"
+    os.utime(lock, (1, 1))
+    writer.tick()
+    assert lock.stat().st_mtime > 1e9
+    writer.close()
+    assert not lock.exists()
+    writer.tick()
+
+
+def test_the_ticking_thread_ticks_and_ends(root, monkeypatch):
+    monkeypatch.setattr(store_writer, "TICK_SECONDS", 0.001)
+    ticked = threading.Event()
+    monkeypatch.setattr(LogitsStoreWriter, "tick", lambda self: ticked.set())
+    before = set(threading.enumerate())
+    writer = writer_of(root)
+    writer.begin_epoch(0)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.name == "store-tick" and ticked.wait(30)
+    writer.close()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_leaving_a_writer_hides_no_error(root):
+    with pytest.raises(KeyError, match="under way"), writer_of(root) as writer:
+        writer.begin_epoch(0)
+        writer.seal_in_background(0)
+        raise KeyError("under way")
+    assert not (root / "epoch_0000.lock").exists()
+
+
+def test_records_that_can_not_be_right_are_refused(root):
+    writer = writer_of(root)
+    writer.begin_epoch(0)
+    good = records_of(0, EVERYONE[:4])
+    writer.append(EVERYONE[:0], good[:0])
+    for positions, records in (
+        (EVERYONE[:3], good),
+        (EVERYONE[:4].astype(float), good),
+        (EVERYONE[:4, None], good[:, None]),
+        (EVERYONE[:4], good["seed"]),
+        (EVERYONE[:4], records_of(0, EVERYONE[:4], k=K - 1)),
+    ):
+        with pytest.raises(StoreError, match="expected .*use pack_records"):
+            writer.append(positions, records)
+    for positions in ([0, 1, 2, IMAGES], [-1, 0, 1, 2]):
+        with pytest.raises(StoreError, match="not all among its 301 images"):
+            writer.append(np.array(positions), good)
+    for name, value in (("seed", -1), ("index", CLASSES), ("prob", np.nan), ("prob", np.inf)):
+        bad = good.copy()
+        bad[name][2] = value
+        with pytest.raises(
+            StoreError, match=r"position 2 has .*check the teacher's weights, or run it in float32"
+        ):
+            writer.append(EVERYONE[:4], bad)
+    assert writer.missing(0).tolist() == list(range(IMAGES))
+    writer.close()
+
+
+def test_the_writer_fills_in_and_checks_the_manifest(root, tmp_path):
+    writer_of(root, num_images=IMAGES)
+    for identity, message in (
+        ({"num_images": 5}, "num_images 5, but it is 301 here: leave it out"),
+        ({"keys_sha256": "00"}, "keys_sha256 '00', but it is '"),
+        ({"k": None}, "k None and num_classes 1000: both are needed"),
+        ({"k": 11, "num_classes": 10}, "1 <= k <= num_classes"),
+        ({"k": 0}, "1 <= k <= num_classes"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            writer_of(tmp_path / "other", **identity)
+    with pytest.raises(StoreError, match="format 2, but it is 1 here"):
+        LogitsStoreWriter(tmp_path / "other", {**manifest(), "format": 2}, KEYS)
+    for keys, message in (([], "no keys"), (["a", "a"], "stands twice"), (["a", ""], "is empty")):
+        with pytest.raises(StoreError, match=message):
+            LogitsStoreWriter(tmp_path / "other", manifest(), keys)
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="file.*can't be written.*check the mount"):
+        writer_of(tmp_path / "file" / "store")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda made: made["identity"]["recipe"].update({"AUG.REPROB": 0.0}),
+            r"identity.recipe.AUG.REPROB is 0.25 there and 0.0 here",
+        ),
+        (
+            lambda made: made["identity"].update(num_classes=10),
+            r"identity.num_classes is 1000 there and 10 here",
+        ),
+        (lambda made: made["identity"].update(k=3), r"identity.k is 5 there and 3 here"),
+        (
+            lambda made: made["identity"].update(base_seed=8),
+            r"identity.base_seed is 7 there and 8 here",
+        ),
+        (
+            lambda made: made["identity"].pop("paired"),
+            r"identity.paired is true there and nothing here",
+        ),
+        (
+            lambda made: made["teacher"].update(weights_sha256="cd" * 32),
+            r"teacher.weights_sha256 is abab.* there and cdcd.*: use the same",
+        ),
+        (
+            lambda made: made["teacher"].update(dtype="float16"),
+            r"teacher.dtype is float32 there and float16 here",
+        ),
+        (
+            lambda made: made["proof"]["canary"].update(jpeg="33"),
+            r"does not augment as .* \(jpeg of the canary differ\): install",
+        ),
+        (
+            lambda made: made["proof"]["images"].update(sha256=["aa", "cc"]),
+            r"1 of 2 sampled images differ .*position 9\): restore",
+        ),
+    ],
+)
+def test_a_resumed_writer_must_be_the_same(root, change, message):
+    writer_of(root)
+    made = manifest()
+    change(made)
+    with pytest.raises(StoreError, match=message):
+        LogitsStoreWriter(root, made, KEYS)
+
+
+def test_information_may_differ_between_writers(root):
+    writer_of(root)
+    made = manifest()
+    made["info"], made["proof"] = {"versions": {"numpy": "1.26"}}, {}
+    assert LogitsStoreWriter(root, made, KEYS).manifest["info"] == manifest()["info"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([*KEYS, "new.jpg"], "1 added: 'new.jpg'"),
+        (KEYS[:-1], '1 removed: "class 10'),
+        (["class 00/b.jpg", *KEYS[1:]], "1 renamed"),
+        ([KEYS[1], KEYS[0], *KEYS[2:]], "reordered: the same images in another order"),
+    ],
+)
+def test_a_resumed_writer_must_have_the_same_images(root, keys, message):
+    writer_of(root)
+    with pytest.raises(
+        StoreError,
+        match=(
+            rf"was begun with other images: {message}.*: restore the data set, or use another"
+            r" folder"
+        ),
+    ):
+        LogitsStoreWriter(root, manifest(), keys)
+
+
+def test_a_part_of_another_identity_is_never_mixed_in(root, tmp_path):
+    for folder, seed in ((root, 7), (tmp_path / "other", 8)):
+        writer = writer_of(folder, base_seed=seed)
+        writer.begin_epoch(0)
+        writer.append(EVERYONE, records_of(0, EVERYONE))
+        writer.close()
+    part = next((tmp_path / "other" / "epoch_0000.parts").iterdir())
+    shutil.copy(part, root / "epoch_0000.parts" / part.name)
+    with pytest.raises(StoreError, match="belongs to another store"):
+        writer_of(root).seal(0)
+
+
+def test_the_disk_need(root, monkeypatch):
+    size, position = 24, 8
+    assert epoch_bytes(IMAGES, K, CLASSES) == IMAGES * size
+    assert [disk_need(IMAGES, K, CLASSES, epochs) // IMAGES for epochs in range(3)] == [
+        0,
+        2 * size + position,
+        3 * size + position,
+    ]
+    free = [10**9]
+    usage = shutil.disk_usage(root.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    writer = writer_of(root)
+    writer.check_disk(range(100))
+    free[0] = IMAGES * (2 * size + position)
+    with pytest.raises(
+        StoreError,
+        match=(
+            r"writing 2 epochs of 301 images with top-5 needs 24.08 kB, 16.86 kB are free: free"
+            r" some"
+        ),
+    ):
+        writer.check_disk(range(2))
+    writer.begin_epoch(0)
+    writer.append(EVERYONE[:200], records_of(0, EVERYONE[:200]))
+    writer.end_epoch()
+    free[0] -= sum(path.stat().st_size for path in (root / "epoch_0000.parts").iterdir())
+    with pytest.raises(StoreError, match="writing 1 epochs"):
+        writer.begin_epoch(1)
+    writer.begin_epoch(0)  # what is written already needs no room
+    writer.append(EVERYONE, records_of(0, EVERYONE))
+    free[0] = 0
+    writer.seal(0)
+    writer.check_disk([0])
+    writer.close()
+
+
+def test_a_full_disk_while_sealing(root, reference, monkeypatch):
+    writer = writer_of(root)
+    writer.begin_epoch(0)
+    writer.append(EVERYONE, records_of(0, EVERYONE))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", raising(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(
+            StoreError,
+            match=r"epoch_0000.npy: can't be written \(No space left on device\).*free some space",
+        ):
+            writer.seal(0)
+    assert not list(root.glob("epoch_0000.npy*"))
+    writer.seal(0)
+    assert (root / "epoch_0000.npy").read_bytes() == reference[0]
+    writer.close()
+
+
+def test_reading(root):
+    reader = write_store(root, epochs=2, world=2)
+    assert (reader.k, reader.num_classes, len(reader), reader.epochs()) == (
+        K,
+        CLASSES,
+        IMAGES,
+        [0, 1],
+    )
+    assert list(reader.keys) == KEYS and bytes(reader.keys_blob) == (root / "keys.txt").read_bytes()
+    records = reader.open_epoch(1)
+    assert isinstance(records, np.memmap) and not records.flags.writeable
+    expected = records_of(1, EVERYONE)
+    for chosen in (5, slice(7, 30), np.array([[200, 3], [3, 300]]), -1):
+        np.testing.assert_array_equal(records[chosen], expected[chosen])
+    reader.check_epochs(range(2))
+    reader.check_epochs([])
+    reader.check_keys()
+    assert list(reader.damaged_blocks(0)) == [] and reader.seal(1)["teacher"] == {"top1": 51.0}
+
+
+def test_a_reader_travels_as_its_path(root):
+    reader = write_store(root)
+    reader.open_epoch(0), reader.keys
+    data = pickle.dumps(reader)
+    assert len(data) < 300 + len(str(root))
+    other = pickle.loads(data)
+    np.testing.assert_array_equal(other.open_epoch(0), reader.open_epoch(0))
+    assert other.manifest == reader.manifest
+
+
+def test_opening_reads_neither_records_nor_keys(root, monkeypatch):
+    write_store(root)
+    (root / "keys.txt").unlink()  # not needed to read records
+    assert (
+        LogitsStoreReader(root).open_epoch(0)["seed"][3] == records_of(0, np.array([3]))["seed"][0]
+    )
+
+
+def rewrite(path: Path, change) -> None:
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_folder_that_is_no_store(root, tmp_path):
+    with pytest.raises(
+        StoreError,
+        match=(
+            r"a store's folder is no logits store: manifest.json can't be read .*correct the path"
+        ),
+    ):
+        LogitsStoreReader(root)
+    (root / "logits_top10_epoch0").mkdir(parents=True)
+    with pytest.raises(
+        StoreError, match=r"the original's layout: read it with UpstreamStoreReader"
+    ):
+        LogitsStoreReader(root)
+
+
+def test_a_newer_format_is_refused(root):
+    write_store(root)
+    rewrite(root / "epoch_0000.json", lambda seal: seal.update(format=2))
+    with pytest.raises(
+        StoreError,
+        match=r"epoch_0000.json: has format 2, this program knows format 1: update the program",
+    ):
+        LogitsStoreReader(root).open_epoch(0)
+    rewrite(root / "manifest.json", lambda made: made.update(format=2, identity="something new"))
+    for call in (lambda: LogitsStoreReader(root), lambda: writer_of(root)):
+        with pytest.raises(
+            StoreError,
+            match=(
+                r"manifest.json: the store has format 2, this program knows format 1: update the"
+                r" program"
+            ),
+        ):
+            call()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"{"),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text("{}"),
+        lambda path: rewrite(path, lambda made: made["identity"].pop("k")),
+        lambda path: rewrite(path, lambda made: made["identity"].update(k=0)),
+        lambda path: rewrite(path, lambda made: made["identity"].update(num_images="many")),
+    ],
+)
+def test_a_spoiled_manifest_is_refused(root, spoil):
+    write_store(root)
+    spoil(root / "manifest.json")
+    with pytest.raises(
+        StoreError,
+        match=(
+            r"manifest.json: is no manifest of a logits store .*restore the file or write the store"
+            r" again"
+        ),
+    ):
+        LogitsStoreReader(root)
+
+
+def test_a_truncated_or_longer_epoch_is_refused(root):
+    reader = write_store(root)
+    path = root / "epoch_0000.npy"
+    whole = path.read_bytes()
+    for data in (whole[:-1], whole[:-24], whole[:100], b"", whole + b"\0"):
+        path.write_bytes(data)
+        for call in (
+            lambda: reader.open_epoch(0),
+            lambda: reader.check_epochs([0]),
+            lambda: list(reader.damaged_blocks(0)),
+        ):
+            with pytest.raises(
+                StoreError,
+                match=r"epoch_0000.npy: .*truncated or.*delete epoch_0000.npy and .json and",
+            ):
+                call()
+
+
+def test_an_epoch_of_another_k_is_refused(root, tmp_path):
+    write_store(root)
+    write_store(tmp_path / "other", k=4)
+    shutil.copy(tmp_path / "other" / "epoch_0000.npy", root)
+    with pytest.raises(
+        StoreError,
+        match=r"its records are .*\(4,\).*the manifest's top-5 are .*belongs to another store",
+    ):
+        LogitsStoreReader(root).open_epoch(0)
+
+
+def test_missing_epochs_are_told_before_the_first_batch(root):
+    reader = write_store(root, epochs=4)
+    (root / "epoch_0002.json").unlink()
+    assert reader.epochs() == [0, 1, 3]
+    with pytest.raises(
+        StoreError,
+        match=r"epochs 2, 4-6 are missing \(sealed: 0-1, 3\): save .*REUSE_EPOCHS True, or train",
+    ):
+        reader.check_epochs(range(7))
+    with pytest.raises(
+        StoreError, match=r"epoch 2 is not sealed \(sealed: 0-1, 3\): run save_logits.py"
+    ):
+        reader.open_epoch(2)
+
+
+def test_an_epoch_sealed_under_another_manifest_is_refused(root, tmp_path):
+    write_store(root)
+    write_store(tmp_path / "other", base_seed=8)
+    for name in ("epoch_0000.npy", "epoch_0000.json"):
+        shutil.copy(tmp_path / "other" / name, root)
+    with pytest.raises(
+        StoreError,
+        match=(
+            r"epoch_0000.json: the epoch was sealed under another manifest: restore manifest.json"
+        ),
+    ):
+        LogitsStoreReader(root).check_epochs([0])
+
+
+def test_a_seal_that_says_something_else_is_refused(root):
+    reader = write_store(root)
+    path = root / "epoch_0000.json"
+    whole = path.read_bytes()
+    rewrite(path, lambda seal: seal.update(records=300))
+    with pytest.raises(StoreError, match="seals 300 records, the manifest says 301"):
+        reader.open_epoch(0)
+    for data in (b"", whole[:20], b"[]", b'{"sha256": 5}'):
+        path.write_bytes(data)
+        with pytest.raises(
+            StoreError, match=r"epoch_0000.json: can't be understood .*save that epoch again"
+        ):
+            reader.open_epoch(0)
+
+
+@pytest.mark.parametrize("position", [0, 99, 100, 300])
+def test_a_flipped_bit_is_found_and_its_block_named(root, monkeypatch, position):
+    for module in (store_format, store_writer, __import__("data.store.reader").store.reader):
+        monkeypatch.setattr(module, "SEAL_RECORDS", 100)
+    reader = write_store(root)
+    path = root / "epoch_0000.npy"
+    data = bytearray(path.read_bytes())
+    data[len(data) - (IMAGES - position) * 24 + 13] ^= 4
+    path.write_bytes(data)
+    read: list[int] = []
+    low = position // 100 * 100
+    (message,) = reader.damaged_blocks(0, read.append)
+    assert message.startswith(
+        f"{path}: block {position // 100} is damaged (records {low} to {min(low + 99, 300)}):"
+        " delete epoch_0000.npy"
+    )
+    assert sum(read) == IMAGES * 24
+
+
+def test_spoiled_keys_are_refused(root):
+    reader = write_store(root)
+    path = root / "keys.txt"
+    path.write_text(path.read_text().replace("00005.jpg", "00005.jpe"))
+    with pytest.raises(
+        StoreError, match=r"keys.txt: is not the file that the manifest names .*restore it"
+    ):
+        reader.check_keys()
+    path.write_text("a\nb\n")
+    with pytest.raises(
+        StoreError, match=r"keys.txt: has 2 lines, the manifest says 301: restore the file"
+    ):
+        LogitsStoreReader(root).check_keys()
+
+
+def test_a_longer_run_reuses_epochs():
+    assert [store_epoch(epoch, 3) for epoch in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    with pytest.raises(StoreError, match="no sealed epoch"):
+        store_epoch(0, 0)
+
+
+def test_another_jobs_leftovers_do_not_hinder(root, reference):
+    """A job that died without a trace of its process: its lock, parts and temporary files are
+    there.
+    """
+    writer = writer_of(root)
+    writer.begin_epoch(0)
+    writer.append(EVERYONE[:50], records_of(0, EVERYONE[:50]))
+    writer.end_epoch()
+    lock = root / "epoch_0000.lock"
+    holder = this_process("dead job")._replace(machine="elsewhere", pid=1)
+    lock.write_text(json.dumps(holder._asdict()))
+    with pytest.raises(LockedError):
+        writer_of(root).begin_epoch(0)
+    os.utime(lock, (1, 1))
+    with writer_of(root) as again:
+        again.begin_epoch(0)
+        assert FileLock(lock).is_held()
+        again.append(again.missing(0), records_of(0, again.missing(0)))
+        again.seal(0)
+    assert (root / "epoch_0000.npy").read_bytes() == reference[0]

@@ -1,0 +1,364 @@
+"""Every command of the README and of docs/ runs: a small twin of each, in the order of its page,
+and its results are looked at.
+
+A command of a program that nothing here knows is an error, so that the documents cannot show what
+is not tested. Two kinds have no twin, as they take long: `make` is asked for what it would do,
+benchmarks are stopped when they have read their flags. Tests that are named are there."""
+
+import importlib
+import json
+import re
+import runpy
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+from configs import run_folder
+from data.store.reader import LogitsStoreReader
+from tests.docs.documents import (
+    PAGES,
+    README,
+    SHELL,
+    STARTS,
+    blocks,
+    commands,
+    commands_in,
+    inline_commands,
+    joined,
+    marked,
+)
+from tests.docs.twins import (
+    SHAPES,
+    TRAIN,
+    VAL,
+    WNIDS,
+    Command,
+    config_of,
+    parsed,
+    served,
+    shrink_the_world,
+    twin,
+    write_stand_ins,
+)
+from tests.support.helpers import ROOT, torchrun
+
+# whose commands test_docs.py runs as they are
+DOCUMENTS = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
+# Chains of recipes, each of which needs those before; the others stand alone.
+SHAPES_CHAIN = tuple(
+    f"shapes/{name}.yaml" for name in ("teacher", "save_logits", "student", "student_distill")
+)
+CIFAR_CHAIN = tuple(
+    f"cifar/{name}.yaml"
+    for name in (
+        "tiny_vit_11m_cifar10_teacher",
+        "save_logits",
+        "tiny_vit_5m_cifar10",
+        "tiny_vit_5m_cifar10_distill",
+    )
+)
+ALL_RECIPES = [
+    path.relative_to(ROOT / "configs").as_posix()
+    for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+]
+RECIPES = [
+    SHAPES_CHAIN,
+    CIFAR_CHAIN,
+    *((name,) for name in ALL_RECIPES if name not in (*SHAPES_CHAIN, *CIFAR_CHAIN)),
+]
+# Text that a tool prints, and the file that it leaves.
+TOOLS = {
+    "tools.plot": ("validation top-1", "curves.png"),
+    "tools.predict": ("photo.jpg\n", ""),
+    "tools.replay_sheet": ("replay_sheet.png: ", "replay_sheet.png"),
+    "tools.logits info": ("sealed epochs: 0", ""),
+    "tools.logits verify": ("1 sealed epochs (0), unfinished: none: 0 faults", ""),
+    "tools.logits estimate": ("300 epochs:", ""),
+    "tools.logits merge": ("sealed now: 0", "merged/epoch_0000.npy"),
+    "tools.logits histogram": ("logits.png: written", "logits.png"),
+    "tools.logits convert": ("1 epochs of 24 images", "converted/epoch_0000.npy"),
+    "tools.verify_zoo": ("0 of 8 checkpoints agree within 0.1 points", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> Path:
+    """What all pages find; nobody changes it."""
+    root = tmp_path_factory.mktemp("documents")
+    write_stand_ins(root)
+    return root
+
+
+@pytest.fixture
+def workplace(stand_ins, tmp_path, monkeypatch):
+    """A folder that looks like the repository's root to the commands of a page, and is where they
+    start.
+    """
+    for path in stand_ins.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    shrink_the_world(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # for my_package
+    with served(stand_ins) as url:
+        monkeypatch.setenv("TINYVIT_ZOO_URL", url)
+        monkeypatch.setenv("TINYVIT_CACHE", str(tmp_path / "cache"))
+        yield tmp_path
+
+
+def shown(page: Path) -> list[list[str]]:
+    """The commands of a page's blocks, each once."""
+    return [list(words) for words in dict.fromkeys(map(tuple, commands(page)))]
+
+
+def five_commands() -> list[list[str]]:
+    """The README's way through ImageNet-1k."""
+    (block,) = (text for text in blocks(README, "") if text.startswith("# 1. "))
+    return commands_in(block)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(page, workplace, monkeypatch, capsys):
+    in_blocks = [words for words in shown(page) if page != README or words not in five_commands()]
+    for words in in_blocks:
+        assert "..." not in words, f"{page.name}: write the command out: {' '.join(words)}"
+    for words in [*in_blocks, *inline_commands(page)]:
+        judge(words, workplace, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_no_command_is_missed(page):
+    """Whatever has flags is a command that begins as commands do."""
+    for line in (line for text in blocks(page, *SHELL) for line in joined(text)):
+        assert " --" not in line or line.startswith((*STARTS, "#")), f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("make unknown", "No rule to make target"),
+        ("python other.py ...", "No module named 'other'"),
+        ("python -m tools.unknown", "nothing here knows tools.unknown"),
+        ("python other.py --flag", "nothing here knows other.py"),
+        ("python -m tools.logits unknown STORE", "nothing here knows tools.logits unknown"),
+        ("torchrun --unknown 8 ...", "2"),
+        ("python -m benchmarks.unknown", "No module named"),
+        ("python -m benchmarks.store --unknown", "2"),
+        ("python main.py --throughput --unknown", "unrecognized arguments: --unknown"),
+        ("python main.py --throughput --opts DATA.UNKNOWN 1", "DATA.UNKNOWN = '1': unknown key"),
+        (
+            "python main.py --cfg configs/unknown.yaml --throughput",
+            "configs/unknown.yaml: no such file",
+        ),
+        (
+            "python main.py --data-path ./ImageNet --eval --resume ./checkpoints/unknown.pth",
+            "there is no such checkpoint file",
+        ),
+    ],
+)
+def test_what_does_not_run_is_noticed(text, reason, workplace, monkeypatch, capsys):
+    with pytest.raises((AssertionError, ImportError, SystemExit, ValueError), match=reason):
+        judge(text.split(), workplace, monkeypatch, capsys)
+
+
+def judge(words: list[str], place: Path, monkeypatch, capsys) -> str:
+    """Run what stands for a command and assert its results; one that ends in ... is asked for its
+    help. What main.py printed.
+    """
+    text, shortened = " ".join(words), "..." in words
+    words = [word for word in words if word != "..."]
+    if words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{text}\n{done.stderr}"
+        return ""
+    # the launcher's flags alone
+    if not any(word.endswith(".py") or word == "-m" for word in words):
+        parsed([*words, "main.py"])
+        return ""
+    command = parsed(words)
+    if shortened:
+        assert run(command._replace(arguments=["--help"]), monkeypatch, capsys)[0] == 0
+    elif command.program in ("main.py", "save_logits.py"):
+        config_of(command)  # as it stands there, for all of its processes
+        small = twin(command)
+        if command.program == "main.py":
+            use_store(config_of(small), place)
+        code, out = run(small, monkeypatch, capsys)
+        assert_ran(small, code, out, text)
+        return out
+    elif command.program == "pytest":  # which the suite runs anyway
+        assert all((ROOT / word).is_file() for word in command.arguments), text
+    elif command.program.startswith("benchmarks."):
+        assert_begins(command, monkeypatch)
+    else:
+        assert_tool_ran(command, place, monkeypatch, capsys)
+    return ""
+
+
+def run(command: Command, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit code and output of a program in this process."""
+    capsys.readouterr()
+    module = importlib.import_module(command.program.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [command.program, *command.arguments])
+    try:
+        code = module.main(command.arguments)
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    return code or 0, out + err
+
+
+def use_store(cfg, place: Path) -> None:
+    """A student finds the store of its own data, unless a command of the page has written one."""
+    logits = place / "teacher_logits"
+    if (
+        cfg.DISTILL.TEACHER_LOGITS_PATH
+        and not cfg.EVAL_MODE
+        and (logits.is_symlink() or not logits.exists())
+    ):
+        logits.unlink(missing_ok=True)
+        logits.symlink_to(place / "stores" / cfg.DATA.DATASET)
+
+
+def assert_ran(small: Command, code: int, out: str, text: str) -> None:
+    """main.py or save_logits.py did what its flags ask for."""
+    cfg, words = config_of(small), small.arguments
+    assert code == 0, f"{text}\n{out}"
+    if small.program == "save_logits.py":
+        assert_store(cfg, out, is_check="--check-saved-logits" in words)
+    elif cfg.THROUGHPUT_MODE:
+        assert re.search(
+            rf"model {cfg.MODEL.NAME}: [\d,]+ parameters, [\d.]+ G multiply-adds", out
+        ), out
+        assert re.search(rf"{cfg.MODEL.NAME}: [\d,.]+ images/s", out), out
+    elif cfg.EVAL_MODE:
+        name = re.escape(cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED)
+        assert re.search(
+            rf"{name}: {VAL * len(WNIDS)} validation images: top-1 [\d.]+%, top-5 [\d.]+%", out
+        ), f"{text}\n{out}"
+    else:
+        assert_trained(cfg, out)
+    for flag in set(words) & {"--per-class-csv", "--save-model"}:
+        assert Path(words[words.index(flag) + 1]).stat().st_size > 0
+
+
+def assert_store(cfg, out: str, is_check: bool) -> None:
+    """A sealed store, or a check of one that passed."""
+    if is_check:
+        assert "PASSED: the store holds what the teacher says" in out, out
+    store = LogitsStoreReader(Path(cfg.DISTILL.TEACHER_LOGITS_PATH))
+    images = round(SHAPES * cfg.DATA.SUBSET) if cfg.DATA.DATASET == "shapes" else TRAIN * len(WNIDS)
+    assert (
+        store.epochs() == [0]
+        and len(store) == images
+        and (store.open_epoch(0)["prob"][:, 0] > 0).all()
+    )
+
+
+def assert_trained(cfg, out: str) -> None:
+    """A run of one epoch from the right start, with its checkpoints and accuracies."""
+    folder = run_folder(cfg)
+    assert "finished: 1 epochs" in out and (folder / "config.yaml").is_file()
+    assert {"last.pth", "best.pth"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+    assert "val_top1" in json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"weights of {cfg.MODEL.PRETRAINED}: " in out or not cfg.MODEL.PRETRAINED
+    assert (
+        f"store {Path(cfg.DISTILL.TEACHER_LOGITS_PATH)}: top-" in out
+        or not cfg.DISTILL.ENABLED
+        or cfg.DISTILL.ONLINE
+    )
+    assert "runs in the loop" in out or not cfg.DISTILL.ONLINE
+
+
+def assert_tool_ran(command: Command, place: Path, monkeypatch, capsys) -> None:
+    """A tool printed and wrote what it is for; one that is named without its arguments explains
+    itself.
+    """
+    words = command.arguments
+    name = " ".join([command.program, *words[: command.program == "tools.logits"]])
+    assert name in TOOLS, f"nothing here knows {name}: give it a twin"
+    if words == name.split()[1:] != []:
+        code, out = run(command._replace(arguments=[*words, "--help"]), monkeypatch, capsys)
+        assert code == 0 and f"usage: python -m {name}" in out
+        return
+    options = {
+        "tools.logits convert": ["--opts", "DATA.CLASS_LIST", "imagenet1k", "DATA.IMG_SIZE", "40"],
+        "tools.verify_zoo": ["--workers", "0"],
+    }
+    code, out = run(
+        command._replace(arguments=[*words, *options.get(name, [])]), monkeypatch, capsys
+    )
+    said, file = TOOLS[name]
+    # Random weights have other accuracies than the published ones, and that is what its exit code
+    # tells.
+    assert code == (name == "tools.verify_zoo") and said in out and (place / file).exists(), (
+        f"{name}\n{out}"
+    )
+
+
+class Began(Exception):
+    """A benchmark has read its command line and would measure now."""
+
+
+def assert_begins(command: Command, monkeypatch) -> None:
+    """A benchmark, which would take long, knows its flags and comes to its measurements."""
+
+    def began(*_: object) -> None:
+        raise Began
+
+    def parse(parser: ArgumentParser, *words: object) -> None:
+        parse_args(parser, *words)
+        raise Began
+
+    with monkeypatch.context() as patch:
+        parse_args = ArgumentParser.parse_args
+        patch.setattr(ArgumentParser, "parse_args", parse)
+        patch.setattr("benchmarks.timing.alternate", began)  # for those without flags
+        patch.setattr(sys, "argv", [command.program, *command.arguments])
+        with pytest.raises(Began):
+            runpy.run_module(command.program, run_name="__main__")
+
+
+def test_imagenet_in_five_commands(workplace, monkeypatch, capsys):
+    """One after the other, each on what the one before wrote; training by two processes under
+    torchrun.
+    """
+    save, check, train, evaluate, plot = five_commands()
+    judge(save, workplace, monkeypatch, capsys)
+    judge(check, workplace, monkeypatch, capsys)
+    small = twin(parsed(train))
+    done = torchrun([ROOT / small.program, *small.arguments], nproc=2, cwd=workplace)
+    assert_ran(small, done.returncode, done.stdout + done.stderr, " ".join(train))
+    assert "3 updates an epoch, each of 8 images: 2 processes x 1 passes x 4" in done.stdout
+    best = json.loads(
+        next(workplace.glob("output/*/*/metrics.jsonl")).read_text().splitlines()[-1]
+    )["best_top1"]
+    assert f"top-1 {best:.3f}%" in judge(evaluate, workplace, monkeypatch, capsys)
+    judge(plot, workplace, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("names", RECIPES, ids=lambda names: names[-1])
+def test_first_lines_of_recipes_run(names, workplace, monkeypatch, capsys):
+    """Those that no page shows."""
+    pages = [words for page in DOCUMENTS for words in commands(page)]
+    for name in names:
+        first = (ROOT / "configs" / name).read_text().splitlines()[0]
+        (words,) = commands_in(first.removeprefix("# "))
+        if words not in pages:
+            judge(words, workplace, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_python_of_a_page_runs(page, workplace):
+    """Blocks of Python, but for those that test_docs.py runs."""
+    (workplace / "store").symlink_to(workplace / "stores" / "imagenet")
+    demo = workplace / "output" / "demo"
+    student = demo / "shapes-distilled" / "default" / "checkpoints"
+    student.mkdir(parents=True)
+    (demo / "first.png").symlink_to(workplace / "photo.jpg")
+    (student / "last.pth").symlink_to(workplace / "checkpoints" / "tiny_vit_5m_1k.pth")
+    for text in blocks(page, "python"):
+        if text not in (source for _, source in marked(page, "run")):
+            exec(text, {})

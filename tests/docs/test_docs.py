@@ -1,0 +1,152 @@
+"""The documents tell the truth: their examples run, and every key, link and test they name exists."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import load_config
+from configs.defaults import get_defaults
+from models.build import build_model, count_parameters
+from models.pretrained import zoo_url
+from models.tiny_vit import TinyViT
+from tests.docs.documents import PAGES, README, marked
+from tests.support.helpers import ROOT
+from tools import verify_zoo
+
+FOLDERS = ("configs", "data", "models", "tools", "benchmarks", "tests")
+TINY = [
+    "DATA.SHAPES.TRAIN_IMAGES",
+    "512",
+    "DATA.SHAPES.VAL_IMAGES",
+    "20",
+    "DATA.NUM_WORKERS",
+    "0",
+    "TRAIN.EPOCHS",
+    "1",
+    "TRAIN.WARMUP_EPOCHS",
+    "0",
+]
+
+
+def all_keys(node, prefix: str = "") -> set[str]:
+    keys = set()
+    for name, value in node.items():
+        keys.add(f"{prefix}{name}")
+        keys |= all_keys(value, f"{prefix}{name}.") if hasattr(value, "items") else set()
+    return keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_and_links_in_the_text_exist(page):
+    text, keys = page.read_text(encoding="utf-8"), all_keys(get_defaults())
+    named = set(re.findall(r"`((?:DATA|MODEL|DISTILL|TRAIN|AUG|TEST)\.[A-Z_.]+[A-Z])\b", text))
+    assert named <= keys, f"no such keys: {named - keys}"
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py")] + [
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    for name in set(re.findall(r"`([\w/]+\.py)`", text)) - {"my_images.py", "my_models.py"}:
+        assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{page.name} names {name}"
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
+    """A command of the documents, from a folder whose Python files can be imported beside ours."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment(folder),
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+
+
+@pytest.fixture
+def workplace(tmp_path) -> Path:
+    """A folder that looks like the repository's root to the commands of the documents."""
+    for name in ("configs", "main.py", "save_logits.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), marked(ROOT / "CONTRIBUTING.md", "command"), ids=["data-set", "model"]
+)
+def test_examples_of_contributing_train(name, text, workplace):
+    for file, source in marked(ROOT / "CONTRIBUTING.md", "file"):
+        (workplace / file).write_text(source)
+        assert len(source.splitlines()) <= 30
+    words = shlex.split(text)[1:]
+    run(
+        [*words, "--opts", *TINY[2:6]] if "my_images" in text else [*words, "--opts", *TINY[:6]],
+        workplace,
+    )
+    assert list(workplace.glob("output/*/*/checkpoints/last.pth"))
+
+
+def test_own_augmentation_runs(workplace):
+    ((_, source),) = marked(ROOT / "CONTRIBUTING.md", "run")
+    assert len(source.splitlines()) <= 30
+    run(["-c", source], workplace)
+
+
+def test_the_readmes_own_loop_runs(workplace):
+    """A teacher's store is written by the real program, then read by the README's loop."""
+    ((_, source),) = marked(ROOT / "README.md", "run")
+    assert len(source.splitlines()) <= 25
+    recipe = ["--cfg", "configs/shapes/save_logits.yaml"]
+    teacher = build_model(
+        load_config(["--cfg", str(ROOT / recipe[1]), "--opts", "MODEL.NUM_CLASSES", "10"])
+    )
+    torch.save(teacher.state_dict(), workplace / "teacher.pth")
+    opts = [*TINY, "DISTILL.TEACHER_LOGITS_PATH", "output/demo/logits"]
+    run(
+        ["save_logits.py", *recipe, "--skip-eval", "--resume", "teacher.pth", "--opts", *opts],
+        workplace,
+    )
+    source = source.replace(
+        '"DISTILL.TEACHER_LOGITS_PATH"',
+        ", ".join(f'"{word}"' for word in [*TINY, "DISTILL.TEACHER_LOGITS_PATH"]),
+    )
+    run(["-c", source + "\nassert torch.isfinite(loss) and epoch == 0\n"], workplace)
+
+
+def test_the_readmes_table_of_models_is_right():
+    """Links lead where the code fetches from; published figures, parameters and multiply-adds are
+    those that the code knows or counts.
+    """
+    text = README.read_text(encoding="utf-8")
+    links = dict(re.findall(r"^\[(\w+)\]: (\S+)$", text, re.MULTILINE))
+    shown = {links[name]: float(top1) for top1, name in re.findall(r"\[([\d.]+)\]\[(\w+)\]", text)}
+    assert shown == {zoo_url(entry.variant, entry.which): entry.top1 for entry in verify_zoo.ZOO}
+    weights = {links[name] for name in re.findall(r"\[weights\]\[(\w+)\]", text)}
+    assert weights == {zoo_url(size, "22k_distill") for size in ("5m", "11m", "21m")}
+    for name, parameters, adds, size in re.findall(
+        r"^\| TinyViT-(\S+) \| ([\d.]+) M \| ([\d.]+) G \| (\d+) \|", text, re.MULTILINE
+    ):
+        model = TinyViT.from_config(name.lower().replace("-", "_"))
+        assert model.img_size == int(size) and f"{count_parameters(model) / 1e6:.1f}" == parameters
+        assert f"{model.flops() / 1e9:.1f}" == adds
+
+
+def test_results_say_how_they_were_made():
+    """Every section of the results names a command."""
+    text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
+        assert re.search(r"`[^`]*(python|make|torchrun)[^`]*`|```", section), section.splitlines()[
+            0
+        ]

@@ -1,0 +1,325 @@
+"""Small twins of documented commands: the same program, recipe, flags and --opts in a folder of
+stand-ins, made small by later --opts.
+
+The network is the one thing that is replaced: the model zoo is a folder behind a loopback URL,
+timm's hub gives random weights."""
+
+import http.server
+import shutil
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.distributed.run import get_args_parser
+
+import save_logits
+from configs import argument_parser, config_from_args, load_config
+from data.store.reader import LogitsStoreReader
+from models.build import build_model
+from models.class_map import imagenet_wnids
+from models.clip_vit import clip_vit_large14_224
+from models.pretrained import ZOO_NAMES, zoo_url
+from models.tiny_vit import VARIANTS as OFFICIAL
+from models.tiny_vit import TinyViT
+from tests.support.helpers import ROOT
+from tests.support.saving import write_upstream
+
+# Each official variant in small; as among the official ones, a larger image has larger windows and
+# nothing else.
+_SMALL = {
+    "depths": (1, 1, 1, 1),
+    "window_sizes": (2, 2, 2, 2),
+    "img_size": 40,
+    "drop_path_rate": 0.0,
+}
+VARIANTS = {
+    "5m": {**_SMALL, "embed_dims": (8, 16, 16, 16), "num_heads": (1, 1, 1, 1)},
+    "11m": {**_SMALL, "embed_dims": (8, 16, 16, 32), "num_heads": (1, 1, 1, 2)},
+    "21m": {**_SMALL, "embed_dims": (8, 16, 32, 32), "num_heads": (1, 1, 2, 2)},
+}
+VARIANTS["21m_384"] = {**VARIANTS["21m"], "img_size": 64, "window_sizes": (4, 4, 4, 2)}
+VARIANTS["21m_512"] = {**VARIANTS["21m"], "img_size": 80, "window_sizes": (5, 5, 5, 3)}
+CLIP = {
+    "embed_dim": 16,
+    "image_resolution": 40,
+    "vision_layers": 1,
+    "vision_width": 64,
+    "vision_patch_size": 8,
+}
+TIMM = "convnext_atto"  # the smallest of the documented family
+SIDE = 40  # pixels
+WNIDS = sorted([imagenet_wnids(1000)[5], imagenet_wnids(1000)[700], imagenet_wnids(1000)[999]])
+TRAIN, VAL, SHAPES = 8, 2, 80  # images of a class, and of all shapes
+# recipes of stores
+STORES = {
+    "imagenet": "1k_distill/tiny_vit_5m_1k_distill",
+    "imagenet22k": "22k_distill/tiny_vit_5m_22k_distill",
+}
+# What the documents leave to the reader, and folders outside of the repository.
+PLACES = {
+    "STORE": "stores/imagenet",
+    "STORE_A": "stores/imagenet",
+    "STORE_B": "stores/imagenet",
+    "MERGED": "merged",
+    "ORIGINAL": "original",
+    "CONVERTED": "converted",
+    "RECIPE": f"configs/{STORES['imagenet']}.yaml",
+    "DATA": "./ImageNet",
+    "E": "1",
+    "./output/demo/shapes-teacher/default/checkpoints/last.pth": "./checkpoints/shapes_teacher.pth",
+    "FOLDER": "output/TinyViT-21M-1k/default",
+    "/data/ImageNet": "./ImageNet",
+    "/shared/output": "./shared/output",
+}
+TEACHERS = """from tests.support.teachers import Glance
+
+
+def large(cfg):
+    return Glance(1000)
+"""
+
+
+class Command(NamedTuple):
+    """A command of the documents without its launcher."""
+
+    program: str  # main.py, save_logits.py, or the module after -m
+    arguments: list[str]
+    world: int = 1  # processes that the launcher starts
+
+
+def parsed(words: Sequence[str]) -> Command:
+    """A command's parts; torchrun itself judges its flags."""
+    words = [PLACES.get(word, word) for word in words if word != "srun"]
+    if words[0] == "python":
+        return Command(words[2], words[3:]) if words[1] == "-m" else Command(words[1], words[2:])
+    launch = get_args_parser().parse_args(words[1:])
+    machines = int(launch.nnodes.split(":")[-1])  # its default is 1:1
+    return Command(
+        launch.training_script, launch.training_script_args, machines * int(launch.nproc_per_node)
+    )
+
+
+def config_of(command: Command):
+    """The configuration of a command, as it stands in the documents or as a twin."""
+    # programs have flags of their own
+    known, _ = argument_parser("").parse_known_args(command.arguments)
+    return config_from_args(known, command.world)
+
+
+def twin(command: Command) -> Command:
+    """The same command of main.py or save_logits.py in small, for one process."""
+    cfg = config_of(command)
+    opts: list[object] = [
+        "DATA.NUM_WORKERS",
+        0,
+        "TRAIN.EPOCHS",
+        1,
+        "TRAIN.WARMUP_EPOCHS",
+        0,
+        "PRINT_FREQ",
+        1,
+        *_small_model(cfg),
+    ]
+    if cfg.TRAIN.GLOBAL_BATCH:
+        opts += ["TRAIN.GLOBAL_BATCH", 8]
+    if cfg.DATA.DATASET == "shapes":
+        opts += ["DATA.SHAPES.TRAIN_IMAGES", SHAPES, "DATA.SHAPES.VAL_IMAGES", 20]
+    elif cfg.DATA.DATASET == "cifar10":
+        opts += ["DATA.SUBSET", 1.0]
+    # which has all of its classes, unlike the stand-in
+    elif Path(cfg.DATA.DATA_PATH).name.startswith("ImageNet"):
+        opts += [
+            "DATA.CLASS_LIST",
+            "imagenet22k" if cfg.DATA.DATASET == "imagenet22k" else "imagenet1k",
+        ]
+    return Command(
+        command.program,
+        [*command.arguments, "--batch-size", "4", "--only-cpu", "--opts", *map(str, opts)],
+    )
+
+
+def _small_model(cfg) -> list[object]:
+    """Options for the small model that stands for a configuration's, and for its image size."""
+    match cfg.MODEL.TYPE:
+        case "timm":
+            assert timm.get_pretrained_cfg(cfg.MODEL.NAME).has_weights, (
+                f"timm has no weights for {cfg.MODEL.NAME}"
+            )
+            return ["MODEL.NAME", TIMM, "DATA.IMG_SIZE", SIDE]
+        case "tiny_vit" if cfg.DATA.DATASET != "shapes":
+            small, is_small_already = VARIANTS[_official(cfg)], cfg.DATA.DATASET == "cifar10"
+            keys = (
+                "DEPTHS",
+                "EMBED_DIMS",
+                "NUM_HEADS",
+                *([] if is_small_already else ["WINDOW_SIZES"]),
+            )
+            shape = [
+                word for key in keys for word in (f"MODEL.TINY_VIT.{key}", list(small[key.lower()]))
+            ]
+            return [*([] if is_small_already else ["DATA.IMG_SIZE", small["img_size"]]), *shape]
+        case "tiny_vit":
+            return []
+        case _:
+            return ["DATA.IMG_SIZE", SIDE]
+
+
+def _official(cfg) -> str:
+    """The official variant that a configuration describes, by its windows too where these are an
+    official variant's.
+    """
+    found = [
+        name
+        for name, variant in OFFICIAL.items()
+        if variant["embed_dims"] == tuple(cfg.MODEL.TINY_VIT.EMBED_DIMS)
+    ]
+    windows = tuple(cfg.MODEL.TINY_VIT.WINDOW_SIZES)
+    return next((name for name in found if OFFICIAL[name].get("window_sizes") == windows), found[0])
+
+
+# ---- stand-ins
+
+
+def write_stand_ins(root: Path) -> None:
+    """Everything that the documents' commands find in the folder where they are started, in small,
+    but no result of theirs.
+    """
+    (root / "configs").symlink_to(ROOT / "configs")
+    _write_pictures(root / "ImageNet", WNIDS, "JPEG")
+    _write_pictures(root / "cifar10", ["airplane", "bird", "cat"], "jpg")
+    _write_pictures(root / "flowers", ["daisy", "rose"], "jpg")
+    shutil.copy(root / "flowers" / "train" / "daisy" / "0.jpg", root / "photo.jpg")
+    _write_zips(root / "ImageNet-22k")
+    _write_weights(root / "checkpoints")
+    (root / "my_package").mkdir()
+    (root / "my_package" / "teachers.py").write_text(TEACHERS)
+    for name, recipe in STORES.items():
+        _write_store(root, name, recipe)
+    records = np.array(LogitsStoreReader(root / "stores" / "imagenet").open_epoch(0))
+    write_upstream(root / "original", {0: records})
+
+
+def _write_pictures(root: Path, classes: Sequence[str], suffix: str) -> None:
+    """Class folders for training and validation."""
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                _picture(label, index).save(root / split / name / f"{index}.{suffix}", "JPEG")
+
+
+def _write_zips(root: Path) -> None:
+    """ImageNet-22k's layout."""
+    root.mkdir()
+    with open(root / "in22k_image_names.txt", "w") as names:
+        for label, wnid in enumerate(WNIDS):
+            with zipfile.ZipFile(root / f"{wnid}.zip", "w") as archive:
+                for index in range(TRAIN):
+                    names.write(f"{wnid}_{index}\n")
+                    with archive.open(f"{wnid}_{index}.jpeg", "w") as file:
+                        _picture(label, index).save(file, "JPEG")
+
+
+def _picture(label: int, index: int) -> Image.Image:
+    return Image.fromarray(
+        np.random.default_rng([label, index]).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    )
+
+
+def _write_weights(root: Path) -> None:
+    """The files of the model zoo under their names, each with the weights of a small variant."""
+    root.mkdir()
+    torch.manual_seed(0)
+    for variant, shape in VARIANTS.items():
+        for name in ZOO_NAMES:
+            model = TinyViT(**shape, num_classes=21841 if name == "22k_distill" else 1000)
+            file = root / Path(zoo_url(variant, name)).name
+            # a larger 21m begins with the weights of the smaller, under the same name
+            if not file.exists():
+                torch.save({"model": model.state_dict()}, file)
+    teacher = build_model(
+        load_config(
+            [
+                "--cfg",
+                str(ROOT / "configs" / "shapes" / "teacher.yaml"),
+                "--opts",
+                "MODEL.NUM_CLASSES",
+                "10",
+            ]
+        )
+    )
+    torch.save(teacher.state_dict(), root / "shapes_teacher.pth")
+    torch.save(clip_vit_large14_224(**CLIP).state_dict(), root / "clip_vit_large_patch14_22k.pth")
+
+
+def _write_store(root: Path, name: str, recipe: str) -> None:
+    """The store that a student's recipe wants, from a teacher of our own."""
+    classes = 21841 if name == "imagenet22k" else 1000
+    data = root / ("ImageNet-22k" if classes > 1000 else "ImageNet")
+    words = [
+        "--cfg",
+        str(root / "configs" / f"{recipe}.yaml"),
+        "--data-path",
+        str(data),
+        "--skip-eval",
+        "--output",
+        str(root / "stores"),
+        "--opts",
+        "MODEL.TYPE",
+        "tests.support.teachers:glance",
+        "MODEL.NUM_CLASSES",
+        str(classes),
+        "DISTILL.TEACHER_LOGITS_PATH",
+        str(root / "stores" / name),
+    ]
+    assert save_logits.main(twin(Command("save_logits.py", words)).arguments) == 0
+
+
+# ---- what replaces the network
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The URL under which a folder's files can be fetched."""
+    handler = partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def shrink_the_world(patch: pytest.MonkeyPatch) -> None:
+    """The official models small, and timm's weights from no hub."""
+    for module in ("models.build", "models.tiny_vit"):
+        patch.setattr(f"{module}.VARIANTS", VARIANTS)
+    patch.setattr("models.build.clip_vit_large14_224", partial(clip_vit_large14_224, **CLIP))
+    patch.setattr("timm.models._builder.load_pretrained", _random_weights)
+    # Another back end still traces the model; the default one calls a C++ compiler, for a minute.
+    patch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        patch.delenv(key, raising=False)
+
+
+def _random_weights(model: torch.nn.Module, **_: object) -> None:
+    """In place of timm's download: weights of the right shapes, the same each time, as a file's
+    are.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1

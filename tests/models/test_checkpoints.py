@@ -1,0 +1,264 @@
+"""Checkpoints: on real files, damaged ones and full disks among them."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models.checkpoints import load_checkpoint, newest_valid, restore, save_also, save_atomic
+from utils import grad_scaler
+
+
+def state(step: int = 3) -> dict:
+    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 40)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": grad_scaler(torch.device("cpu"), torch.float16).state_dict(),
+        "step": step,
+        "note": ["text", 1.5, None, True, (1, 2), b"bytes"],
+    }
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert type(a) is type(b) and len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_equal(one, other)
+    else:
+        assert a == b and type(a) is type(b)
+
+
+def test_a_checkpoint_comes_back_equal_and_leaves_nothing_else(tmp_path):
+    saved, path = state(), tmp_path / "a b.pth"
+    save_atomic(saved, path)
+    assert_equal(saved, load_checkpoint(path))
+    save_atomic({"step": 4}, path)
+    assert load_checkpoint(path) == {"step": 4}
+    assert os.listdir(tmp_path) == ["a b.pth"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"model": nn.Linear(2, 2)}, r"state\['model'\] is a torch.nn.modules.linear.Linear"),
+        ({"lr": [0.1, np.float64(0.1)]}, r"state\['lr'\]\[1\] is a numpy.float64"),
+        (
+            {"a": {"b": nn.Parameter(torch.ones(1))}},
+            r"state\['a'\]\['b'\] is a torch.nn.parameter.Parameter",
+        ),
+        ({"path": Path("x")}, r"state\['path'\] is a pathlib"),
+        ({(1, 2): 3}, r"state has the key \(1, 2\)"),
+    ],
+)
+def test_only_plain_values_are_saved(value, message, tmp_path):
+    with pytest.raises(AssertionError, match=message):
+        save_atomic(value, tmp_path / "c.pth")
+    assert os.listdir(tmp_path) == []
+
+
+FULL_DISK = """
+import os, resource, signal, sys, torch
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from models import checkpoints
+checkpoints.save_atomic({"step": 1, "w": torch.zeros(1000)}, "c.pth")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+for name in ("c.pth", "d.pth"):
+    try:
+        checkpoints.save_atomic({"step": 2, "w": torch.zeros(1_000_000)}, name)
+    except OSError as error:
+        print(error.errno, error, sep="|")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
+def test_a_failed_write_keeps_the_old_file_and_no_temporary(tmp_path, root):
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    message = f"{errno.EFBIG}|[Errno {errno.EFBIG}] can't write the checkpoint (File too large)"
+    assert done.stdout.splitlines() == [
+        f"{message}; the file that was there is unchanged: 'c.pth'",
+        f"{message}: 'd.pth'",
+    ], done.stderr
+    assert os.listdir(tmp_path) == ["c.pth"]
+    assert load_checkpoint(tmp_path / "c.pth")["step"] == 1
+
+
+def test_a_full_disk_and_a_missing_folder_say_so(tmp_path, monkeypatch):
+    with pytest.raises(OSError, match="can't write the checkpoint .No such file or directory"):
+        save_atomic({"step": 1}, tmp_path / "no" / "c.pth")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OSError, match="can't write the checkpoint .No space left on device"
+    ) as raised:
+        save_atomic({"step": 1}, tmp_path / "c.pth")
+    assert raised.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []
+
+
+def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    save_atomic({"step": 1}, tmp_path / "c.pth")
+
+    def fails(source, target):
+        assert load_checkpoint(source) == {"step": 2}  # whole before it takes the name
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="Permission denied.*; the file that was there is unchanged"):
+        save_atomic({"step": 2}, tmp_path / "c.pth")
+    assert os.listdir(tmp_path) == ["c.pth"] and load_checkpoint(tmp_path / "c.pth") == {"step": 1}
+
+
+def test_other_failures_while_saving_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        save_atomic({"step": 1}, tmp_path / "c.pth")
+    assert os.listdir(tmp_path) == []
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_damaged_and_foreign_files_are_errors_that_name_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_atomic(state(), "good.pth")
+    whole = Path("good.pth").read_bytes()
+    flipped = bytearray(whole)
+    flipped[
+        whole.index(load_checkpoint("good.pth")["model"]["0.weight"].numpy().tobytes()) + 17
+    ] ^= 1
+    damaged = {
+        "empty": b"",
+        "short": whole[: len(whole) // 2],
+        "almost": whole[:-3],
+        "text": b"not a checkpoint at all",
+        "flipped": bytes(flipped),
+    }
+    for name, content in damaged.items():
+        Path(f"{name}.pth").write_bytes(content)
+    torch.save({"step": Evil()}, "evil.pth")
+    torch.save([1, 2], "list.pth")
+    for name in (*damaged, "evil"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                rf"the checkpoint {name}\.pth is damaged or of another kind \(.+\): use another one"
+            ),
+        ):
+            load_checkpoint(f"{name}.pth")
+    assert not Path("executed").exists()
+    with pytest.raises(
+        ValueError, match=r"the checkpoint list\.pth holds a list instead of a training state"
+    ):
+        load_checkpoint("list.pth")
+    with pytest.raises(ValueError, match=r"there is no checkpoint none\.pth"):
+        load_checkpoint("none.pth")
+
+
+def test_a_state_is_more_than_weights_and_belongs_to_one_model(tmp_path):
+    with pytest.raises(
+        ValueError, match="model.safetensors holds weights alone, so no training goes on from it"
+    ):
+        load_checkpoint(tmp_path / "model.safetensors")
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    restore(model, other.state_dict())
+    assert torch.equal(model.weight, other.weight)
+    with pytest.raises(
+        ValueError,
+        match=r"the checkpoint is of another Linear \(Missing key.*: begin another run with --tag",
+    ):
+        restore(model, {"weight": other.weight})
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_second_name_is_a_link_or_a_copy(has_links, tmp_path, monkeypatch):
+    save_atomic({"step": 1}, tmp_path / "last.pth")
+    (tmp_path / "best.pth").write_bytes(b"an older one")
+    if not has_links:
+        monkeypatch.setattr(
+            os,
+            "link",
+            lambda source, target: (_ for _ in ()).throw(
+                PermissionError(errno.EPERM, "no links here")
+            ),
+        )
+    save_also(tmp_path / "last.pth", tmp_path / "best.pth")
+    assert load_checkpoint(tmp_path / "best.pth") == {"step": 1} and sorted(
+        os.listdir(tmp_path)
+    ) == ["best.pth", "last.pth"]
+    assert (tmp_path / "best.pth").samefile(tmp_path / "last.pth") == has_links
+
+
+def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path):
+    lines: list[str] = []
+    assert newest_valid(tmp_path / "no such folder", lines.append) is None
+    assert newest_valid(tmp_path, lines.append) is None
+    # written, so dated, in another order than that of the steps
+    for number, step in (("9", 90), ("10", 100), ("2", 20)):
+        save_atomic(state(step), tmp_path / f"epoch_{number}.pth")
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
+    save_atomic(state(100), tmp_path / "a_copy.pth")
+    os.utime(tmp_path / "a_copy.pth", (1, 1))
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
+    (tmp_path / "a_copy.pth").unlink()
+    assert lines == []
+    whole = (tmp_path / "epoch_10.pth").read_bytes()
+    (tmp_path / "epoch_10.pth").write_bytes(whole[:-1])
+    (tmp_path / "epoch_11.pth").write_bytes(b"")
+    save_atomic({"model": {}}, tmp_path / "weights.pth")
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_9.pth"
+    assert {line.split(".pth")[0].split("/")[-1] for line in lines} == {
+        "epoch_10",
+        "epoch_11",
+        "weights",
+    }
+    assert all(line.startswith("skipped: ") for line in lines)
+    for name in ("epoch_9", "epoch_2"):
+        (tmp_path / f"{name}.pth").write_bytes(whole[:100])
+    assert newest_valid(tmp_path, lines.append) is None
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(tmp_path):
+    save_atomic({"step": 1, "w": torch.arange(10_000)}, tmp_path / "old.pth")
+    save_atomic({"step": 2, "w": torch.arange(10_000)}, tmp_path / "new.pth")
+    content = bytearray((tmp_path / "new.pth").read_bytes())
+    content[len(content) // 2] ^= 4
+    (tmp_path / "new.pth").write_bytes(content)
+    lines: list[str] = []
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "old.pth"
+    assert len(lines) == 1 and "new.pth" in lines[0] and "checksum" in lines[0]
+
+
+def test_old_safe_containers_are_read_too(tmp_path):
+    save_atomic({"model": OrderedDict(a=torch.ones(2))}, tmp_path / "c.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "c.pth")["model"]["a"], torch.ones(2))

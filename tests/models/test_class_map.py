@@ -1,0 +1,97 @@
+"""The map between ImageNet's two numberings."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models.class_map import (
+    class_map,
+    imagenet_wnids,
+    map_22k_to_1k,
+    map_outputs,
+    read_class_subset,
+)
+
+ABSENT = 850  # n04399382, the one class of the 1,000 that the 21,841 lack
+
+
+def test_map_equals_the_originals_table(goldens):
+    mapping = map_22k_to_1k()
+    case = json.loads((goldens / "model.json").read_text())["remap_layer"]
+    outputs = torch.arange(2 * 21841).view(2, -1).float()[:, mapping]
+    outputs[:, mapping < 0] = 0  # what the original gives an absent class
+    assert hashlib.sha256(outputs.numpy().tobytes()).hexdigest() == case["out_sha"]
+    assert (mapping < 0).sum() == case["minus1"]
+
+
+def test_map_follows_the_names():
+    mapping = map_22k_to_1k()
+    assert mapping.dtype == np.int64 and mapping.shape == (1000,)
+    assert np.flatnonzero(mapping < 0).tolist() == [ABSENT]
+    small, large = imagenet_wnids(1000), imagenet_wnids(21841)
+    assert all(
+        large[position] == small[index] for index, position in enumerate(mapping) if position >= 0
+    )
+    assert small[ABSENT] not in large
+    back = class_map(1000, 21841)
+    assert back.shape == (21841,) and (back >= 0).sum() == 999
+    assert all(mapping[index] == position for position, index in enumerate(back) if index >= 0)
+
+
+def test_equal_numberings_map_to_themselves_and_others_not_at_all():
+    assert class_map(10, 10).tolist() == list(range(10))
+    assert class_map(1000, 10) is None
+    assert class_map(21841, 100) is None
+
+
+def test_absent_outputs_get_the_rows_minimum():
+    logits = torch.tensor([[3.0, -1.0, 2.0], [0.5, 7.0, 4.0]], requires_grad=True)
+    mapped = map_outputs(logits, np.array([2, -1, 0]))
+    assert mapped.tolist() == [[2.0, -1.0, 3.0], [4.0, 0.5, 0.5]]
+    assert torch.equal(mapped, map_outputs(logits, torch.tensor([2, -1, 0])))
+    # all below zero
+    teacher = -torch.rand(4, 21841, generator=torch.Generator().manual_seed(0)) - 5
+    in_1k = map_outputs(teacher, map_22k_to_1k())
+    assert torch.equal(in_1k[:, ABSENT], teacher.amin(1))
+    assert (in_1k.argmax(1) != ABSENT).all()
+
+
+def test_unknown_numbering():
+    with pytest.raises(
+        ValueError, match="no WordNet ids are known for 10 classes, only for 1000 and 21841"
+    ):
+        imagenet_wnids(10)
+
+
+def test_class_subsets_are_read_by_index_and_by_name(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("n01440764\n\n7\nn04399382\n")
+    assert read_class_subset(path, 1000) == [0, 7, ABSENT]
+    path.write_text("cat\n0\n")
+    assert read_class_subset(path, 3, ["dog", "owl", "cat"]) == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "0\ncat\n1000\n-1\nx\n",
+            (
+                r"classes.txt: cat, 1000, -1, \.\.\.: neither class names of the teacher nor"
+                r" indices below 1000"
+            ),
+        ),
+        ("", "classes.txt: expected some classes, one a line, each once"),
+        ("0\nn01440764\n", "classes.txt: expected some classes, one a line, each once"),
+        (None, "classes.txt: the list of classes cannot be read"),
+    ],
+)
+def test_bad_class_subsets(tmp_path, content, message):
+    path = tmp_path / "classes.txt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_class_subset(path, 1000)

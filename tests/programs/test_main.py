@@ -1,0 +1,1417 @@
+"""main.py: what its flags do, what it measures and says, and how each fault ends."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import re
+import shutil
+import socket
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import main
+import save_logits
+import utils
+from configs import load_config
+from configs.continuation import FREE, check_continuation
+from models.class_map import imagenet_wnids, map_22k_to_1k
+from models.distill import share_right
+from models.teacher import Teacher
+from tests.support import saving
+from tests.support.mounts import alone, mount_small, needs_mounts
+from tests.support.training import (
+    OPTS,
+    TINY_MODEL,
+    Job,
+    folder,
+    metrics,
+    run,
+    same_bits,
+    state,
+    updates,
+)
+
+SHORT = ["DATA.SHAPES.TRAIN_IMAGES", 24, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]  # 3 updates
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The output of a run of 2 epochs with averaged weights and labels; nobody changes it."""
+    output = tmp_path_factory.mktemp("trained")
+    assert (
+        run(output, "TRAIN.EMA_DECAY", 0.9, flags=["--save-model", output / "weights.safetensors"])
+        == 0
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    """A store of two epochs of 24 images."""
+    root = tmp_path_factory.mktemp("store") / "store"
+    assert saving.run(root, *SHORT, "TRAIN.EPOCHS", 2) == 0
+    return root
+
+
+def log_of(output: Path, tag: str = "default") -> str:
+    return (folder(output, tag) / "log_rank0.txt").read_text()
+
+
+def fault(capsys, *args, **how) -> str:
+    """The one line on stderr of a run that ends with exit code 2."""
+    capsys.readouterr()
+    assert run(*args, **how) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# ---- training
+
+
+def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
+    assert sorted(path.name for path in folder(trained).iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "log_rank0.txt",
+        "metrics.jsonl",
+    ]
+    assert sorted(path.name for path in (folder(trained) / "checkpoints").iterdir()) == [
+        "best.pth",
+        "epoch_0001.pth",
+        "epoch_0002.pth",
+        "last.pth",
+    ]
+    cfg = load_config(["--cfg", str(folder(trained) / "config.yaml")])
+    assert cfg.MODEL.NUM_CLASSES == 10 and cfg.AUG.FILL == [124, 116, 104]
+    lines = metrics(trained)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10]
+    assert (
+        lines[1].keys() == {"step", "epoch", "norm", "loss", "top1", "lr", "lr_min", "skipped"}
+        and lines[1]["epoch"] == 0.4
+    )
+    epoch = lines[5]
+    assert epoch.keys() == {
+        "step",
+        "epoch",
+        "train_norm",
+        "train_loss",
+        "train_top1",
+        "val_loss",
+        "val_top1",
+        "val_top5",
+        "average_loss",
+        "average_top1",
+        "average_top5",
+        "best_top1",
+    }
+    assert epoch["train_loss"] == pytest.approx(
+        np.mean([line["loss"] for line in lines[:5]]), rel=1e-12
+    )
+    for text in (
+        "resolved configuration:",
+        "code ",
+        "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
+        "each image: RandomResizedCrop(",
+        "43 images, 5 updates an epoch, each of 8 images: 1 processes x 1 passes x 8",
+        "epoch 1/2, update 2/5: norm ",
+        " images/s, data wait ",
+        " GB, ",
+        " left",
+        "epoch 2, averaged weights: 20 validation images: top-1 ",
+        "finished: 2 epochs, 10 updates, best top-1 ",
+    ):
+        assert text in log_of(trained), text
+
+
+def test_checkpoints_hold_plain_values_and_the_weights_alone_are_the_averaged_ones(trained):
+    last = state(trained)
+    assert last["step"] == 10 and last["progress"]["epoch"] == 2 and last["progress"]["step"] == 0
+    weights = safetensors.torch.load_file(trained / "weights.safetensors")
+    assert same_bits(weights, dict(last["model_ema"])) and not same_bits(
+        weights, dict(last["model"])
+    )
+
+
+def test_a_finished_run_says_so_and_ends_well(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    before = (folder(tmp_path) / "metrics.jsonl").read_bytes()
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9) == 0
+    assert (
+        "nothing is left to train: raise TRAIN.EPOCHS to go on, or begin another run with --tag"
+        in capsys.readouterr().out
+    )
+    assert (folder(tmp_path) / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_epochs_are_allowed_and_said_loudly(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert (
+        run(
+            tmp_path,
+            "TRAIN.EMA_DECAY",
+            0.9,
+            "TRAIN.EPOCHS",
+            3,
+            "PRINT_FREQ",
+            5,
+            "DATA.NUM_WORKERS",
+            1,
+        )
+        == 0
+    )
+    assert (
+        "WARNING CHANGED SINCE THE CHECKPOINT: TRAIN.EPOCHS 2 -> 3; learning rates follow it"
+        in log_of(tmp_path)
+    )
+    assert [line["step"] for line in metrics(tmp_path)][-2:] == [15, 15] and state(tmp_path)[
+        "progress"
+    ]["epoch"] == 3
+
+
+def test_another_configuration_under_the_same_tag_is_refused_with_the_difference(
+    trained, tmp_path, capsys
+):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, "TRAIN.BASE_LR", 0.2, "AUG.REPROB", 0.0)
+    assert (
+        "last.pth was written under another configuration (TRAIN.BASE_LR 0.1 -> 0.2; AUG.REPROB"
+        " 0.25 -> 0.0): start anew" in line
+    )
+    assert "--tag <new name>" in line
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, flags=["--batch-size", 4])
+    assert (
+        "DATA.BATCH_SIZE 8 -> 4" in line
+        and "with TRAIN.GLOBAL_BATCH 8 any number of processes may go on" in line
+    )
+    assert run(tmp_path, *SHORT, "TRAIN.BASE_LR", 0.2, flags=["--tag", "new"]) == 0
+
+
+def test_which_changes_a_continuation_allows():
+    def cfg(*opts, world=1):
+        return load_config(["--opts", *map(str, opts)], world)
+
+    from configs import dump
+
+    before = dump(cfg("DATA.BATCH_SIZE", 16, "TRAIN.EPOCHS", 30))
+    assert (
+        check_continuation(
+            before,
+            cfg("DATA.BATCH_SIZE", 16, "TRAIN.EPOCHS", 30, "DATA.DATA_PATH", "x", "PRINT_FREQ", 3),
+            "c",
+        )
+        == []
+    )
+    changes = check_continuation(
+        before,
+        cfg("DATA.BATCH_SIZE", 4, "TRAIN.EPOCHS", 40, "TRAIN.GLOBAL_BATCH", 16, world=2),
+        "c",
+    )
+    assert list(map(str, changes)) == [
+        "WORLD_SIZE 1 -> 2",
+        "DATA.BATCH_SIZE 16 -> 4",
+        "TRAIN.EPOCHS 30 -> 40",
+    ]
+    for opts, world, text in [
+        (["TRAIN.GLOBAL_BATCH", 32], 2, "images per update 16 -> 32"),
+        (["DATA.BATCH_SIZE", 16], 2, "WORLD_SIZE 1 -> 2"),
+        (
+            ["DATA.BATCH_SIZE", 16, "TRAIN.ACCUMULATION_STEPS", 2],
+            1,
+            "TRAIN.ACCUMULATION_STEPS 1 -> 2",
+        ),
+        (["DATA.BATCH_SIZE", 16, "SEED", 1], 1, "SEED 0 -> 1"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(text)):
+            check_continuation(before, cfg("TRAIN.EPOCHS", 30, *opts, world=world), "c")
+    known = set(yaml_leaves(before))
+    assert FREE <= known
+
+
+def yaml_leaves(text: str) -> list[str]:
+    import yaml
+
+    def leaves(node, prefix=""):
+        for key, value in node.items():
+            yield from (
+                leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+            )
+
+    return list(leaves(yaml.safe_load(text)))
+
+
+def test_a_continuation_of_other_data_or_another_teacher_is_refused(store, tmp_path, capsys):
+    images = draw_train(tmp_path / "images")
+    shutil.copytree(images / "train", images / "val")
+    opts = ["DATA.DATASET", "imagenet", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]
+    assert run(tmp_path, *opts, flags=["--data-path", images]) == 0
+    next((images / "train" / "a").glob("*")).unlink()
+    line = fault(capsys, tmp_path, *opts, "TRAIN.EPOCHS", 2, flags=["--data-path", images])
+    assert (
+        "last.pth comes from other data than this run would see (images 24 -> 23; keys_sha256"
+        in line
+        and "--tag <new name>" in line
+    )
+    # which chooses the teacher's weights
+    assert saving.run(tmp_path / "other", *SHORT, "TRAIN.EPOCHS", 2, "SEED", 7) == 0
+    assert (
+        run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, flags=["--tag", "student"]) == 0
+    )
+    line = fault(
+        capsys,
+        tmp_path,
+        *SHORT,
+        "TRAIN.EPOCHS",
+        2,
+        "DISTILL.TEACHER_LOGITS_PATH",
+        tmp_path / "other",
+        flags=["--tag", "student"],
+    )
+    assert (
+        "comes from other data than this run would see (teacher {" in line
+        and line.count("weights_sha256") == 2
+    )
+
+
+def test_where_nothing_can_be_read_nothing_is_overwritten(trained, tmp_path, capsys, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    checkpoints, lines = (
+        folder(tmp_path) / "checkpoints",
+        (folder(tmp_path) / "metrics.jsonl").read_bytes(),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            main.checkpoints.zipfile,
+            "ZipFile",
+            lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")),
+        )
+        assert "this checkpoint can't be read now ([Errno 116] Stale file handle)" in fault(
+            capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9
+        )
+    for path in checkpoints.iterdir():
+        path.write_bytes(b"")
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9)
+    assert (
+        f"{checkpoints}: none of the checkpoints there can be used" in line
+        and "TRAIN.AUTO_RESUME False" in line
+    )
+    assert (folder(tmp_path) / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    checkpoint = folder(tmp_path) / "checkpoints" / "epoch_0001.pth"
+    assert (
+        run(
+            tmp_path,
+            "TRAIN.EMA_DECAY",
+            0.9,
+            "TRAIN.AUTO_RESUME",
+            False,
+            flags=["--resume", checkpoint],
+        )
+        == 0
+    )
+    assert f"continuing from {checkpoint}: 5 updates are done" in log_of(tmp_path)
+    assert len(list(folder(tmp_path).glob("checkpoints_before_1/*.pth"))) == 4
+    assert same_bits(state(tmp_path)["model"], state(trained)["model"])
+
+
+def test_weights_alone_or_another_model_are_no_state_to_go_on_from(trained, tmp_path, capsys):
+    line = fault(capsys, tmp_path, flags=["--resume", trained / "weights.safetensors"])
+    assert (
+        "holds weights alone, so no training goes on from it: take them with --pretrained" in line
+    )
+    changed = state(trained) | {"model": {"other.weight": torch.zeros(1)}}
+    torch.save(changed, tmp_path / "changed.pth")
+    line = fault(
+        capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, flags=["--resume", tmp_path / "changed.pth"]
+    )
+    assert "the checkpoint is of another TinyViT (Missing key(s) in state_dict: " in line
+
+
+def test_where_a_run_begins(trained, tmp_path):
+    weights = trained / "weights.safetensors"
+    checkpoint = folder(trained) / "checkpoints" / "epoch_0001.pth"
+    opts = ["TRAIN.EMA_DECAY", 0.9]
+    # the checkpoint wins
+    assert run(tmp_path, *opts, flags=["--resume", checkpoint, "--pretrained", weights]) == 0
+    assert f"continuing from {checkpoint}: 5 updates are done" in log_of(
+        tmp_path
+    ) and f"not loaded: {weights}" in log_of(tmp_path)
+    assert same_bits(state(tmp_path)["model"], state(trained)["model"])  # and goes on exactly
+    assert [line["step"] for line in metrics(tmp_path)] == [6, 7, 8, 9, 10, 10]
+    # the folder's own wins
+    assert run(tmp_path, *opts, "TRAIN.EPOCHS", 3, flags=["--resume", checkpoint]) == 0
+    assert "last.pth: 10 updates are done, the next is in epoch 3\n" in log_of(
+        tmp_path
+    ) and f"not loaded: {checkpoint}" in log_of(tmp_path)
+    still = ["TRAIN.BASE_LR", 0.0, "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0]
+    assert run(tmp_path, *SHORT, *still, flags=["--pretrained", weights, "--tag", "tuned"]) == 0
+    tuned, start = state(tmp_path, tag="tuned")["model"], safetensors.torch.load_file(weights)
+    assert all(
+        torch.equal(tuned[name], value)
+        for name, value in start.items()
+        if "running" not in name and "num_batches" not in name
+    )
+
+
+def test_without_auto_resume_earlier_checkpoints_move_aside(tmp_path):
+    for number in (1, 2, 3):
+        assert run(tmp_path, *SHORT, "TRAIN.AUTO_RESUME", False) == 0
+        assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 3]
+        assert len(list(folder(tmp_path).glob("checkpoints_before_*/last.pth"))) == number - 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    for name, content in (
+        ("last.pth", b""),
+        ("epoch_0002.pth", b"PK\x03\x04 no"),
+        ("best.pth", None),
+    ):
+        path = folder(tmp_path) / "checkpoints" / name
+        path.unlink() if content is None else path.write_bytes(content)
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9) == 0
+    assert len(re.findall("WARNING skipped: the checkpoint .* is damaged", log_of(tmp_path))) == 2
+    assert "epoch_0001.pth: 5 updates are done" in log_of(tmp_path)
+    assert (folder(tmp_path) / "metrics.jsonl").read_bytes() == (
+        folder(trained) / "metrics.jsonl"
+    ).read_bytes()
+    (tmp_path / "damaged.pth").write_bytes(b"no")
+    line = fault(capsys, tmp_path, flags=["--tag", "x", "--resume", tmp_path / "damaged.pth"])
+    assert f"the checkpoint {tmp_path / 'damaged.pth'} is damaged" in line
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    line = fault(capsys, tmp_path, flags=["--tag", "x", "--resume", tmp_path / "weights.pth"])
+    assert (
+        "holds no config and no measured and no metric_lines and no model_ema and no optimizer"
+        " and no"
+        in line
+        and "--pretrained" in line
+    )
+
+
+# so many lines that log and metrics need room as well
+FULL = [*SHORT, "TRAIN.EPOCHS", 12, "SAVE_FREQ", 100]
+
+
+def on_a_full_disk(disk: str) -> dict:
+    """In a process of its own: a training whose disk fills up after the first epoch, and its
+    continuation when there is room again.
+    """
+    try:
+        mount_small(Path(disk), 3000)
+    except OSError as error:
+        return {"skip": str(error)}
+    output, filler, step = Path(disk) / "out", Path(disk) / "filler", main.train_step
+
+    def filling(run, batches):
+        if run.progress.update == 4:
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        return step(run, batches)
+
+    main.train_step = filling
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as said,
+        contextlib.redirect_stderr(io.StringIO()) as faults,
+    ):
+        code = run(output, *FULL)
+    filler.unlink()
+    left = {path.name for path in (folder(output) / "checkpoints").iterdir()}
+    result = {
+        "code": code,
+        "said": said.getvalue(),
+        "faults": faults.getvalue(),
+        "left": left,
+        "step": state(output)["step"],
+    }
+    main.train_step = step
+    again = run(output, *FULL)
+    return {
+        **result,
+        "again": again,
+        "steps": [line["step"] for line in metrics(output)],
+        "model": state(output)["model"],
+    }
+
+
+@needs_mounts
+def test_a_full_disk_does_not_end_a_training(tmp_path):
+    (tmp_path / "disk").mkdir()
+    result = alone(on_a_full_disk, str(tmp_path / "disk"))
+    assert result["code"] == 2  # the end of it could not be saved
+    warning, error = result["faults"].splitlines()
+    assert re.fullmatch(
+        r"warning: .*log_rank0.txt can't be written \(.*No space left on device\) and lacks lines"
+        r" from now on",
+        warning,
+    )
+    assert re.fullmatch(
+        r"error: all epochs are done, but their result is not saved in .*checkpoints: make room"
+        r" and .*",
+        error,
+    )
+    assert (
+        len(
+            re.findall(
+                "NO CHECKPOINT WRITTEN: .*No space left on device.*Training goes on", result["said"]
+            )
+        )
+        >= 2
+    )
+    assert (
+        "could not be written" in result["said"]
+        and "epoch 12: 20 validation images" in result["said"]
+    )
+    assert result["step"] == 3 and result["left"] == {"best.pth", "last.pth"}
+    assert run(tmp_path, *FULL) == 0
+    assert result["again"] == 0 and result["steps"] == [line["step"] for line in metrics(tmp_path)]
+    assert same_bits(result["model"], state(tmp_path)["model"])
+
+
+def test_a_disk_that_was_full_for_a_while_costs_no_best_checkpoint(tmp_path, monkeypatch):
+    """The best epoch is the first, whose checkpoint could not be written: the best of those that
+    can be is kept.
+    """
+    scores, write, written = iter([49.0, 47.0, 48.0]), main.checkpoints.save_atomic, []
+    monkeypatch.setattr(
+        main,
+        "open_validation",
+        lambda *args: lambda model: {"count": 20, "loss": 1.0, "top1": next(scores), "top5": 90.0},
+    )
+
+    def full_at_first(state, path):
+        written.append(path)
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(state, path)
+
+    monkeypatch.setattr(main.checkpoints, "save_atomic", full_at_first)
+    assert run(tmp_path, *SHORT, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 100) == 0
+    assert (
+        state(tmp_path, "best.pth")["progress"]["best"] == 48.0
+        and state(tmp_path, "best.pth")["step"] == 9
+    )
+
+
+def test_checkpoints_of_one_moment_are_one_file(tmp_path):
+    assert run(tmp_path, *SHORT) == 0
+    assert (
+        len(
+            {
+                (folder(tmp_path) / "checkpoints" / name).stat().st_ino
+                for name in ("best.pth", "epoch_0001.pth", "last.pth")
+            }
+        )
+        == 1
+    )
+
+
+def test_another_process_keeps_off_a_run_in_use(tmp_path, capsys):
+    with Job(
+        tmp_path,
+        *SHORT,
+        prepare=(
+            "import time\nstep = main.train_step\nmain.train_step = lambda *args: (print('begun',"
+            " flush=True), time.sleep(60), step(*args))[-1]"
+        ),
+    ) as job:
+        while "begun" not in job.text():
+            time.sleep(0.05)
+            assert job.ranks[0].exitcode is None, job.text()
+        line = fault(capsys, tmp_path, *SHORT)
+        assert (
+            f"{folder(tmp_path)} is in use: another process writes to this run" in line
+            and "--tag" in line
+        )
+    assert run(tmp_path, *SHORT) == 0  # when that process is dead
+
+
+def test_a_stop_that_cannot_be_saved_is_a_fault(tmp_path, monkeypatch):
+    step = main.train_step
+
+    def asked(run, batches):
+        run.stop.received = "SIGTERM"
+        return step(run, batches)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(main, "train_step", asked)
+    assert run(tmp_path, *SHORT) == 75 and state(tmp_path)["step"] == 1
+    monkeypatch.setattr(main.checkpoints.os, "fsync", full)
+    assert run(tmp_path, *SHORT) == 2 and state(tmp_path)["step"] == 1
+    assert "NO CHECKPOINT WRITTEN" in log_of(tmp_path)
+
+
+def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
+    names = []
+    save = main.save
+    monkeypatch.setattr(
+        main,
+        "save",
+        lambda run, *files: (names.append((run.progress.update, files)), save(run, *files))[1],
+    )
+    assert run(tmp_path, *SHORT, "TRAIN.CHECKPOINT_MINUTES", 1e-9) == 0
+    assert names == [
+        (1, ("last.pth",)),
+        (2, ("last.pth",)),
+        (3, ("last.pth",)),
+        (3, ("best.pth", "epoch_0001.pth", "last.pth")),
+    ]
+
+
+def test_a_loss_or_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
+    forward, step, snapshots = main.forward, main.train_step, []
+    monkeypatch.setattr(
+        main,
+        "forward",
+        lambda run, batch, epoch, index: broken(
+            forward(run, batch, epoch, index), run.progress.update
+        ),
+    )
+
+    def broken(result, update):
+        loss, accuracies = result
+        if update == 1:
+            return loss * torch.nan, accuracies
+        if update == 2:
+            return loss + torch.inf, accuracies
+        if update == 3:  # a finite loss with a gradient that is not
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss, accuracies
+
+    def watched(run, batches):
+        result = step(run, batches)
+        states = (
+            run.model.state_dict(),
+            run.optimizer.state_dict()["state"],
+            run.average.model.state_dict(),
+        )
+        snapshots.append(json.loads(json.dumps(states, default=lambda tensor: tensor.tolist())))
+        return result
+
+    monkeypatch.setattr(main, "train_step", watched)
+    assert run(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.EMA_DECAY", 0.9, "TRAIN.WARMUP_EPOCHS", 0) == 0
+    assert snapshots[0] == snapshots[1] == snapshots[2] == snapshots[3] != snapshots[4]
+    lines = updates(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 3, 3]
+    assert ["loss" in line for line in lines] == [True, False, False, False, True]
+    assert lines[4]["lr"] < lines[3]["lr"] < lines[2]["lr"] < lines[1]["lr"]  # the schedule goes on
+    assert metrics(tmp_path)[-1]["train_loss"] == pytest.approx(
+        (lines[0]["loss"] + lines[4]["loss"]) / 2
+    )
+    assert "3 updates skipped" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_too_many_in_a_row_end_the_run_with_the_images_names(every, tmp_path, monkeypatch, capsys):
+    forward, seen = main.forward, []
+
+    def broken(run, batch, epoch, index):
+        loss, accuracies = forward(run, batch, epoch, index)
+        keys = run.epochs.dataset.dataset.get_keys()
+        seen.append([keys[position] for position in batch.position.tolist()])
+        return loss * (1.0 if index in (0, 2) else torch.nan), accuracies
+
+    monkeypatch.setattr(main, "forward", broken)
+    opts = ["TRAIN.EPOCHS", 2, "TRAIN.MAX_BAD_STEPS", 2, "PRINT_FREQ", every]
+    line = fault(capsys, tmp_path, *opts)
+    listed = folder(tmp_path) / "bad_images.txt"
+    assert (
+        "2 updates in a row had a non-finite loss or gradient, up to number 5 (epoch 1)" in line
+        and str(listed) in line
+    )
+    names = listed.read_text().splitlines()
+    assert (
+        set(names) == {name for batch in seen[-2:] for name in batch}
+        and f"(first: {', '.join(names[:3])})" in line
+    )
+    seen.clear()
+    assert (
+        run(
+            tmp_path,
+            *opts,
+            "DATA.EXCLUDE",
+            listed,
+            "TRAIN.EPOCHS",
+            1,
+            flags=["--tag", "cleaned", "--batch-size", 12],
+        )
+        == 0
+    )
+    # of 27 images that are left
+    assert len(seen) == 2 and not {name for batch in seen for name in batch} & set(names)
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_layers_learn_at_their_own_rates(trained, tmp_path):
+    weights = trained / "weights.safetensors"
+    assert run(tmp_path, *SHORT, "TRAIN.FREEZE", "backbone", flags=["--pretrained", weights]) == 0
+    tuned, start = state(tmp_path)["model"], safetensors.torch.load_file(weights)
+    assert {name for name, value in start.items() if not torch.equal(tuned[name], value)} == {
+        "head.weight",
+        "head.bias",
+    }
+    assert "(170 train)" in log_of(tmp_path)
+    opts = ["TRAIN.LAYER_LR_DECAY", 0.5, "TRAIN.EVAL_BN_WHEN_TRAINING", True]
+    assert run(tmp_path, *SHORT, *opts, flags=["--pretrained", weights, "--tag", "decay"]) == 0
+    tuned = state(tmp_path, tag="decay")["model"]
+    changed = {name for name, value in start.items() if not torch.equal(tuned[name], value)}
+    assert (
+        not any("running" in name or "num_batches" in name for name in changed)
+        and "patch_embed.seq.0.c.weight" in changed
+    )
+    first, *others = updates(tmp_path, "decay")
+    # as in the original, whose layer decay begins with the second update
+    assert first["lr_min"] == first["lr"]
+    # 4 blocks: the first has 0.5^3
+    assert others and all(line["lr_min"] == pytest.approx(line["lr"] / 8) for line in others)
+
+
+def test_recomputed_activations_change_nothing(trained, tmp_path):
+    assert (
+        run(
+            tmp_path,
+            "TRAIN.EMA_DECAY",
+            0.9,
+            "MODEL.DROP_PATH_RATE",
+            0.1,
+            flags=["--use-checkpoint"],
+        )
+        == 0
+    )
+    for ours, theirs in zip(updates(tmp_path), updates(trained), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6) and ours[
+            "norm"
+        ] == pytest.approx(theirs["norm"], rel=1e-5)
+    ours, theirs = state(tmp_path)["model"], state(trained)["model"]
+    assert all(
+        torch.equal(ours[name], theirs[name])
+        for name in ours
+        if name.endswith("num_batches_tracked")
+    )
+
+
+def test_recomputation_moves_no_statistics_of_any_model(tmp_path):
+    found = []
+    for tag, flags in {"plain": [], "recomputed": ["--use-checkpoint"]}.items():
+        assert (
+            run(
+                tmp_path,
+                *SHORT,
+                "MODEL.TYPE",
+                "timm",
+                "MODEL.NAME",
+                "resnet10t",
+                flags=["--tag", tag, *flags],
+            )
+            == 0
+        )
+        found.append(
+            torch.load(
+                tmp_path / "resnet10t" / tag / "checkpoints" / "last.pth", weights_only=True
+            )["model"]
+        )
+    assert all(
+        torch.allclose(found[0][name], found[1][name], rtol=1e-3, atol=1e-4)
+        for name in found[0]
+        if "running" in name
+    )
+    assert all(
+        torch.equal(found[0][name], found[1][name]) for name in found[0] if "num_batches" in name
+    )
+
+
+def test_labels_alone_never_see_a_pair_split_and_mixing_has_two_modes(tmp_path):
+    losses = set()
+    for tag, opts in {
+        "batch": [],
+        "pairs": ["AUG.MIXUP_MODE", "pair2"],
+        "none": ["AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0],
+    }.items():
+        assert run(tmp_path, *SHORT, *opts, flags=["--tag", tag]) == 0
+        losses.add(updates(tmp_path, tag)[0]["loss"])
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "answers", "expected"),
+    [
+        ([[0.1, 0.7, 0.1, 0.1]], [1], 100.0),  # unmixed: smoothing 0.4 of 4 classes
+        ([[0.1, 0.7, 0.1, 0.1]], [0], 0.0),
+        # mixed: a quarter and three quarters of two labels
+        ([[0.25, 0.55, 0.1, 0.1]] * 2, [0, 1], 50.0),
+        ([[0.0, 0.0, 0.0, 0.0], [0.7, 0.1, 0.1, 0.1]], [1, 0], 50.0),  # the first has no label
+    ],
+)
+def test_a_mixed_image_is_right_by_the_part_that_it_shows(targets, answers, expected):
+    assert float(share_right(torch.tensor(targets), torch.tensor(answers), 0.4)) == pytest.approx(
+        expected, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_and_is_continued_exactly(dtype, tmp_path, monkeypatch):
+    """As on a GPU, whose types the CPU can compute in as well; the first scale of 65536 is too much
+    for float16.
+    """
+    monkeypatch.setattr(utils, "amp_dtype", lambda cfg, device: dtype)
+    seen = []
+    forward = main.label_cross_entropy
+    monkeypatch.setattr(
+        main,
+        "label_cross_entropy",
+        lambda logits, targets: (seen.append(logits.dtype), forward(logits, targets * 30))[1],
+    )
+    opts = ["TRAIN.EPOCHS", 2, "TRAIN.CLIP_GRAD", 1e9]
+    assert run(tmp_path, *opts) == 0 and set(seen) == {dtype}
+    scaler, lines = state(tmp_path)["scaler"], updates(tmp_path)
+    if dtype is torch.float16:
+        assert scaler["scale"] < 65536 and 1 <= lines[-1]["skipped"] < 5
+    else:
+        assert scaler == {} and not lines[-1]["skipped"]
+    checkpoint = folder(tmp_path) / "checkpoints" / "epoch_0001.pth"
+    assert run(tmp_path, *opts, flags=["--resume", checkpoint, "--tag", "again"]) == 0
+    assert (
+        same_bits(state(tmp_path)["model"], state(tmp_path, tag="again")["model"])
+        and state(tmp_path, tag="again")["scaler"] == scaler
+    )
+
+
+def test_a_run_may_begin_at_a_later_epoch(tmp_path, trained):
+    assert run(tmp_path, "TRAIN.START_EPOCH", 1, "TRAIN.EMA_DECAY", 0.9) == 0
+    later = [line for line in updates(trained) if line["step"] > 5]
+    assert [(line["step"], line["epoch"], line["lr"]) for line in updates(tmp_path)] == [
+        (x["step"], x["epoch"], x["lr"]) for x in later
+    ]
+
+
+def test_on_a_terminal_there_is_a_progress_bar(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(tmp_path, *SHORT) == 0
+    assert "epoch 1" in (err := capsys.readouterr().err) and "/3" in err
+
+
+def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("no C++ compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    assert run(tmp_path, *SHORT, "TRAIN.COMPILE", True) == 0
+    assert (
+        "WARNING torch.compile unavailable (no C++ compiler): the model runs uncompiled"
+        in log_of(tmp_path)
+    )
+
+
+@pytest.mark.proof
+def test_a_compiled_model_trains_like_the_plain_one(trained, tmp_path):
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9, "TRAIN.COMPILE", True) == 0
+    assert "unavailable" not in log_of(tmp_path)
+    for ours, theirs in zip(updates(tmp_path), updates(trained), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    assert state(tmp_path)["model"].keys() == state(trained)["model"].keys()
+
+
+def test_without_wandb_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run(tmp_path, *SHORT, flags=["--use-wandb"]) == 0
+    assert "WARNING wandb can't be imported" in log_of(tmp_path) and len(metrics(tmp_path)) == 4
+
+
+# ---- distillation
+
+
+def test_a_student_says_how_good_its_teacher_is_and_what_it_reads(store, tmp_path):
+    assert run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store) == 0
+    assert f"store {store}: top-10 of 10 classes, 24 images, epochs 0-1" in log_of(tmp_path)
+    assert (
+        all("teacher_top1" in line for line in updates(tmp_path))
+        and "train_teacher_top1" in metrics(tmp_path)[-1]
+    )
+    assert any(0 < line["teacher_top1"] < 100 for line in updates(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("opts", "text"),
+    [
+        (["AUG.REPROB", 0.5], "AUG.REPROB = 0.5, but the store"),
+        (["DISTILL.LOGITS_TOPK", 11], "DISTILL.LOGITS_TOPK = 11, but the store"),
+        (["TRAIN.EPOCHS", 4], "epochs 2-3 are missing (sealed: 0-1)"),
+        (["DATA.SHAPES.TRAIN_IMAGES", 26], "the store lacks images of this data set: 2 added"),
+        (["DATA.IMG_SIZE", 48], "DISTILL.OTHER_SIZE"),
+        (["DATA.BATCH_SIZE", 32], "fewer than one global step of 32"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_told_before_the_first_step(
+    opts, text, store, tmp_path, capsys
+):
+    line = fault(capsys, tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, *opts)
+    assert text in line and not (folder(tmp_path) / "checkpoints" / "last.pth").exists()
+
+
+def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
+    first, ways = (
+        {},
+        {
+            "both": ["DISTILL.ALPHA", 0.5],
+            "teacher": [],
+            "labels": ["DISTILL.ALPHA", 0.0],
+            "hard": ["DISTILL.HARD", True],
+        },
+    )
+    for tag, opts in ways.items():
+        assert (
+            run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, *opts, flags=["--tag", tag])
+            == 0
+        )
+        first[tag] = updates(tmp_path, tag)[0]["loss"]
+    assert (
+        first["both"] == pytest.approx((first["teacher"] + first["labels"]) / 2, rel=1e-6)
+        and len(set(first.values())) == 4
+    )
+    images = tmp_path / "images" / "train"
+    images.mkdir(parents=True)
+    line = fault(
+        capsys,
+        tmp_path,
+        "DATA.DATASET",
+        "folder",
+        "MODEL.NUM_CLASSES",
+        10,
+        flags=["--data-path", draw(images, 9)],
+    )
+    assert "this run learns from labels, but those of" in line and "the data has no labels" in line
+
+
+def test_unlabelled_images_need_no_validation(tmp_path):
+    images = tmp_path / "images" / "train"
+    images.mkdir(parents=True)
+    place, store = draw(images, 9), tmp_path / "store"
+    opts = ["DATA.DATASET", "folder", "DATA.DATA_PATH", place]
+    assert saving.run(store, *opts, "MODEL.NUM_CLASSES", 10) == 0
+    assert run(tmp_path, *opts, "DISTILL.TEACHER_LOGITS_PATH", store, "TRAIN.EPOCHS", 1) == 0
+    assert "WARNING nothing is evaluated: " in log_of(tmp_path) and "set DATA.VAL_PATH" in log_of(
+        tmp_path
+    )
+    assert [set(line) for line in metrics(tmp_path)] == [
+        {"step", "epoch", "norm", "loss", "lr", "lr_min", "skipped"},
+        {"step", "epoch", "train_norm", "train_loss"},
+    ]
+
+
+def draw(root: Path, count: int) -> Path:
+    """Small images of one colour below a folder that ends in train; its parent."""
+    for number in range(count):
+        Image.new("RGB", (48, 44), (number * 20, 99, 255 - number * 20)).save(
+            root / f"{number}.png"
+        )
+    return root.parent
+
+
+def test_the_teacher_in_the_loop_sees_its_own_normalisation():
+    cfg = load_config(["--opts", "MODEL.TYPE", "tests.support.teachers:glance"])
+    teacher = Teacher.from_config(cfg, torch.device("cpu"))
+    pixels = torch.rand(4, 3, 40, 40)
+    own, other = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+
+    def normalised(statistics):
+        mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
+        return (pixels - mean) / std
+
+    indices, probs = teacher.in_the_loop(3, 2.0, own, own)(normalised(own))
+    expected = torch.softmax(teacher.model(normalised(own)) / 2, -1).sort(descending=True)
+    assert torch.equal(indices, expected.indices[:, :3]) and torch.allclose(
+        probs.float(), expected.values[:, :3], atol=1e-3
+    )
+    again = teacher.in_the_loop(3, 2.0, other, own)(normalised(other))
+    assert torch.equal(again[0], indices) and torch.allclose(
+        again[1].float(), probs.float(), atol=1e-3
+    )
+
+
+def test_an_online_teacher_of_another_size_is_refused(tmp_path, capsys):
+    (tmp_path / "teacher.yaml").write_text(
+        "MODEL: {TYPE: 'tests.support.teachers:glance'}\nDATA: {IMG_SIZE: 64}\n"
+    )
+    line = fault(
+        capsys,
+        tmp_path,
+        *SHORT,
+        "DISTILL.ONLINE",
+        True,
+        "DISTILL.TEACHER_CFG",
+        tmp_path / "teacher.yaml",
+    )
+    assert "DATA.IMG_SIZE = 40, but the teacher" in line and "64 pixels" in line
+
+
+# ---- evaluation and throughput
+
+
+def test_evaluation_finds_what_training_printed_and_each_class_by_itself(trained, tmp_path, capsys):
+    path = tmp_path / "classes.csv"
+    checkpoint = folder(trained) / "checkpoints" / "last.pth"
+    opts = [*OPTS[: len(TINY_MODEL)]]
+    flags = [
+        "--eval",
+        "--resume",
+        checkpoint,
+        "--per-class-csv",
+        path,
+        "--save-model",
+        tmp_path / "out.safetensors",
+    ]
+    assert run(tmp_path, *opts, flags=flags) == 0
+    out = capsys.readouterr().out
+    last = metrics(trained)[-1]
+    for label, prefix in (
+        (f"{checkpoint}: ", "val"),
+        (f"{checkpoint}, averaged weights: ", "average"),
+    ):
+        found = re.search(
+            re.escape(label)
+            + r"20 validation images: top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+)",
+            out,
+        )
+        for text, name in zip(found.groups(), ("top1", "top5", "loss")):
+            assert float(text) == pytest.approx(last[f"{prefix}_{name}"], abs=1e-3)
+    rows = list(csv.DictReader(path.open()))
+    assert (
+        len(rows) == 10
+        and {row["images"] for row in rows} == {"2"}
+        and all(row["name"] for row in rows)
+    )
+    assert sum(int(row["right"]) for row in rows) / 20 * 100 == pytest.approx(last["val_top1"])
+    assert not (tmp_path / "tiny").exists()  # evaluation writes no run
+    assert same_bits(
+        safetensors.torch.load_file(tmp_path / "out.safetensors"), dict(state(trained)["model_ema"])
+    )
+
+
+@pytest.fixture(scope="module")
+def wnid_images(tmp_path_factory) -> Path:
+    """ImageNet's layout with 5 of its classes, one of which ImageNet-22k lacks."""
+    root = tmp_path_factory.mktemp("wnids")
+    missing = int(np.flatnonzero(map_22k_to_1k() < 0)[0])
+    for label in (0, 5, missing, 700, 999):
+        place = root / "val" / imagenet_wnids(1000)[label]
+        place.mkdir(parents=True)
+        draw_label(place, label)
+    return root
+
+
+def draw_label(place: Path, label: int) -> None:
+    for number in range(3):
+        pixels = np.random.default_rng([label, number]).integers(
+            0, 256, (50, 50, 3), dtype=np.uint8
+        )
+        Image.fromarray(pixels).save(place / f"{label}-{number}.png")
+
+
+def test_a_model_of_22k_classes_is_judged_on_1k_through_the_class_map(
+    wnid_images, tmp_path, capsys
+):
+    from models.build import build_model
+
+    words = [
+        "--opts",
+        *map(str, OPTS[: len(TINY_MODEL)]),
+        "MODEL.NUM_CLASSES",
+        "21841",
+        "DATA.IMG_SIZE",
+        "40",
+    ]
+    torch.manual_seed(0)
+    model = build_model(load_config(words)).eval()
+    mapping = torch.from_numpy(map_22k_to_1k())
+    with torch.no_grad():  # class 5 of the 1k wins among them, another of the 22k among all
+        model.head.bias[mapping[5]] = 50
+        model.head.bias[next(i for i in range(21841) if i not in set(mapping.tolist()))] = 100
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    opts = ["DATA.DATASET", "imagenet", "DATA.CLASS_LIST", "imagenet1k"]
+    flags = [
+        "--eval",
+        "--resume",
+        tmp_path / "model.pth",
+        "--data-path",
+        wnid_images,
+        "--per-class-csv",
+        tmp_path / "c.csv",
+    ]
+    assert run(tmp_path, *opts, flags=flags) == 0
+    assert "15 validation images: top-1 20.000%" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "c.csv").open()))
+    assert len(rows) == 1000 and [int(row["class"]) for row in rows if row["right"] == "3"] == [5]
+    # the class that the 22k lack has none that count
+    assert sum(int(row["images"]) for row in rows) == 12
+
+
+def test_where_nothing_says_which_class_is_which_accuracies_are_absent(
+    wnid_images, trained, tmp_path, capsys
+):
+    weights = folder(trained) / "checkpoints" / "last.pth"
+    flags = ["--eval", "--resume", weights, "--data-path", wnid_images]
+    assert run(tmp_path, "DATA.DATASET", "imagenet", flags=flags) == 0
+    out = capsys.readouterr().out
+    assert (
+        "accuracies are absent: the data has 5 classes and the model 10, and nothing says which is"
+        " which" in out
+    )
+    assert "15 validation images\n" in out and "top-1" not in out
+    flags += ["--per-class-csv", tmp_path / "c.csv"]
+    assert "there are no accuracies" in fault(
+        capsys, tmp_path, "DATA.DATASET", "imagenet", flags=flags
+    )
+
+
+def test_throughput_is_measured_without_data(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        utils,
+        "time_calls",
+        lambda function, device: [function().shape[0] / 100.0, 0.05, 0.04, 0.05, 0.1],
+    )
+    checkpoint = folder(trained) / "checkpoints" / "last.pth"
+    assert (
+        run(
+            tmp_path,
+            "DATA.DATASET",
+            "imagenet",
+            flags=["--throughput", "--batch-size", 5, "--resume", checkpoint],
+        )
+        == 0
+    )
+    assert (
+        "tiny: 100.0 images/s (middle half 100.0 to 100.0; 5 batches of 5 at 40 px, float32), "
+        in capsys.readouterr().out
+    )
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_the_real_clock_of_throughput(tmp_path, capsys):
+    assert run(tmp_path, "MODEL.NUM_CLASSES", 7, flags=["--throughput", "--batch-size", 2]) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"tiny: [\d,.]+ images/s \(middle half [\d,.]+ to [\d,.]+; 30 batches of 2 at 40 px,"
+        r" float32\)",
+        out,
+    )
+
+
+# ---- faults
+
+
+def test_faults_of_the_command_line(trained, tmp_path, capsys, monkeypatch):
+    last = folder(trained) / "checkpoints" / "last.pth"
+    (tmp_path / "file").write_text("")
+    busy = socket.socket()
+    busy.bind(("127.0.0.1", 0))
+    busy.listen()
+    ranks = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(busy.getsockname()[1]),
+    }
+    cases = [
+        (["DATA.DATASET", "imagenet"], ["--data-path", tmp_path / "nowhere"], {}, "nowhere"),
+        (["DATA.DATASET", "imagenet"], ["--data-path", draw_train(tmp_path / "half")], {}, "val"),
+        (["MODEL.NUM_CLASSES", 7], [], {}, "7 classes are fewer than the 10 of the data"),
+        ([], ["--eval"], {}, "--eval measures weights: name them with --resume or --pretrained"),
+        ([], ["--eval", "--resume", tmp_path / "none.pth"], {}, "there is no such checkpoint file"),
+        (
+            ["MODEL.NUM_CLASSES", 12],
+            ["--eval", "--resume", last],
+            {},
+            "head.weight is [10, 16], the model's [12, 16]",
+        ),
+        (
+            ["MODEL.TINY_VIT.DEPTHS", "[1,2,1,1]"],
+            ["--eval", "--resume", last],
+            {},
+            "layers.1.blocks.1.attn.attention_biases is missing",
+        ),
+        (["DATA.BATCH_SIZE", 64], [], {}, "fewer than one global step of 64"),
+        (
+            ["DISTILL.ENABLED", True],
+            [],
+            {},
+            "a student needs a teacher: name its store in DISTILL.TEACHER_LOGITS_PATH",
+        ),
+        (
+            [],
+            ["--eval", "--resume", last.parent],
+            {},
+            f"is a folder, name a checkpoint in it, such as {last.parent / 'best.pth'}",
+        ),
+        ([], ["--output", tmp_path / "file" / "runs"], {}, "is a file, choose another folder"),
+        ([], ["--save-model", tmp_path / "file" / "w"], {}, "name a file in a folder of yours"),
+        (
+            [],
+            [],
+            {"WORLD_SIZE": "two"},
+            "the environment variable WORLD_SIZE is 'two', not a number",
+        ),
+        (
+            [],
+            ["--eval", "--resume", last, "--per-class-csv", tmp_path],
+            {},
+            "can't be written there",
+        ),
+        ([], ["--use-sync-bn"], {}, "need CUDA"),
+        (["DEVICE", "auto"], ["--use-sync-bn"], {}, "need CUDA"),
+        (
+            ["TRAIN.GLOBAL_BATCH", 16],
+            [],
+            {**ranks, "WORLD_SIZE": "3"},
+            "use one of 1, 2, 4, 8, 16 processes",
+        ),
+        (["DEVICE", "cuda"], [], {**ranks, "LOCAL_RANK": "1"}, "no GPU for LOCAL_RANK 1"),
+        ([], [], ranks, "If the port is in use, give torchrun another --master-port"),
+        (["TRAIN.LR_SCHEDULER.NAME", "cosin"], [], {}, "did you mean cosine?"),
+    ]
+    with busy:
+        for opts, flags, env, text in cases:
+            if ("cuda" in opts and torch.cuda.is_available()) or (
+                "auto" in opts and torch.cuda.is_available()
+            ):
+                continue
+            with monkeypatch.context() as patch:
+                for key, value in env.items():
+                    patch.setenv(key, value)
+                assert text in fault(capsys, tmp_path / "out", *opts, flags=flags), text
+
+
+def draw_train(root: Path) -> Path:
+    """Class folders for training, and none for validation."""
+    for name in "ab":
+        (root / "train" / name).mkdir(parents=True)
+        for number in range(4):
+            draw_label(root / "train" / name, number)
+    return root
+
+
+def test_other_ranks_name_themselves(tmp_path, capsys, monkeypatch):
+    for key, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(key, value)
+    assert fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH", 16).endswith(" (rank 2)")
+
+
+BROKEN = """
+step = main.train_step
+def broken(run, batches):
+    if run.progress.update == 2 and rank == 1:
+        raise ValueError("something is wrong")
+    return step(run, batches)
+main.train_step = broken
+"""
+
+
+def test_a_fault_of_one_process_ends_all_with_one_line_each(tmp_path):
+    with Job(tmp_path, "DATA.BATCH_SIZE", 4, world=2, prepare=BROKEN) as job:
+        assert job.wait() == [2, 2], job.text()
+    assert "Traceback" not in job.text(0) + job.text(1)  # PyTorch's own warnings are there
+    told = [
+        [line for line in job.text(rank).splitlines() if line.startswith("error: ")]
+        for rank in (0, 1)
+    ]
+    assert told[1] == ["error: something is wrong (rank 1)"]
+    assert len(told[0]) == 1 and told[0][0].startswith(
+        "error: the connection to another process is lost"
+    )
+    assert told[0][0].replace("error: ", "ERROR ") in log_of(tmp_path)
+    assert "ERROR something is wrong\n" in (folder(tmp_path) / "log_rank1.txt").read_text()
+
+
+def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
+    assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8) == 0
+    assert (
+        "WARNING batch norm sees the 8 images of a pass: another number of processes will change"
+        " its statistics" in log_of(tmp_path)
+    )
+    assert (
+        run(
+            tmp_path,
+            *SHORT,
+            "TRAIN.GLOBAL_BATCH",
+            8,
+            "TRAIN.EVAL_BN_WHEN_TRAINING",
+            True,
+            flags=["--tag", "fixed"],
+        )
+        == 0
+    )
+    assert "batch norm sees" not in log_of(
+        tmp_path, "fixed"
+    ) and "WARNING images are mixed within a pass" in log_of(tmp_path, "fixed")
+    assert (
+        run(
+            tmp_path,
+            *SHORT,
+            "TRAIN.GLOBAL_BATCH",
+            8,
+            "AUG.MIXUP_MODE",
+            "pair2",
+            flags=["--tag", "pairs"],
+        )
+        == 0
+    )
+    assert "mixed within a pass" not in log_of(tmp_path, "pairs")
+
+
+# ---- the documented way from ImageNet-22k to higher resolutions, in small
+
+
+@pytest.fixture(scope="module")
+def two_imagenets(tmp_path_factory) -> Path:
+    """ImageNet-22k's layout of three classes with ImageNet's beside it, of two of these."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "ImageNet-22k").mkdir()
+    of_1k = imagenet_wnids(1000)
+    wnids = [
+        of_1k[5],
+        of_1k[700],
+        next(wnid for wnid in imagenet_wnids(21841) if wnid not in of_1k),
+    ]
+    names = []
+    for number, wnid in enumerate(sorted(wnids)):
+        with zipfile.ZipFile(root / "ImageNet-22k" / f"{wnid}.zip", "w") as archive:
+            for index in range(5):
+                place = root / f"{index}.jpeg"
+                pixels = np.random.default_rng([number, index]).integers(
+                    0, 256, (44, 44, 3), dtype=np.uint8
+                )
+                Image.fromarray(pixels).save(place)
+                archive.write(place, f"{wnid}_{index}.jpeg")
+                names.append(f"{wnid}_{index}")
+    (root / "ImageNet-22k" / "in22k_image_names.txt").write_text(
+        "".join(f"{name}\n" for name in names)
+    )
+    for split, count in (("train", 4), ("val", 2)):
+        for wnid in wnids[:2]:
+            place = root / "ImageNet" / split / wnid
+            place.mkdir(parents=True)
+            for index in range(count):
+                shutil.copy(root / f"{index}.jpeg", place / f"{index}.JPEG")
+    return root
+
+
+def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, capsys):
+    tiny = [
+        *OPTS[: len(TINY_MODEL)],
+        "DATA.IMG_SIZE",
+        40,
+        "DATA.NUM_WORKERS",
+        0,
+        "TRAIN.WARMUP_EPOCHS",
+        0,
+        "TRAIN.EPOCHS",
+        1,
+    ]
+    alone = [word for word in tiny if word not in ("MODEL.NAME", "tiny")]
+    in22k, in1k, store = (
+        two_imagenets / "ImageNet-22k",
+        two_imagenets / "ImageNet",
+        tmp_path / "logits",
+    )
+
+    def command(recipe: str, data: Path, *opts, flags=(), program=main) -> None:
+        words = [
+            "--only-cpu",
+            "--cfg",
+            f"configs/{recipe}.yaml",
+            "--data-path",
+            data,
+            "--batch-size",
+            4,
+            "--output",
+            tmp_path,
+            *flags,
+        ]
+        assert program.main([*map(str, words), "--opts", *map(str, [*alone, *opts])]) == 0
+
+    every = ["DATA.CLASS_LIST", "imagenet22k"]  # the real 22k has all of its classes
+    teacher = [
+        "MODEL.TYPE",
+        "tests.support.teachers:glance",
+        "MODEL.NUM_CLASSES",
+        21841,
+        "DISTILL.TEACHER_LOGITS_PATH",
+        store,
+    ]
+    command(
+        "22k_distill/tiny_vit_5m_22k_distill",
+        in22k,
+        *every,
+        *teacher,
+        flags=["--skip-eval"],
+        program=save_logits,
+    )
+    command(
+        "22k_distill/tiny_vit_5m_22k_distill", in22k, *every, "DISTILL.TEACHER_LOGITS_PATH", store
+    )
+    pretrained = tmp_path / "TinyViT-5M-22k-distill" / "default" / "checkpoints" / "last.pth"
+    head = state_of(pretrained)["model"]["head.weight"]
+    assert head.shape == (21841, 16)
+    capsys.readouterr()
+    command(
+        "22k_distill/tiny_vit_5m_22k_distill",
+        in22k,
+        *every,
+        flags=["--eval", "--resume", pretrained],
+    )
+    # 1k labels, through the class map
+    assert re.search(r"last.pth: 4 validation images: top-1 [\d.]+%", capsys.readouterr().out)
+    ids = ["DATA.CLASS_LIST", "imagenet1k"]
+    command(
+        "22kto1k/tiny_vit_5m_22kto1k",
+        in1k,
+        *ids,
+        "MODEL.NUM_CLASSES",
+        1000,
+        flags=["--pretrained", pretrained],
+    )
+    assert (
+        "adapted: head.weight ([21841, 16] in the file, [1000, 16] here)" in capsys.readouterr().out
+    )
+    tuned = tmp_path / "TinyViT-5M-22kto1k" / "default" / "checkpoints" / "last.pth"
+    start = head[torch.from_numpy(map_22k_to_1k())[5]]
+    assert (
+        torch.allclose(state_of(tuned)["model"]["head.weight"][5], start, atol=0.05)
+        and start.abs().max() > 0
+    )
+    larger = ["DATA.IMG_SIZE", 64, "MODEL.TINY_VIT.WINDOW_SIZES", "[4,4,4,2]"]
+    command(
+        "higher_resolution/tiny_vit_21m_224to384",
+        in1k,
+        *ids,
+        *larger,
+        flags=["--pretrained", tuned, "--accumulation-steps", 2],
+    )
+    assert (
+        "attn.attention_biases (window 2 to 4)" in (out := capsys.readouterr().out)
+        and "2 passes x 4" in out
+    )
+
+
+def state_of(path: Path) -> dict:
+    return torch.load(path, weights_only=True)

@@ -1,0 +1,758 @@
+"""save_logits.py: what it writes, that history leaves no trace in it, what its check finds, and
+what it refuses.
+"""
+
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import save_logits
+from configs import load_config
+from data.augment.pairs import PairMix
+from data.augment.rng import sample_seed
+from data.build import resolve, train_epochs
+from data.images import shapes
+from data.store.reader import LogitsStoreReader
+from models.build import build_model
+from models.distill import as_teacher, encode, teacher_dtype, teacher_logits, teacher_targets
+from models.teacher import Teacher, weights_digest
+from save_logits import Tally, main
+from tests.support.helpers import torchrun
+from tests.support.saving import IMAGES, command, finish, run, sealed_bytes, write_upstream
+from tests.support.teachers import Glance
+
+CHECK = ("--check-saved-logits",)
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    return tmp_path / "it's a store"
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    """Epochs 0 to 3, written by one process."""
+    folder = tmp_path_factory.mktemp("four") / "store"
+    assert run(folder, "TRAIN.EPOCHS", 4) == 0
+    return folder
+
+
+def copied(store: Path, target: Path) -> Path:
+    return Path(shutil.copytree(store, target))
+
+
+def spoil(path: Path, change) -> None:
+    """Change the records of a sealed epoch in place."""
+    records = np.load(path)
+    change(records)
+    np.save(path, records)
+
+
+# ---- history
+
+
+def test_every_image_has_its_seed_and_probabilities_in_order(four):
+    reader = LogitsStoreReader(four)
+    assert reader.epochs() == [0, 1, 2, 3] and (len(reader), reader.k, reader.num_classes) == (
+        IMAGES,
+        10,
+        10,
+    )
+    for epoch in reader.epochs():
+        records = reader.open_epoch(epoch)
+        assert records["seed"].tolist() == [
+            sample_seed(0, epoch, position) for position in range(IMAGES)
+        ]
+        assert (np.diff(records["prob"].astype(float), axis=1) <= 0).all() and (
+            np.sort(records["index"]) == np.arange(10)
+        ).all()
+        assert (
+            reader.seal(epoch)["teacher"].keys() == {"images", "top1", "top5"}
+            and reader.seal(epoch)["teacher"]["images"] == IMAGES
+        )
+
+
+def test_an_epoch_written_alone_is_the_same(store, four):
+    assert run(store, "TRAIN.START_EPOCH", 3, "TRAIN.EPOCHS", 4, "DATA.NUM_WORKERS", 2) == 0
+    assert sealed_bytes(store) == {"epoch_0003.npy": sealed_bytes(four)["epoch_0003.npy"]}
+
+
+@pytest.mark.parametrize(("world", "batch", "workers"), [(2, 8, 1), (4, 6, 0)])
+def test_other_processes_batches_and_workers_write_the_same(store, four, world, batch, workers):
+    """The teacher looks at each image by itself, so equal bytes mean equal seeds, pairs and pixels."""
+    finish(
+        command(store, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", batch, "DATA.NUM_WORKERS", workers),
+        world,
+    ).expect([0] * world)
+    expected = sealed_bytes(four)
+    assert sealed_bytes(store) == {
+        name: expected[name] for name in ("epoch_0000.npy", "epoch_0001.npy")
+    }
+
+
+def test_two_ranks_with_the_same_batches_write_the_same_bytes_whatever_their_workers(tmp_path):
+    """Even where answers depend on the whole batch."""
+    for workers in (0, 2):
+        finish(
+            command(
+                tmp_path / str(workers),
+                "MODEL.TYPE",
+                "tests.support.teachers:crowd",
+                "DATA.NUM_WORKERS",
+                workers,
+            ),
+            2,
+        ).expect([0, 0])
+    assert sealed_bytes(tmp_path / "0") == sealed_bytes(tmp_path / "2")
+
+
+def test_a_stored_answer_is_the_teachers_for_that_mixed_image(four):
+    """Replayed by hand from nothing but the recipe, the seeds and the pairs."""
+    cfg = resolve(
+        load_config(
+            command(four, "DISTILL.SAVE_TEACHER_LOGITS", True, "TRAIN.WARMUP_EPOCHS", 0, flags=())
+        )
+    )
+    teacher, mix, records = (
+        as_teacher(Glance(10)),
+        PairMix.from_config(cfg),
+        LogitsStoreReader(four).open_epoch(1),
+    )
+    seen = []
+    for batch in train_epochs(cfg, 0, 8, 1).batches(1):
+        images, _ = mix(batch.image, None, batch.seed)
+        indices, probs = encode(teacher(images), 10)
+        rows = records[batch.position.numpy()]
+        assert (rows["index"] == indices.numpy()).all() and (rows["prob"] == probs.numpy()).all()
+        assert (rows["seed"] == batch.seed.numpy()).all()
+        seen += batch.position.tolist()
+    assert sorted(set(seen)) == list(range(IMAGES)) and seen[-1] == seen[-2]
+
+
+def test_online_is_the_same_thing(four):
+    """What main.py asks of a teacher in the loop equals what was stored, bit for bit, densified
+    target and all.
+    """
+    cfg = resolve(load_config(command(four, "TRAIN.WARMUP_EPOCHS", 0, flags=())))
+    teacher, mix = as_teacher(Glance(10)), PairMix.from_config(cfg)
+    for batch in train_epochs(cfg, 0, 8, 8).batches(0):
+        indices, probs = teacher_targets(
+            teacher,
+            mix(batch.image, None, batch.seed)[0],
+            cfg.DISTILL.LOGITS_TOPK,
+            cfg.DISTILL.TEMPERATURE,
+        )
+        assert torch.equal(indices, batch.indices) and torch.equal(probs.float(), batch.probs)
+
+
+def test_a_complete_store_is_left_alone(four, capsys):
+    before = sealed_bytes(four)
+    assert run(four, "TRAIN.EPOCHS", 4) == 0
+    assert f"{four}: epochs 0-3 are complete, nothing is left to do" in capsys.readouterr().out
+    assert sealed_bytes(four) == before
+
+
+def test_what_a_crash_left_beside_a_sealed_epoch_is_cleared_away(store, four):
+    copied(four, store)
+    (store / "epoch_0002.parts").mkdir()
+    (store / "epoch_0002.parts" / "0000-1.part").write_bytes(b"rest")
+    (store / "epoch_0002.lock").write_text("{}")
+    assert run(store, "TRAIN.EPOCHS", 4) == 0
+    assert (
+        not list(store.glob("*.parts"))
+        and not list(store.glob("*.lock"))
+        and sealed_bytes(store) == sealed_bytes(four)
+    )
+
+
+def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
+    monkeypatch.setattr(save_logits, "progress", partial(save_logits.progress, interval=0))
+    assert run(store, "TRAIN.EPOCHS", 2) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of 6 batches" in line]
+    assert len(lines) == 12
+    shown = (
+        r"epoch \d: \d of 6 batches \(\d+%\), [\d.]+ batches/s, \S+ left; rank 0: \d+ images(, top1"
+        r" \S+%, top5 \S+%)?, 0.0 MB, "
+        r"[\d,]+ images/s; all epochs done in (\S+|unknown)$"
+    )
+    assert all(re.search(shown, line) for line in lines) and "top5" in lines[-1]
+
+
+def test_temperature_and_k(store, four):
+    assert run(store, "DISTILL.TEMPERATURE", 4.0, "DISTILL.LOGITS_TOPK", 3) == 0
+    hot, cold = LogitsStoreReader(store).open_epoch(0), LogitsStoreReader(four).open_epoch(0)
+    assert hot["index"].shape == (IMAGES, 3) and (hot["index"][:, 0] == cold["index"][:, 0]).all()
+    powered = cold["prob"].astype(float) ** (1 / 4)
+    expected = np.sort(powered / powered.sum(1, keepdims=True))[:, ::-1][:, :3]
+    assert (
+        np.abs(hot["prob"] - expected).max() < 2e-3
+        and (hot["prob"][:, 0] < cold["prob"][:, 0]).mean() > 0.95
+    )
+    assert run(store, flags=CHECK) == 0
+
+
+def test_end_to_end_with_two_ranks(store, tmp_path, capsys):
+    """torchrun as a user calls it, a TinyViT with weights from a file, an odd number of images,
+    mixing on; then the check.
+    """
+    tiny = "MODEL.TINY_VIT."
+    shape = [
+        "MODEL.TYPE",
+        "tiny_vit",
+        "MODEL.NAME",
+        "small",
+        tiny + "DEPTHS",
+        [1, 1, 1, 1],
+        tiny + "NUM_HEADS",
+        [1, 1, 1, 1],
+        tiny + "WINDOW_SIZES",
+        [3, 3, 3, 2],
+        tiny + "EMBED_DIMS",
+        [16, 32, 32, 32],
+        "DATA.SHAPES.TRAIN_IMAGES",
+        75,
+        "DATA.IMG_SIZE",
+        48,
+    ]
+    weights = tmp_path / "teacher's weights.pth"
+    torch.manual_seed(3)
+    model = build_model(
+        load_config(["--opts", *map(str, shape), "MODEL.NUM_CLASSES", "10"]), load=False
+    )
+    torch.save({"model": model.state_dict()}, weights)
+    done = torchrun(
+        ["save_logits.py", *command(store, *shape, "TRAIN.EPOCHS", 2, flags=("--resume", weights))],
+        2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "teacher: top-1" in done.stdout and "75 images" in done.stdout
+    reader = LogitsStoreReader(store)
+    assert reader.epochs() == [0, 1] and len(reader) == 75
+    assert run(store, *shape, "TRAIN.EPOCHS", 2, flags=(*CHECK, "--resume", weights)) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "checked epochs 0-1: 150 images: 0 wrong seeds, 0 other top-1 classes, 0 other classes"
+        in shown
+        and "PASSED" in shown
+    )
+    finish(
+        command(store, *shape, "TRAIN.EPOCHS", 2, flags=(*CHECK, "--exact", "--resume", weights)), 2
+    ).expect([0, 0], "PASSED")
+
+
+# ---- the check
+
+
+def test_the_check_passes_exactly_on_what_was_just_written(four, capsys):
+    assert run(four, "TRAIN.EPOCHS", 4, "DATA.BATCH_SIZE", 6, flags=(*CHECK, "--exact")) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"{4 * IMAGES} images: 0 wrong seeds" in shown
+        and "0 not exactly equal" in shown
+        and "PASSED" in shown
+    )
+
+
+def test_the_check_reports_what_is_not_there(four, capsys):
+    assert run(four, "TRAIN.EPOCHS", 90, flags=CHECK) == 0
+    assert "checked epochs 0-3" in capsys.readouterr().out
+    assert run(four, "TRAIN.START_EPOCH", 4, "TRAIN.EPOCHS", 6, flags=CHECK) == 2
+    assert (
+        "of the epochs 4 to 5 none is there (there: 0-3): set TRAIN.START_EPOCH and TRAIN.EPOCHS"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_share_of_the_batches(four, capsys):
+    assert run(four, "TRAIN.EPOCHS", 4, flags=(*CHECK, "--percent", "34")) == 0
+    counted = int(
+        re.search(
+            r"checked 34% of the batches of epochs 0-3: (\d+) images", capsys.readouterr().out
+        )[1]
+    )
+    assert 4 * 8 * 2 - 20 <= counted <= 4 * 8 * 2  # of 6 batches 2; the last one is smaller
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("seeds", lambda r: r["seed"].__setitem__(5, r["seed"][5] ^ 1), "1 of 43 seeds are wrong"),
+        (
+            "classes",
+            lambda r: r["index"].__setitem__(7, r["index"][7][::-1]),
+            "have the same top-1 class",
+        ),
+        (
+            "values",
+            lambda r: r["prob"].__setitem__((3, 0), r["prob"][3, 0] + 0.0063),
+            "a probability is off by 0.006",
+        ),
+        (
+            "many values",
+            lambda r: r["prob"].__imul__(np.float16(0.97)),
+            "the mean KL divergence is",
+        ),
+        (
+            "no number",
+            lambda r: r["prob"].__setitem__((3, 4), np.nan),
+            "a probability is off by inf",
+        ),
+        (
+            "no class",
+            lambda r: r["index"].__setitem__((3, 9), 60000),
+            "a probability is off by inf",
+        ),
+    ],
+)
+def test_the_check_finds(store, four, capsys, name, change, fault):
+    spoil(copied(four, store) / "epoch_0000.npy", change)
+    assert run(store, flags=CHECK) == 1
+    shown = capsys.readouterr().out
+    assert f"FAILED: {fault}" in shown.replace("only 97.674% ", "") and "PASSED" not in shown
+    if name in ("seeds", "classes", "values"):  # the worst image is named
+        position = {"seeds": 5, "classes": 7, "values": 3}[name]
+        assert f"worst: epoch 0, {LogitsStoreReader(four).keys[position]}: off by" in shown
+
+
+def test_one_bit_matters_to_exact_alone(store, four, capsys):
+    spoil(
+        copied(four, store) / "epoch_0000.npy",
+        lambda r: r["prob"].view(np.uint16)[:, 2].__iadd__(1),
+    )
+    assert run(store, flags=CHECK) == 0
+    assert run(store, flags=(*CHECK, "--exact")) == 1
+    assert "FAILED: 43 of 43 records are not exactly equal" in capsys.readouterr().out
+
+
+def test_all_columns_are_checked_whatever_the_recipe_reads(store, four):
+    spoil(
+        copied(four, store) / "epoch_0000.npy", lambda r: r["prob"].__setitem__((slice(None), 3), 0)
+    )
+    assert run(store, "DISTILL.LOGITS_TOPK", 2, flags=CHECK) == 1
+
+
+def test_another_teacher_does_not_pass(four, capsys):
+    assert run(four, "SEED", 1, flags=CHECK) == 1
+    shown = capsys.readouterr().out
+    assert "written by another teacher" in shown and "FAILED" in shown
+    assert run(four, "MODEL.NUM_CLASSES", 12, flags=CHECK) == 2
+    assert "MODEL.NUM_CLASSES" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("classes", "k"), [(10, 10), (300, 100)])
+def test_a_store_of_the_original_is_checked(tmp_path, capsys, classes, k):
+    """Real answers of a teacher in the original's layout pass, and fail once their seeds are
+    spoiled.
+    """
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert run(ours, "MODEL.NUM_CLASSES", classes, "DISTILL.LOGITS_TOPK", k, "TRAIN.EPOCHS", 2) == 0
+    reader = LogitsStoreReader(ours)
+    epochs = {epoch: np.array(reader.open_epoch(epoch)) for epoch in reader.epochs()}
+    write_upstream(
+        theirs, epochs, order=np.random.Generator(np.random.PCG64(0)).permutation(IMAGES)
+    )
+    assert run(theirs, "MODEL.NUM_CLASSES", classes, "TRAIN.EPOCHS", 2, flags=CHECK) == 0
+    shown = capsys.readouterr().out
+    assert (
+        f"checked epochs 0-1: {2 * IMAGES - 2} images: 0 wrong" in shown
+        and "left out: 2 images" in shown
+        and "PASSED" in shown
+    )
+    for records in epochs.values():
+        records["seed"] = np.roll(records["seed"], 1)
+    shutil.rmtree(theirs)
+    write_upstream(theirs, epochs)
+    assert run(theirs, "MODEL.NUM_CLASSES", classes, "TRAIN.EPOCHS", 2, flags=CHECK) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_one_of_two_stores_of_the_original_in_a_folder(tmp_path, capsys):
+    """LOGITS_TOPK tells which; what is neither is a number of columns."""
+    for k in (4, 10):
+        assert run(tmp_path / f"ours {k}", "DISTILL.LOGITS_TOPK", k) == 0
+        write_upstream(
+            tmp_path / "theirs",
+            {0: np.array(LogitsStoreReader(tmp_path / f"ours {k}").open_epoch(0))},
+        )
+    for k in (4, 10):
+        assert run(tmp_path / "theirs", "DISTILL.LOGITS_TOPK", k, flags=CHECK) == 0
+        assert f"store {tmp_path / 'theirs'}: top-{k} of 10 classes" in capsys.readouterr().out
+    assert run(tmp_path / "theirs", flags=CHECK) == 2
+    assert (
+        "holds stores of top-4, top-10: set DISTILL.LOGITS_TOPK to one of them"
+        in capsys.readouterr().err
+    )
+    shutil.rmtree(tmp_path / "theirs" / "logits_top4_epoch0")
+    assert run(tmp_path / "theirs", "DISTILL.LOGITS_TOPK", 3, flags=CHECK) == 0
+
+
+def test_the_originals_own_store_is_read(goldens, tmp_path, capsys):
+    """The teacher that wrote it is not at hand: another one of as many classes must not pass."""
+    opts = (
+        "DATA.DATASET",
+        "imagenet",
+        "DATA.DATA_PATH",
+        goldens / "train" / "data",
+        "DATA.IMG_SIZE",
+        64,
+        "MODEL.NUM_CLASSES",
+        1000,
+        "TRAIN.EPOCHS",
+        2,
+        "OUTPUT",
+        tmp_path,
+    )
+    store = copied(goldens / "train" / "store", tmp_path / "store")
+    assert run(store, *opts, flags=CHECK) == 1
+    shown = capsys.readouterr().out
+    assert (
+        "checked epochs 0-1: 400 images: 0 wrong seeds" in shown
+        and "FAILED: only" in shown
+        and "worst: epoch" in shown
+    )
+
+
+# ---- evaluation
+
+
+def test_the_teacher_is_evaluated_first(store, tmp_path, monkeypatch, capsys):
+    """A teacher that knows: it is shown, as the first pixel, the label itself."""
+
+    class Knows(nn.Module):
+        num_classes = 10
+
+        def forward(self, images):
+            return 9.0 * nn.functional.one_hot(
+                (images[:, 0, 0, 0] * 10).round().long().clamp(0, 9), 10
+            )
+
+    class Batches:
+        def batches(self, epoch):
+            labels = torch.arange(20) % 10
+            images = torch.zeros(20, 3, 4, 4)
+            images[:, 0, 0, 0] = torch.where(torch.arange(20) < 15, labels, (labels + 1) % 10) / 10
+            yield images, labels
+
+        def count(self):
+            return 1
+
+    monkeypatch.setattr("tests.support.teachers.glance", lambda cfg: Knows())
+    monkeypatch.setattr(save_logits, "val_epochs", lambda cfg, rank: Batches())
+    assert run(store, flags=()) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "teacher: top-1 75.00%, top-5 " in shown
+        and "of 20 validation images" in shown
+        and "CHANCE" not in shown
+    )
+    assert shown.index("teacher: top-1") < shown.index("epoch 0")
+
+
+def test_a_teacher_at_chance_is_told(store, capsys):
+    # the original's command has --eval in it
+    assert run(store, "SEED", 3, "DATA.SHAPES.VAL_IMAGES", 100, flags=("--eval",)) == 0
+    assert "THE TEACHER IS NO BETTER THAN CHANCE" in capsys.readouterr().out
+
+
+def test_a_teacher_of_other_classes_is_not_evaluated(store, capsys):
+    assert run(store, "MODEL.NUM_CLASSES", 12, flags=()) == 0
+    shown = capsys.readouterr().out
+    assert "not evaluated: no map is known from its 12 outputs to the data's 10 classes" in shown
+    assert LogitsStoreReader(store).seal(0)["teacher"] == {}
+
+
+def test_without_validation_images_or_by_request_nothing_is_evaluated(store, tmp_path, capsys):
+    images = tmp_path / "images"
+    write_images(images / "train", 9)
+    opts = ("DATA.DATASET", "imagenet", "DATA.DATA_PATH", images, "DATA.BATCH_SIZE", 4)
+    assert run(store, *opts, flags=()) == 0
+    assert "the teacher is not evaluated, there are no validation images" in capsys.readouterr().out
+    assert run(tmp_path / "other", *opts) == 0
+    assert "the teacher is not evaluated (--skip-eval)" in capsys.readouterr().out
+
+
+def write_images(folder: Path, count: int) -> None:
+    for i in range(count):
+        (folder / f"c{i % 10}").mkdir(parents=True, exist_ok=True)
+        shapes.draw("train", i % 10, i, 40).save(folder / f"c{i % 10}" / f"{i:03d}.png")
+
+
+# ---- teachers
+
+
+def test_a_part_of_the_classes(store, tmp_path, four, capsys):
+    """Outputs are cut and renormalised; labels find their place in the smaller numbering."""
+    (tmp_path / "classes").write_text("7\n2\n5\n")
+    opts = (
+        "DISTILL.CLASS_SUBSET",
+        tmp_path / "classes",
+        "DATA.DATASET",
+        "folder",
+        "DATA.DATA_PATH",
+        tmp_path / "images",
+    )
+    write_images(tmp_path / "images", 12)
+    assert run(store, *opts) == 0
+    assert (
+        run(
+            tmp_path / "whole",
+            "DATA.DATASET",
+            "folder",
+            "DATA.DATA_PATH",
+            tmp_path / "images",
+            "MODEL.NUM_CLASSES",
+            10,
+        )
+        == 0
+    )
+    part, whole = (
+        LogitsStoreReader(folder).open_epoch(0) for folder in (store, tmp_path / "whole")
+    )
+    assert LogitsStoreReader(store).num_classes == 3 and LogitsStoreReader(store).manifest["info"][
+        "classes"
+    ] == [7, 2, 5]
+    dense = np.zeros((12, 10))
+    np.put_along_axis(dense, whole["index"].astype(int), whole["prob"].astype(float), axis=1)
+    expected = dense[:, [7, 2, 5]] / dense[:, [7, 2, 5]].sum(1, keepdims=True)
+    assert np.allclose(
+        np.take_along_axis(expected, part["index"].astype(int), axis=1), part["prob"], atol=2e-3
+    )
+    assert run(store, *opts, flags=CHECK) == 0
+    assert run(store, *opts[2:], flags=CHECK) == 2
+    shown = capsys.readouterr().err
+    assert (
+        "the store is of 3 classes, this teacher of 10: give the one that wrote it, with the same"
+        " DISTILL.CLASS_SUBSET" in shown
+    )
+    (tmp_path / "classes").write_text("2\n7\n5\n")
+    assert run(store, *opts, "TRAIN.EPOCHS", 2) == 2
+    assert "teacher.classes_sha256 is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("outputs", "classes", "data_classes", "expected"),
+    [
+        (10, None, 10, list(range(10))),
+        (12, None, 10, None),
+        (10, [4, 2, 9], 10, [-1, -1, 1, -1, 0, -1, -1, -1, -1, 2]),
+        (12, [4, 2, 9], 3, [0, 1, 2]),
+        (12, [4, 2, 9], 10, None),
+        (12, None, 0, None),
+    ],
+)
+def test_where_labels_stand_among_the_outputs(outputs, classes, data_classes, expected):
+    found = Teacher("", nn.Identity(), outputs, classes, None).label_map(data_classes)
+    assert (None if found is None else found.tolist()) == expected
+
+
+def test_labels_of_1k_in_a_part_of_22k():
+    """The 22k positions of three 1k classes, in another order: labels of the 1k data follow them."""
+    from models.class_map import map_22k_to_1k
+
+    mapping = map_22k_to_1k()
+    teacher = Teacher("", nn.Identity(), 21841, mapping[[5, 3, 900]].tolist(), None)
+    found = teacher.label_map(1000)
+    assert found[[5, 3, 900]].tolist() == [0, 1, 2] and (found >= 0).sum() == 3
+    logits = torch.zeros(1, 21841)
+    logits[0, int(mapping[3])] = 1
+    assert teacher.in_data_classes(logits, found).argmax() == 3
+
+
+def test_a_head_stays_in_float32_under_autocast():
+    """bfloat16 stands in for float16, which the CPU's autocast has for few operations."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.body, self.head = nn.Linear(8, 64), nn.Linear(64, 50)
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, generator=generator)
+
+        def forward(self, images):
+            return self.head(self.body(images))
+
+    model, images = Model(), torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.body(images)
+    as_is = nn.functional.linear(features.float(), model.head.weight, model.head.bias).detach()
+    found = teacher_logits(as_teacher(model), images, dtype=torch.bfloat16)
+    assert (
+        features.dtype == torch.bfloat16
+        and found.dtype == torch.float32
+        and torch.equal(found, as_is)
+    )
+    assert not model.training and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    )
+    assert list(model.state_dict()) == ["body.weight", "body.bias", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "device", "expected"),
+    [
+        ([], "cpu", None),
+        ([], "cuda", torch.float16),
+        (["AMP_DTYPE", "bf16"], "cuda", torch.float16),
+        (["AMP_DTYPE", "off"], "cuda", None),
+        (["AMP_ENABLE", "False"], "cuda", None),
+        (["AMP_DTYPE", "fp16"], "cpu", None),
+    ],
+)
+def test_never_bfloat16(opts, device, expected):
+    assert teacher_dtype(load_config(["--opts", *opts]), torch.device(device)) == expected
+
+
+def test_bfloat16_is_declined_aloud(store, capsys):
+    assert run(store, "AMP_DTYPE", "bf16") == 0
+    assert (
+        "AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in float32"
+        in capsys.readouterr().out
+    )
+    assert LogitsStoreReader(store).manifest["teacher"]["dtype"] == "float32"
+
+
+def test_the_digest_of_weights_knows_names_shapes_and_values():
+    first = weights_digest(Glance(10))
+    assert first == weights_digest(Glance(10)) and len(first) == 64
+    other = Glance(10)
+    other.head.bias.data[3] = other.head.bias.data[3].nextafter(torch.tensor(9.0))
+    assert (
+        len(
+            {
+                first,
+                weights_digest(other),
+                weights_digest(Glance(10, seed=1)),
+                weights_digest(nn.Linear(2, 3)),
+                weights_digest(nn.Linear(2, 3).double()),
+            }
+        )
+        == 5
+    )
+    half = nn.Linear(2, 3, bias=False).bfloat16()
+    assert weights_digest(half) != weights_digest(half.float())
+
+
+def test_a_tally_counts():
+    tally = Tally()
+    tally.add(
+        np.array([1, 5, -1, 9]),
+        np.array([[1, 0, 2, 3, 4, 5], [0, 1, 2, 3, 5, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 9]]),
+    )
+    assert tally == Tally(4, 3, 1, 2) and tally.accuracy() == {
+        "images": 3,
+        "top1": 100 / 3,
+        "top5": 200 / 3,
+    }
+    assert (
+        Tally(7).accuracy() == {}
+        and str(Tally(7)) == "7 images"
+        and str(tally) == "4 images, top1 33.33%, top5 66.67%"
+    )
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SEED", 1), "is another store: teacher.weights_sha256 is"),
+        (
+            ("AUG.REPROB", 0.5),
+            "is another store: identity.recipe.AUG.REPROB is 0.25 there and 0.5 here",
+        ),
+        (("DATA.SEED", 5), "identity.base_seed is 0 there and 5 here"),
+        (("DISTILL.LOGITS_TOPK", 4), "identity.k is 10 there and 4 here"),
+        (("MODEL.NUM_CLASSES", 12), "identity.num_classes is 10 there and 12 here"),
+        (("DATA.IMG_SIZE", 48), "identity.image_size is 40 there and 48 here"),
+        (("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0), "identity.paired is true there and false here"),
+        (("DATA.SHAPES.TRAIN_IMAGES", 41), "was begun with other images: 2 removed: "),
+    ],
+)
+def test_a_store_of_other_settings_is_not_continued(four, capsys, opts, message):
+    assert run(four, "TRAIN.EPOCHS", 5, *opts) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1 and message in shown
+    assert (
+        "use the same settings and teacher, or another folder" in shown
+        or "restore the data set, or use another folder" in shown
+    )
+
+
+@pytest.mark.parametrize(
+    ("opts", "flags", "message"),
+    [
+        (
+            ("DISTILL.TEACHER_LOGITS_PATH", ""),
+            (),
+            "DISTILL.TEACHER_LOGITS_PATH: name the store's folder",
+        ),
+        (
+            ("DISTILL.TEACHER_LOGITS_PATH", ""),
+            CHECK,
+            "DISTILL.TEACHER_LOGITS_PATH: name the store's folder",
+        ),
+        (
+            ("MODEL.TYPE", "tiny_vit"),
+            (),
+            "MODEL.RESUME: name the weights of the teacher tiny_vit (--resume or --pretrained)",
+        ),
+        (
+            ("MODEL.TYPE", "tests.support.teachers:glanse"),
+            (),
+            "has no function glanse; did you mean glance?",
+        ),
+        (("DATA.BATCH_SIZE", 7), (), "images are mixed in pairs, the batch must be even (e.g. 8)"),
+        (("DISTILL.LOGITS_TOPKK", 7), (), "did you mean DISTILL.LOGITS_TOPK?"),
+        (("MODEL.NUM_CLASSES", 7), (), "7 classes are fewer than the 10 of the data"),
+        ((), CHECK, "no store there (neither manifest.json nor logits_top*_epoch*/)"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(store, capsys, opts, flags, message):
+    assert run(store, *opts, flags=flags) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and shown.count("\n") == 1 and message in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--throughput",), "--throughput belongs to main.py"),
+        (("--exact",), "--exact and --percent go with --check-saved-logits"),
+        (("--percent", "3"), "--exact and --percent go with --check-saved-logits"),
+        ((*CHECK, "--percent", "0"), "--percent 0: expected more than 0 and at most 100"),
+    ],
+)
+def test_flags_that_do_not_go_together(capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        main([*flags])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_disk_must_be_large_enough(store, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 1000))
+    assert run(store, "TRAIN.EPOCHS", 3) == 2
+    assert "writing 3 epochs of 43 images with top-10 needs" in capsys.readouterr().err
+
+
+def test_a_teacher_that_answers_nonsense_stops_the_run(store, monkeypatch, capsys):
+    monkeypatch.setattr(
+        Glance, "forward", lambda self, images: torch.full((len(images), 10), torch.nan)
+    )
+    assert run(store) == 2
+    assert "has a probability that is no number" in capsys.readouterr().err and not sealed_bytes(
+        store
+    )
+
+
+def test_a_bug_is_no_fault_of_the_user(store, monkeypatch):
+    monkeypatch.setattr(Glance, "forward", lambda self, images: images.nonsense)
+    with pytest.raises(AttributeError, match="nonsense"):
+        run(store)

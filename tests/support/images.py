@@ -1,0 +1,56 @@
+"""Small image files and data sets for tests."""
+
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from configs import load_config
+
+
+def config(*options: object):
+    """A configuration with these keys and values."""
+    return load_config(["--opts", *map(str, options)])
+
+
+def picture(number: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
+    """An RGB image that differs from number to number."""
+    rng = np.random.Generator(np.random.PCG64(number))
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The bytes of an image file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_files(root: Path, names: Sequence[str] | Mapping[str, bytes]) -> Path:
+    """Files below a folder: given bytes, or for the i-th name picture(i)."""
+    files = (
+        names
+        if isinstance(names, Mapping)
+        else {name: encoded(picture(i)) for i, name in enumerate(names)}
+    )
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def write_tar(path: Path, members: Mapping[str, bytes | None], **options) -> Path:
+    """A tar file; None makes a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type = (
+                len(data or b""),
+                (tarfile.DIRTYPE if data is None else tarfile.REGTYPE),
+            )
+            tar.addfile(info, io.BytesIO(data or b""))
+    return path
