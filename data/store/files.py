@@ -9,9 +9,15 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # a lock whose holder can't be asked counts as left behind after this long without a heartbeat
 STALE_SECONDS = 300.0
@@ -25,6 +31,68 @@ class StoreError(ValueError):
 
 class LockedError(StoreError):
     """Another job holds the lock."""
+
+
+@contextmanager
+def sole_user(path: Path | str, way_out: str = "", wait: bool = False) -> Iterator[None]:
+    """Keep out all other processes that ask for the same file: a LockedError, or `wait` for it.
+
+    The system frees the lock of a process that ends, however it ends; where the system or the file
+    system has no locks, all enter. The file is the lock's own: it names its holder, and goes with
+    it. Processes are kept apart, not threads, and a process that opens and closes the file a second
+    time loses its lock.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, "ab+", buffering=0) as file:
+            if not _lock(file, wait):
+                raise LockedError(f"{path}: in use by {_holder(file)}: {way_out}")
+            if not _is_at(file, path):  # its holder removed it while we came
+                continue
+            with suppress(OSError):  # a full disk: the name is for people alone
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # Windows removes no open file
+                    path.unlink()
+            return
+
+
+def lock_holder(path: Path) -> str | None:
+    """Who holds the lock on a file, for people; None if nobody does. For processes without it."""
+    try:
+        with open(path, "rb+", buffering=0) as file:
+            return None if _lock(file, wait=False) else _holder(file)
+    except OSError:
+        return None
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        # a record lock: forked children do not inherit it, and NFS knows it
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(file: BinaryIO) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace") or "another process"
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,8 +1,11 @@
 """Locks, tokens and files that appear whole or not at all."""
 
+import contextlib
 import errno
 import json
 import os
+import selectors
+import socket
 import subprocess
 import sys
 import threading
@@ -19,17 +22,88 @@ from data.store.files import (
     check_token,
     is_alive,
     is_stale,
+    lock_holder,
     remove_token,
+    sole_user,
     this_process,
     write_atomic,
     write_error,
     write_token,
 )
+from tests.support.helpers import ROOT
 
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "epoch_0001.lock"
+
+
+# Takes the lock, says so, waits for a line, and lets go.
+HOLD = """
+import sys
+from data.store.files import sole_user
+with sole_user(sys.argv[1], "wait", wait=sys.argv[2] == "wait"):
+    print("in", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def holding(path, wait=""):
+    """A process of its own that asks for a lock; leaving kills it, in the midst of its work."""
+    command, pipe = [sys.executable, "-c", HOLD, str(path), wait], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        yield process
+        process.kill()
+
+
+def test_one_process_is_in_and_the_system_frees_the_lock_of_a_killed_one(path):
+    with holding(path) as first:
+        assert first.stdout.readline() == "in\n"
+        assert lock_holder(path) == f"process {first.pid} on {socket.gethostname()}"
+        with pytest.raises(LockedError, match=rf"in use by process {first.pid} on .*: wait for it"):
+            with sole_user(path, "wait for it"):
+                raise AssertionError("both are in")
+    assert path.exists() and lock_holder(path) is None  # what the killed one left holds nobody off
+    with sole_user(path):
+        assert str(os.getpid()) in path.read_text()
+    assert not path.exists()
+
+
+def test_whoever_waits_enters_when_the_holder_has_gone(path):
+    with holding(path) as first, contextlib.ExitStack() as stack:
+        first.stdout.readline()
+        others = [stack.enter_context(holding(path, "wait")) for _ in range(3)]
+        first.communicate("go\n")
+        for _ in others:
+            ready = selectors.DefaultSelector()
+            for other in others:
+                ready.register(other.stdout, selectors.EVENT_READ, other)
+            ((key, _),) = ready.select(30)  # one at a time, though each holder removes the file
+            assert key.data.communicate("go\n")[0] == "in\n"
+            others = [other for other in others if other is not key.data]
+    assert not path.exists()
+
+
+def test_a_forked_child_holds_nothing(path):
+    with sole_user(path):
+        child = os.fork()
+        if not child:
+            try:
+                with sole_user(path):
+                    os._exit(1)
+            except LockedError:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert path.exists()
+
+
+def test_without_locks_all_enter(path, monkeypatch):
+    monkeypatch.setattr(store_files, "fcntl", None)
+    with holding(path) as other:
+        other.stdout.readline()
+        with sole_user(path):
+            pass
 
 
 def dead_pid() -> int:
