@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs import ConfigError, argument_parser, config_from_args, replace, run_folder
+from configs import ConfigError, argument_parser, config_from_args, run_folder
 from data.augment.decoder import AugmentDecoder, mean_and_std
 from data.augment.pairs import PairMix
 from data.augment.rng import generator, run_seed, sample_seed
@@ -338,11 +338,11 @@ def _prepare(cfg, group: Group, stop: StopRequest) -> Run:
             teacher.precision,
         )
     if not is_saving:  # the original's stores do not say how many classes they have
-        cfg = replace(cfg, {"MODEL.NUM_CLASSES": teacher.num_classes})
+        cfg = cfg.replace({"MODEL.NUM_CLASSES": teacher.num_classes})
     cfg = group.on_main(partial(resolve, cfg, teacher.num_classes))
     dataset = build_dataset(cfg, "train")
     if not is_saving:  # all columns are checked, however few the recipe would read
-        cfg = replace(cfg, {"DISTILL.LOGITS_TOPK": open_store(cfg, dataset.get_keys()).k})
+        cfg = cfg.replace({"DISTILL.LOGITS_TOPK": open_store(cfg, dataset.get_keys()).k})
     label_map = teacher.label_map(dataset.num_classes)
     return Run(cfg, group, stop, log, teacher, PairMix.from_config(cfg), label_map)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import alternate, machine, report
-from configs import load_config, replace
+from configs import load_config
 from data.augment.pairs import PairMix
 from data.augment.rng import generator, sample_seed
 from data.replay import Sample
@@ -70,10 +70,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     world = init_distributed("auto")
-    cfg = replace(
-        load_config(["--opts", "AUG.MIXUP_MODE", "pair2"]),
-        {"MODEL.NUM_CLASSES": args.classes, "DISTILL.LOGITS_TOPK": args.topk},
-    )
+    cfg = load_config(["--opts", "AUG.MIXUP_MODE", "pair2"])
+    cfg = cfg.replace({"MODEL.NUM_CLASSES": args.classes, "DISTILL.LOGITS_TOPK": args.topk})
     model = as_teacher(TinyViT.from_config(args.model, num_classes=args.classes)).to(world.device)
     teacher = Teacher("teacher", model, args.classes, None, teacher_dtype(cfg, world.device))
     run = Run(

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
+from configs.config import flatten
 from configs.defaults import get_defaults
-from configs.validate import ConfigError, is_paired, validate
+from configs.validate import ConfigError, validate
 
 __all__ = [
     "BatchPlan",
@@ -24,10 +25,8 @@ __all__ = [
     "choices_in_words",
     "config_from_args",
     "dump",
-    "is_paired",
     "learning_rates",
     "load_config",
-    "replace",
     "run_folder",
     "teacher_config",
 ]
@@ -205,16 +204,6 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     return theirs
 
 
-def replace(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
-    """A frozen copy of a configuration with other values under the given dotted keys."""
-    copy = cfg.clone()
-    copy.defrost()
-    for key, value in values.items():
-        _set(copy, key, value, source="resolved value")
-    copy.freeze()
-    return copy
-
-
 def dump(cfg: CfgNode) -> str:
     """The configuration as YAML that load_config reads back to an equal one."""
     return cfg.dump(sort_keys=False)
@@ -222,21 +211,13 @@ def dump(cfg: CfgNode) -> str:
 
 def choices_in_words(cfg: CfgNode) -> str:
     """What differs from the defaults, on one line."""
-
-    def leaf(node: CfgNode, key: str) -> Any:
-        for name in key.split("."):
-            node = node[name]
-        return node
-
     defaults = get_defaults()
     changed = [
-        key
-        for key in _all_keys(cfg)
-        if key not in _DERIVED
-        and not isinstance(leaf(cfg, key), CfgNode)
-        and leaf(cfg, key) != leaf(defaults, key)
+        f"{key} {value}"
+        for key, value in flatten(cfg).items()
+        if key not in _DERIVED and value != defaults.value(key)
     ]
-    return ", ".join(f"{key} {leaf(cfg, key)}" for key in changed) or "the defaults"
+    return ", ".join(changed) or "the defaults"
 
 
 def run_folder(cfg: CfgNode) -> Path:
@@ -251,7 +232,7 @@ def batch_plan(cfg: CfgNode) -> BatchPlan:
         return BatchPlan(
             limit, cfg.TRAIN.ACCUMULATION_STEPS, limit * world * cfg.TRAIN.ACCUMULATION_STEPS
         )
-    unit = 2 if is_paired(cfg) else 1  # a pair is never split
+    unit = 2 if cfg.is_paired else 1  # a pair is never split
     if total % (world * unit):
         fitting = [size for size in range(1, total // unit + 1) if total % (size * unit) == 0]
         shown = ", ".join(map(str, fitting[:12])) + (", ..." if len(fitting) > 12 else "")

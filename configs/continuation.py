@@ -9,6 +9,7 @@ import yaml
 from yacs.config import CfgNode
 
 from configs import batch_plan, dump
+from configs.config import flatten
 from configs.validate import ConfigError
 
 # What may differ because it changes where things are, what is shown and how fast it goes, but not
@@ -72,8 +73,8 @@ def check_continuation(before: str, cfg: CfgNode, where: str) -> list[Change]:
     """Compare a checkpoint's configuration (its dump) with this run's: the changes that are allowed
     but worth saying, or a ConfigError.
     """
-    old = dict(_leaves(yaml.safe_load(before)))
-    new = dict(_leaves(yaml.safe_load(dump(cfg))))
+    old = flatten(yaml.safe_load(before))
+    new = flatten(yaml.safe_load(dump(cfg)))
     images, was = batch_plan(cfg).per_update, _images_per_update(old)
     free = FREE | {GLOBAL} | (SPLIT if cfg.TRAIN.GLOBAL_BATCH else set())
     changes = [
@@ -121,12 +122,3 @@ def _images_per_update(values: Mapping[str, Any]) -> int:
         values[GLOBAL]
         or values["WORLD_SIZE"] * values["DATA.BATCH_SIZE"] * values["TRAIN.ACCUMULATION_STEPS"]
     )
-
-
-def _leaves(node: Mapping, prefix: str = ""):
-    """The (dotted key, value) pairs of nested mappings."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

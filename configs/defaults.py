@@ -6,7 +6,9 @@ instead."""
 
 from yacs.config import CfgNode
 
-_C = CfgNode()
+from configs.config import Config
+
+_C = Config()
 
 # YAML files to read first, relative to the file that names them; later ones win, the file itself
 # last
@@ -190,6 +192,6 @@ _C.USE_WANDB = False  # --use-wandb
 _C.WANDB_PROJECT = "tinyvit"
 
 
-def get_defaults() -> CfgNode:
+def get_defaults() -> Config:
     """A fresh, unfrozen copy of the defaults."""
     return _C.clone()

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from yacs.config import CfgNode
+from configs.config import Config
 
 
 class ConfigError(ValueError):
@@ -109,25 +109,18 @@ POLICY_OPTIONS = {
 }
 
 
-def is_paired(cfg: CfgNode) -> bool:
-    """Whether neighbours of an epoch's order are mixed with each other."""
-    return cfg.AUG.MIXUP_MODE == "pair2" and (
-        cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None
-    )
-
-
-def validate(cfg: CfgNode) -> None:
+def validate(cfg: Config) -> None:
     """Raise ConfigError at the first value that cannot work."""
     for key, choices in CHOICES.items():
-        value = _get(cfg, key)
+        value = cfg.value(key)
         if value not in choices:
             raise ConfigError(_choice_message(key, value, choices))
     for key, names in NAMED_OR_FUNCTION.items():
-        value = _get(cfg, key)
+        value = cfg.value(key)
         if value not in names and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
             raise ConfigError(_choice_message(key, value, (*names, "package.module:function")))
     for key, (low, high) in RANGES.items():
-        value = _get(cfg, key)
+        value = cfg.value(key)
         if not (
             math.isfinite(value)
             and (low is None or value >= low)
@@ -136,7 +129,7 @@ def validate(cfg: CfgNode) -> None:
             bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{key} = {value!r}: must be {bounds}")
     for key, lengths in LENGTHS.items():
-        _check_numbers(key, _get(cfg, key), lengths)
+        _check_numbers(key, cfg.value(key), lengths)
     for check in (
         _check_policy,
         _check_crop,
@@ -148,12 +141,6 @@ def validate(cfg: CfgNode) -> None:
         _check_output,
     ):
         check(cfg)
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
 
 
 def _choice_message(key: str, value: str, choices: Iterable[str]) -> str:
@@ -178,15 +165,15 @@ def _check_numbers(key: str, value: Any, lengths: tuple[int, ...]) -> None:
             raise ConfigError(f"{key} = {list(value)}: {item!r} is not a number")
 
 
-def _refuse(is_wrong: bool, cfg: CfgNode, key: str, reason: str) -> None:
+def _refuse(is_wrong: bool, cfg: Config, key: str, reason: str) -> None:
     if is_wrong:
-        value = _get(cfg, key)
+        value = cfg.value(key)
         raise ConfigError(
             f"{key} = {list(value) if isinstance(value, (list, tuple)) else repr(value)}: {reason}"
         )
 
 
-def _check_policy(cfg: CfgNode) -> None:
+def _check_policy(cfg: Config) -> None:
     key, policy = "AUG.AUTO_AUGMENT", cfg.AUG.AUTO_AUGMENT
     if policy in ("", "none"):
         return
@@ -205,7 +192,7 @@ def _check_policy(cfg: CfgNode) -> None:
         )
 
 
-def _check_crop(cfg: CfgNode) -> None:
+def _check_crop(cfg: Config) -> None:
     low, high = cfg.AUG.SCALE
     _refuse(not 0 < low <= high <= 1, cfg, "AUG.SCALE", "needs 0 < smallest <= largest <= 1")
     low, high = cfg.AUG.RATIO
@@ -213,7 +200,7 @@ def _check_crop(cfg: CfgNode) -> None:
     _refuse(not 0 < cfg.DATA.SUBSET <= 1, cfg, "DATA.SUBSET", "a fraction above 0 and at most 1")
 
 
-def _check_cutmix(cfg: CfgNode) -> None:
+def _check_cutmix(cfg: Config) -> None:
     if cfg.AUG.CUTMIX_MINMAX is not None:
         low, high = cfg.AUG.CUTMIX_MINMAX
         side = cfg.DATA.IMG_SIZE
@@ -225,7 +212,7 @@ def _check_cutmix(cfg: CfgNode) -> None:
         )
 
 
-def _check_statistics(cfg: CfgNode) -> None:
+def _check_statistics(cfg: Config) -> None:
     _refuse(any(value <= 0 for value in cfg.DATA.STD), cfg, "DATA.STD", "must be above 0")
     off_scale = any(not 0 <= value <= 255 or value != int(value) for value in cfg.AUG.FILL)
     _refuse(off_scale, cfg, "AUG.FILL", "three whole numbers from 0 to 255")
@@ -237,7 +224,7 @@ def _check_statistics(cfg: CfgNode) -> None:
     )
 
 
-def _check_tiny_vit(cfg: CfgNode) -> None:
+def _check_tiny_vit(cfg: Config) -> None:
     if cfg.MODEL.TYPE != "tiny_vit":
         return
     prefix, shape = "MODEL.TINY_VIT.", cfg.MODEL.TINY_VIT
@@ -263,7 +250,7 @@ def _check_tiny_vit(cfg: CfgNode) -> None:
         _refuse(shape[name] <= 0, cfg, prefix + name, "must be above 0")
 
 
-def _check_distill(cfg: CfgNode) -> None:
+def _check_distill(cfg: Config) -> None:
     distill = cfg.DISTILL
     _refuse(
         distill.LOGITS_TOPK < 1 and "DISTILL.LOGITS_TOPK" in cfg.EXPLICIT,
@@ -287,14 +274,14 @@ def _check_distill(cfg: CfgNode) -> None:
     batch = cfg.DATA.BATCH_SIZE
     trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE or cfg.TRAIN.GLOBAL_BATCH)
     _refuse(
-        trains and is_paired(cfg) and batch % 2 == 1,
+        trains and cfg.is_paired and batch % 2 == 1,
         cfg,
         "DATA.BATCH_SIZE",
         f"images are mixed in pairs, the batch must be even (e.g. {batch + 1})",
     )
 
 
-def _check_training(cfg: CfgNode) -> None:
+def _check_training(cfg: Config) -> None:
     train = cfg.TRAIN
     _refuse(
         train.SYNC_BN and cfg.DEVICE == "cpu",
@@ -319,7 +306,7 @@ def _check_training(cfg: CfgNode) -> None:
     )
 
 
-def _check_output(cfg: CfgNode) -> None:
+def _check_output(cfg: Config) -> None:
     _refuse(not cfg.OUTPUT, cfg, "OUTPUT", "name a folder for the run")
     _refuse(
         not cfg.TAG or Path(cfg.TAG).name != cfg.TAG, cfg, "TAG", "a folder name, without slashes"

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.augment.decoder import AugmentDecoder, eval_transform, mean_and_std
-from data.identity import adopted_values, check_proof, excess_of, is_paired
+from data.identity import adopted_values, check_proof, excess_of
 from data.images.datasets import build_dataset
 from data.replay import ReplayDataset, Sample
 from data.sampler import EpochBatches, EpochSampler, Wanted
@@ -38,7 +38,7 @@ def resolve(cfg, model_classes: int = 0):
 
     `model_classes` is the class count of a teacher or of weights that are given, where there are
     such."""
-    return _replaced(cfg, _resolved_values(cfg, model_classes))
+    return cfg.replace(_resolved_values(cfg, model_classes))
 
 
 def reads_store(cfg) -> bool:
@@ -142,7 +142,7 @@ def train_epochs(
         cfg.WORLD_SIZE,
         rank,
         cfg.DATA.SEED,
-        paired=is_paired(cfg),
+        paired=cfg.is_paired,
         step_images=step_images,
         available=replay.available,
     )
@@ -172,7 +172,7 @@ def check_store(cfg, wanted: Iterable[int] | None = None) -> str:
     if isinstance(store, LogitsStoreReader):
         local = local_positions(cfg, store, dataset)
         # DISTILL.OTHER_SIZE
-        as_written = _replaced(cfg, {"DATA.IMG_SIZE": store.manifest["identity"]["image_size"]})
+        as_written = cfg.replace({"DATA.IMG_SIZE": store.manifest["identity"]["image_size"]})
         check_proof(
             store.manifest["proof"],
             dataset,
@@ -245,20 +245,6 @@ def _opened_store(
         (lambda epoch: store_epoch(epoch, count)) if cfg.DISTILL.REUSE_EPOCHS else int,
         stager,
     )
-
-
-def _replaced(cfg, values: dict[str, Any]):
-    """A frozen copy with other values under dotted keys, as the types of those that were there."""
-    copy = cfg.clone()
-    copy.defrost()
-    for key, value in values.items():
-        *groups, name = key.split(".")
-        node = copy
-        for group in groups:
-            node = node[group]
-        node[name] = value if node[name] is None or value is None else type(node[name])(value)
-    copy.freeze()
-    return copy
 
 
 def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:

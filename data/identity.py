@@ -40,13 +40,6 @@ class IdentityError(ValueError):
     """A run that would not replay what the store holds."""
 
 
-def is_paired(cfg) -> bool:
-    """Whether neighbours of an epoch's order are mixed with each other."""
-    return cfg.AUG.MIXUP_MODE == "pair2" and (
-        cfg.AUG.MIXUP > 0 or cfg.AUG.CUTMIX > 0 or cfg.AUG.CUTMIX_MINMAX is not None
-    )
-
-
 def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
     """The identity of the store that a resolved config writes."""
     return {
@@ -56,11 +49,11 @@ def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
         "keys_sha256": keys_sha256,
         "base_seed": cfg.DATA.SEED,
         "shuffle_seed": cfg.DATA.SEED,
-        "paired": is_paired(cfg),
+        "paired": cfg.is_paired,
         "temperature": cfg.DISTILL.TEMPERATURE,
         "image_size": cfg.DATA.IMG_SIZE,
         "recipe": {
-            **{key: _value(cfg, key) for key in RECIPE_KEYS},
+            **{key: cfg.value(key) for key in RECIPE_KEYS},
             "ops": AugmentDecoder.from_config(cfg).recipe()["ops"],
         },
     }
@@ -84,7 +77,7 @@ def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any
         "MODEL.NUM_CLASSES": identity["num_classes"],
     }
     for key, theirs in stored.items():
-        mine = _value(cfg, key)
+        mine = cfg.value(key)
         is_given = (
             key in cfg.EXPLICIT
             and not (key == "MODEL.NUM_CLASSES" and mine == 0)
@@ -174,12 +167,6 @@ def _way_out(key: str, theirs: Any) -> str:
             " (on the same side of 32 pixels)"
         )
     return f"leave {key} out to take the store's, or save logits with the other value"
-
-
-def _value(cfg, key: str) -> Any:
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
 
 
 def _plain(value: Any) -> Any:

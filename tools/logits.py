@@ -245,7 +245,7 @@ def estimate(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from configs import load_config, replace  # here, since nothing else in this program needs torch
+    from configs import load_config  # here, since nothing else in this program needs torch
     from data.augment.decoder import AugmentDecoder, fill_color
     from data.build import resolve
     from data.identity import excess_of, identity_of, proof_of
@@ -284,8 +284,8 @@ def convert(args: argparse.Namespace) -> int:
     )
     epochs = source.epochs()
     source.check_epochs(epochs)
-    cfg = replace(
-        cfg, {"DISTILL.LOGITS_TOPK": source.k, "DATA.SEED": 0, "AUG.FILL": list(fill_color(cfg))}
+    cfg = cfg.replace(
+        {"DISTILL.LOGITS_TOPK": source.k, "DATA.SEED": 0, "AUG.FILL": list(fill_color(cfg))}
     )
     decoder = AugmentDecoder.from_config(cfg)
     no_images = {"positions": [], "sha256": []}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from configs import load_config, replace
+from configs import load_config
 from data.augment.decoder import eval_transform
 from data.images.datasets import IMAGE_SUFFIXES, read_rgb
 from models.build import build_teacher
@@ -111,7 +111,7 @@ def predict(
     if cfg:
         settings = load_config(["--cfg", cfg, "--eval"])
     if image_size:
-        settings = replace(settings, {"DATA.IMG_SIZE": image_size})
+        settings = settings.replace({"DATA.IMG_SIZE": image_size})
     transform = eval_transform(settings)
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]

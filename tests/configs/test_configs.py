@@ -15,10 +15,8 @@ from configs import (
     batch_plan,
     choices_in_words,
     dump,
-    is_paired,
     learning_rates,
     load_config,
-    replace,
     run_folder,
 )
 from configs.defaults import get_defaults
@@ -59,7 +57,7 @@ def values(name: str) -> tuple:
         train.EVAL_BN_WHEN_TRAINING,
         aug.MIXUP,
         aug.CUTMIX,
-        is_paired(cfg),
+        cfg.is_paired,
         model.DROP_PATH_RATE,
         model.TINY_VIT.EMBED_DIMS[0],
         cfg.DATA.DATASET,
@@ -251,15 +249,15 @@ def test_help_explains_every_flag():
 
 
 def test_a_store_or_an_online_teacher_turns_distillation_and_pairs_on():
-    assert not is_paired(opts())
+    assert not opts().is_paired
     for cfg in (
         opts("DISTILL.TEACHER_LOGITS_PATH", "store"),
         opts("DISTILL.ONLINE", "True", "DISTILL.TEACHER_CFG", "t.yaml"),
     ):
-        assert cfg.DISTILL.ENABLED and is_paired(cfg)
-    assert not is_paired(
-        opts("DISTILL.TEACHER_LOGITS_PATH", "store", "AUG.MIXUP", "0", "AUG.CUTMIX", "0")
-    )
+        assert cfg.DISTILL.ENABLED and cfg.is_paired
+    assert not opts(
+        "DISTILL.TEACHER_LOGITS_PATH", "store", "AUG.MIXUP", "0", "AUG.CUTMIX", "0"
+    ).is_paired
 
 
 def test_timm_models_bring_their_own_input():
@@ -303,7 +301,7 @@ def test_global_batch_keeps_pairs_whole():
 
 def test_replace_leaves_the_original_alone():
     cfg = opts()
-    other = replace(cfg, {"MODEL.NUM_CLASSES": 10})
+    other = cfg.replace({"MODEL.NUM_CLASSES": 10})
     assert (cfg.MODEL.NUM_CLASSES, other.MODEL.NUM_CLASSES) == (0, 10) and other.is_frozen()
 
 
@@ -473,7 +471,7 @@ def test_only_loading_and_resolving_defrost(root):
         and "tests" not in path.parts
         and re.search(r"\.defrost\(", path.read_text())
     ]
-    assert sorted(users) == [Path("configs/__init__.py"), Path("data/build.py")]
+    assert sorted(users) == [Path("configs/config.py")]
 
 
 def test_loading_a_config_imports_neither_torch_nor_timm(root):

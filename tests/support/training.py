@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from configs import is_paired
 from tests.support.helpers import ROOT, free_port, quick_context
 
 TINY_MODEL = [
@@ -179,7 +178,7 @@ def recorded(step: Callable, folder: str, rank: int) -> Callable:
             for batch in batches:
                 keys = run.epochs.dataset.dataset.get_keys()
                 names = [keys[position] for position in batch.position.tolist()]
-                partners = [names[i ^ 1] if is_paired(run.cfg) else "" for i in range(len(names))]
+                partners = [names[i ^ 1] if run.cfg.is_paired else "" for i in range(len(names))]
                 records = zip(batch.indices.tolist(), batch.probs.tolist())
                 seen.extend(map(list, zip(names, batch.seed.tolist(), partners, records)))
                 yield batch

@@ -1,0 +1,54 @@
+"""The tree of keys as an object: every key by attribute or by its dotted name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from yacs.config import CfgNode
+
+
+class Config(CfgNode):
+    """A configuration: yacs's tree of keys, with what follows from several of them.
+
+    Modules that may not import `configs` are handed one, and find here what they need.
+    """
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether neighbours of an epoch's order are mixed with each other."""
+        aug = self.AUG
+        mixes = aug.MIXUP > 0 or aug.CUTMIX > 0 or aug.CUTMIX_MINMAX is not None
+        return aug.MIXUP_MODE == "pair2" and mixes
+
+    def value(self, key: str) -> Any:
+        """The value of a dotted key."""
+        node = self
+        for name in key.split("."):
+            node = node[name]
+        return node
+
+    def replace(self, values: Mapping[str, Any]) -> Config:
+        """A frozen copy with other values under dotted keys, as the types of those that were there."""
+        copy = self.clone()
+        copy.defrost()
+        for key, value in values.items():
+            group, _, name = key.rpartition(".")
+            before = copy.value(key)
+            if value is not None and before is not None:
+                value = type(before)(value)
+            node = copy.value(group) if group else copy
+            setattr(node, name, value)
+        copy.freeze()
+        return copy
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested mappings."""
+    flat = {}
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
