@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 
 from configs import load_config
 from data.augment.decoder import eval_transform
-from data.images.datasets import IMAGE_SUFFIXES, read_rgb
+from data.images.reading import IMAGE_SUFFIXES, read_rgb
 from models.build import build_teacher
 from models.pretrained import from_timm, load_weights, read_notes, read_state_dict
 from models.tiny_vit import TinyViT

@@ -1,6 +1,4 @@
-"""Archives read at random by many processes: members of one tar file by offset, members of many zip
-files by name.
-"""
+"""Archives read at random by many processes: members of tar and zip files at offsets."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -18,13 +16,13 @@ from data.images.reading import IMAGE_SUFFIXES, CorruptImage
 
 TAR_BLOCK = 512
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstandard
-OPEN_ZIPS = 64  # a process; ImageNet-22k has 21,841
-# signature, disks and entry counts, size and offset of the directory, length of the comment
-ZIP_END = struct.Struct("<4s4H2LH")
-ZIP_ENTRY = struct.Struct("<4s6H3L5H2L")  # an entry of the directory; its name follows
-ZIP_LOCAL = struct.Struct("<4s5H3L2H")  # what stands before a member's data
-ZIP_COMMENT = 65535  # the longest
-STORED, DEFLATED, ENCRYPTED = 0, 8, 1
+
+# What stands before a zip member's data: signature, version, flags, method, time, date, checksum,
+# sizes packed and unpacked, lengths of the name and of the extra field, which follow.
+ZIP_HEADER = struct.Struct("<4s5H3L2H")
+ENCRYPTED = 1  # flags
+SIZES_BEHIND = 8
+NOWHERE = (-1, 0)  # the span of a member that was not found
 
 
 def is_image(path: str) -> bool:
@@ -41,8 +39,9 @@ class Member(NamedTuple):
 
 
 def tar_members(path: Path) -> Iterator[Member]:
-    """The images and folders of a plain tar file; one that is damaged, compressed or unsafe is an
-    error.
+    """The images and folders of a plain tar file.
+
+    One that is damaged, compressed or unsafe is an error.
     """
     length = path.stat().st_size
     try:
@@ -52,8 +51,8 @@ def tar_members(path: Path) -> Iterator[Member]:
                 name = str(PurePosixPath(member.name))
                 if member.name.startswith("/") or ".." in PurePosixPath(name).parts:
                     raise ValueError(
-                        f"{path}: member {member.name!r} points outside of the archive: "
-                        "make the tar again with relative paths"
+                        f"{path}: member {member.name!r} points outside of the archive: make the"
+                        " tar again with relative paths"
                     )
                 if member.isdir():
                     yield Member(name, 0, -1)
@@ -61,23 +60,16 @@ def tar_members(path: Path) -> Iterator[Member]:
                     _check_image(path, member, length)
                     yield Member(name, member.offset_data, member.size)
             end = tar.offset
-        with open(path, "rb") as file:
-            file.seek(end)
-            # the library takes a damaged header for the end
-            if file.read(TAR_BLOCK) != bytes(TAR_BLOCK):
-                raise ValueError(
-                    f"{path}: the tar is truncated or damaged at byte {end:,} of {length:,}:"
-                    " restore it"
-                )
     except (tarfile.TarError, EOFError) as error:
-        with open(path, "rb") as file:
-            packed = file.read(6).startswith(COMPRESSED)
-        why = (
-            "it is compressed, and single images can't be read from it: unpack it"
-            if packed
-            else f"{error}: restore it"
+        reason = f"{error}: restore it"
+        if _read_at(path, 0, 6).startswith(COMPRESSED):
+            reason = "it is compressed, and single images can't be read from it: unpack it"
+        raise ValueError(f"{path}: can't be read as a tar: {reason}") from None
+    # the library takes a damaged header for the end
+    if _read_at(path, end, TAR_BLOCK) != bytes(TAR_BLOCK):
+        raise ValueError(
+            f"{path}: the tar is truncated or damaged at byte {end:,} of {length:,}: restore it"
         )
-        raise ValueError(f"{path}: can't be read as a tar: {why}") from None
 
 
 def _check_image(path: Path, member: tarfile.TarInfo, length: int) -> None:
@@ -86,32 +78,37 @@ def _check_image(path: Path, member: tarfile.TarInfo, length: int) -> None:
             f"{path}: member {member.name} is a link or has holes: make the tar again with"
             " --dereference --hard-dereference"
         )
-    if member.offset_data + member.size > length:
+    end = member.offset_data + member.size
+    if end > length:
         raise ValueError(
-            f"{path}: the tar is truncated: member {member.name} ends at byte"
-            f" {member.offset_data + member.size:,}, the file at {length:,}: restore it"
+            f"{path}: the tar is truncated: member {member.name} ends at byte {end:,}, the file at"
+            f" {length:,}: restore it"
         )
 
 
 class TarBytes:
-    """Members of a tar file by offset, from any number of threads and processes."""
+    """The bytes of a tar file; it stays open in each process, on network drives that is quicker."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle, self._owner = -1, 0
+        self._handle: int | None = None
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_handle": -1, "_owner": 0}
+        return {"path": self.path, "_handle": None}
 
     def __del__(self) -> None:
-        if self._owner == os.getpid():
+        if self._handle is not None:
             os.close(self._handle)
 
     def read(self, offset: int, size: int) -> bytes:
         """The bytes at an offset; a file that has become shorter is an error."""
-        if self._owner != os.getpid():
-            self._handle, self._owner = _open(self.path), os.getpid()
-        data = _read(self._handle, offset, size)
+        if not hasattr(os, "pread"):  # as on Windows
+            data = _read_at(self.path, offset, size)
+        else:
+            if self._handle is None:
+                self._handle = os.open(self.path, os.O_RDONLY)
+            # moves no position, which threads and forked processes would share
+            data = os.pread(self._handle, size, offset)
         if len(data) != size:
             raise ValueError(
                 f"{self.path}: ends before byte {offset + size:,}: the tar is truncated, restore it"
@@ -119,143 +116,75 @@ class TarBytes:
         return data
 
 
-class ZipFolder:
-    """Members of many zip files in one folder; for each process the most recently used ones stay
-    open.
+def zip_spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each member of a zip file lies: offset of its header, bytes from there to the next."""
+    with zipfile.ZipFile(path) as file:
+        members = sorted(file.infolist(), key=lambda member: member.header_offset)
+    borders = [*(member.header_offset for member in members), path.stat().st_size]
+    return {
+        member.filename: (start, end - start)
+        for member, (start, end) in zip(members, pairwise(borders))
+    }
 
-    With many more files than stay open nearly every read opens one, so a file's directory is
-    searched as bytes (zipfile parses all of its entries, which takes as long as decoding an image).
+
+def read_zip_member(path: Path, name: str, span: tuple[int, int]) -> bytes:
+    """The bytes of a zip file's member, which lies in this span as `zip_spans` found it.
+
+    A member that does not lie there, or is of an unusual kind, is looked for by name, which takes
+    as long as decoding an image.
     """
-
-    def __init__(self, folder: Path, limit: int = OPEN_ZIPS) -> None:
-        self.folder, self.limit = folder, limit
-        # handle and directory, b"" for zipfile to parse
-        self._open: OrderedDict[str, tuple[int, bytes]] = OrderedDict()
-        self._owner = os.getpid()
-
-    def __getstate__(self) -> dict:
-        return {"folder": self.folder, "limit": self.limit, "_open": OrderedDict(), "_owner": 0}
-
-    def __del__(self) -> None:
-        if self._owner == os.getpid():
-            for handle, _ in self._open.values():
-                os.close(handle)
-
-    def read(self, archive: str, member: str) -> bytes:
-        """The bytes of a member of `archive`."""
-        path = self.folder / archive
-        try:
-            handle, directory = self._opened(archive)
-            data = _zip_member(handle, directory, member) if directory else None
-            if data is None:  # an unusual file: 64-bit sizes, another compression
-                with zipfile.ZipFile(path) as file:
-                    data = file.read(member)
-            return data
-        except FileNotFoundError:
-            raise ValueError(
-                f"{path}: there is no such zip file: restore it, or take its class out of the list"
-                " of names"
-            ) from None
-        except KeyError:
-            raise CorruptImage(
-                f"{path}: has no member {member}: DATA.FNAME_FORMAT must fit, or the name must"
-                " leave the list"
-            ) from None
-        except (
-            OSError,
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-            struct.error,
-        ) as error:
-            raise CorruptImage(
-                f"{path}: member {member} can't be read ({error}): restore the zip file"
-            ) from None
-
-    def _opened(self, archive: str) -> tuple[int, bytes]:
-        if self._owner != os.getpid():
-            self._open, self._owner = OrderedDict(), os.getpid()
-        if archive not in self._open:
-            handle = _open(self.folder / archive)
-            self._open[archive] = handle, _zip_directory(handle)
-        self._open.move_to_end(archive)
-        if len(self._open) > self.limit:
-            os.close(self._open.popitem(last=False)[1][0])
-        return self._open[archive]
+    try:
+        data = None if span == NOWHERE else _unpacked(_read_at(path, *span), name.encode())
+        if data is None:
+            with zipfile.ZipFile(path) as file:
+                data = file.read(name)
+        return data
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: there is no such zip file: restore it, or take its class out of the list of"
+            " names"
+        ) from None
+    except KeyError:
+        raise CorruptImage(
+            f"{path}: has no member {name}: DATA.FNAME_FORMAT must fit, or the name must leave the"
+            " list"
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise many kinds
+        raise CorruptImage(
+            f"{path}: member {name} can't be read ({error}): restore the zip file"
+        ) from None
 
 
-def _zip_directory(handle: int) -> bytes:
-    """The directory of a zip file, b"" if it is not of the simple kind."""
-    length = os.fstat(handle).st_size
-    begin = max(0, length - ZIP_COMMENT - ZIP_END.size)
-    tail = _read(handle, begin, length - begin)
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or len(tail) < at + ZIP_END.size:
-        return b""
-    _, disk, first, entries, total, size, offset, _ = ZIP_END.unpack_from(tail, at)
-    if (
-        disk
-        or first
-        or entries != total
-        or 0xFFFF in (entries, total)
-        or offset + size != begin + at
-    ):
-        return b""
-    return tail[offset - begin : at] if offset >= begin else _read(handle, offset, size)
-
-
-def _zip_member(handle: int, directory: bytes, member: str) -> bytes | None:
-    """The bytes of a member; None if it has to be looked for, or unpacked, in another way."""
-    name = member.encode()
-    at = directory.rfind(name)  # of two members of one name the last counts
-    if at < ZIP_ENTRY.size:
+def _unpacked(block: bytes, name: bytes) -> bytes | None:
+    """The data of a zip member that begins with its header; None if zipfile has to look into it."""
+    if len(block) < ZIP_HEADER.size:
         return None
-    (
-        signature,
-        _,
-        _,
-        flags,
-        method,
-        _,
-        _,
-        checksum,
-        packed,
-        size,
-        name_length,
-        _,
-        _,
-        _,
-        _,
-        _,
-        offset,
-    ) = ZIP_ENTRY.unpack_from(directory, at - ZIP_ENTRY.size)
-    is_plain = (
-        signature == b"PK\1\2"
-        and name_length == len(name)
-        and method in (STORED, DEFLATED)
-        and not flags & ENCRYPTED
+    signature, _, flags, method, _, _, checksum, packed, size, name_length, extra_length = (
+        ZIP_HEADER.unpack_from(block)
     )
-    if not is_plain or 0xFFFFFFFF in (packed, size, offset):
+    begin = ZIP_HEADER.size + name_length + extra_length
+    is_plain = (
+        signature == b"PK\3\4"
+        and block.startswith(name, ZIP_HEADER.size)
+        and name_length == len(name)
+        and not flags & (ENCRYPTED | SIZES_BEHIND)
+        and method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        and begin + packed <= len(block)  # not so where the sizes have 64 bits
+    )
+    if not is_plain:
         return None
-    local = _read(handle, offset, ZIP_LOCAL.size)
-    signature, *_, name_length, extra_length = ZIP_LOCAL.unpack(local)
-    data = _read(handle, offset + ZIP_LOCAL.size + name_length + extra_length, packed)
-    data = zlib.decompress(data, -zlib.MAX_WBITS) if method == DEFLATED else data
-    if signature != b"PK\3\4" or len(data) != size or zlib.crc32(data) != checksum:
-        raise zipfile.BadZipFile("its bytes do not fit the directory's checksum")
+    data = block[begin : begin + packed]
+    if method == zipfile.ZIP_DEFLATED:
+        data = zlib.decompress(data, -zlib.MAX_WBITS)
+    if len(data) != size or zlib.crc32(data) != checksum:
+        raise zipfile.BadZipFile("its bytes do not fit their checksum")
     return data
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-
-
-def _read(handle: int, offset: int, size: int) -> bytes:
+def _read_at(path: Path, offset: int, size: int) -> bytes:
     """Bytes at an offset: fewer at the end of the file."""
-    if hasattr(os, "pread"):
-        return os.pread(handle, size, offset)
-    os.lseek(handle, offset, os.SEEK_SET)
-    return os.read(handle, size)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(size)

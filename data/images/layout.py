@@ -1,4 +1,4 @@
-"""Where the images of a split lie, and which numbering of classes their labels follow."""
+"""Where the images of a split lie, and the lists of class names that labels may follow."""
 
 from __future__ import annotations
 
@@ -8,20 +8,6 @@ from functools import cache
 from pathlib import Path
 
 from data.images.listing import read_names
-from data.images.scans import class_folders
-
-__all__ = [
-    "NAME_LIST",
-    "class_folders",
-    "class_list",
-    "data_path",
-    "find_split",
-    "first_existing",
-    "has_splits",
-    "is_22k",
-    "training_place",
-    "val_of_22k",
-]
 
 NAME_LIST = "in22k_image_names.txt"
 # DATA.CLASS_LIST -> timm's name
@@ -33,18 +19,15 @@ def data_path(cfg) -> Path:
     """DATA.DATA_PATH, which exists unless it is to be made by a download."""
     if not cfg.DATA.DATA_PATH:
         raise ValueError(
-            f"DATA.DATA_PATH is empty: say where {cfg.DATA.DATASET} lies with --data-path (or try "
-            "--cfg configs/shapes/student.yaml, which needs no files)"
+            f"DATA.DATA_PATH is empty: say where {cfg.DATA.DATASET} lies with --data-path (or try"
+            " --cfg configs/shapes/student.yaml, which needs no files)"
         )
     path = Path(cfg.DATA.DATA_PATH)
-    if not path.exists() and not (cfg.DATA.DOWNLOAD and cfg.DATA.DATASET.startswith("cifar")):
+    is_cifar = cfg.DATA.DATASET.startswith("cifar")
+    if not path.exists() and not (cfg.DATA.DOWNLOAD and is_cifar):
+        download = ", or set DATA.DOWNLOAD True to fetch it" if is_cifar else ""
         raise ValueError(
-            f"DATA.DATA_PATH = {path}: no such file or folder; correct --data-path"
-            + (
-                ", or set DATA.DOWNLOAD True to fetch it"
-                if cfg.DATA.DATASET.startswith("cifar")
-                else ""
-            )
+            f"DATA.DATA_PATH = {path}: no such file or folder; correct --data-path{download}"
         )
     return path
 
@@ -53,30 +36,30 @@ def find_split(cfg, split: str) -> Path:
     """The folder or tar file of a split."""
     if split == "val" and cfg.DATA.VAL_PATH:
         root = Path(cfg.DATA.VAL_PATH)
-        place = first_existing(root / "val", root / "val.tar", root)
-        if place is None:
+        path = first_existing(root / "val", root / "val.tar", root)
+        if path is None:
             raise ValueError(f"DATA.VAL_PATH = {root}: no such file or folder; correct it")
-        return place
+        return path
     root = data_path(cfg)
     if root.is_file():
         if split == "val" and not cfg.EVAL_MODE:
             raise ValueError(
-                f"DATA.DATA_PATH = {root}: one file can't hold training and validation images: "
-                "name the latter in DATA.VAL_PATH"
+                f"DATA.DATA_PATH = {root}: one file can't hold training and validation images:"
+                " name the latter in DATA.VAL_PATH"
             )
         return root
-    place = first_existing(root / split, root / f"{split}.tar")
-    if place is None:
+    path = first_existing(root / split, root / f"{split}.tar")
+    if path is None:
         packed = sorted(path.name for path in root.glob(f"{split}.t*z*") if path.is_file())
         hint = f"; unpack {packed[0]}, from which single images can't be read" if packed else ""
         other = ", or set DATA.VAL_PATH" if split == "val" else ""
         raise ValueError(
             f"{root}: has neither {split}/ nor {split}.tar{hint}: correct --data-path{other}"
         )
-    return place
+    return path
 
 
-def training_place(cfg) -> Path | None:
+def training_path(cfg) -> Path | None:
     """The folder or tar file of the training images, if there is one."""
     root = Path(cfg.DATA.DATA_PATH)
     if not cfg.DATA.DATA_PATH or (root.is_file() and cfg.EVAL_MODE and not cfg.DATA.VAL_PATH):
@@ -85,24 +68,22 @@ def training_place(cfg) -> Path | None:
 
 
 def val_of_22k(cfg) -> Path:
-    """The images on which ImageNet-22k is validated: DATA.VAL_PATH, else those of an ImageNet
-    folder beside it.
-    """
+    """The images on which ImageNet-22k is validated: DATA.VAL_PATH, or ImageNet's beside it."""
     if cfg.DATA.VAL_PATH:
         return find_split(cfg, "val")
     beside = data_path(cfg).absolute().parent / "ImageNet"
-    place = first_existing(beside / "val", beside / "val.tar")
-    if place is None:
+    path = first_existing(beside / "val", beside / "val.tar")
+    if path is None:
         raise ValueError(
             f"{beside}: has neither val/ nor val.tar, on which imagenet22k is validated: set"
             " DATA.VAL_PATH"
         )
-    return place
+    return path
 
 
-def first_existing(*places: Path) -> Path | None:
-    """The first of the places where there is a file or folder."""
-    return next((place for place in places if place.exists()), None)
+def first_existing(*paths: Path) -> Path | None:
+    """The first of the paths where there is a file or folder."""
+    return next((path for path in paths if path.exists()), None)
 
 
 def has_splits(root: Path) -> bool:
@@ -113,7 +94,7 @@ def has_splits(root: Path) -> bool:
 
 
 def class_list(name: str) -> list[str]:
-    """The class names of a numbering, by id."""
+    """The class names of DATA.CLASS_LIST, by id."""
     if name in CLASS_SETS:
         return list(_imagenet_names(CLASS_SETS[name]))
     if not Path(name).is_file():
@@ -138,5 +119,5 @@ def _imagenet_names(subset: str) -> tuple[str, ...]:
 
 
 def is_22k(names: Sequence[str]) -> bool:
-    """Whether a numbering is all of ImageNet-22k's."""
+    """Whether these are the class names of all of ImageNet-22k."""
     return len(names) == NUM_CLASSES_22K and list(names) == class_list("imagenet22k")

@@ -1,11 +1,12 @@
-"""Which images there are: keys, labels and places as arrays in files, scanned once, mapped by every
-process.
+"""Which images there are: keys, labels and spans as arrays in files, scanned once, mapped by all.
 
 A listing is sorted by class, then name. Its folder holds keys.txt (one key a line), ends.npy
-(offset of each line's end), labels.npy (int32, -1 = none), for archives places.npy (int64 [N, 2]:
-offset and size), for a selection positions.npy (int64: where its images stand in the whole
-listing), and listing.json. A folder appears whole, by a rename, and is never changed: running jobs
-may have it mapped."""
+(offset of each line's end), labels.npy (int32, -1 = none), for archives spans.npy (int64 [N, 2]:
+offset and size in bytes, -1 and 0 = not known), listing.json, and for each part of it that was
+asked for rows-*.npy (int64: the positions of its images). A folder is never changed: running jobs
+may have it mapped. Beside the folders, `<source>.json` names the newest one of a source of images,
+and what makes it stale.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +28,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from data.store.keys import CHUNK_KEYS, Keys, default_cache, locate
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+from data.store.files import sole_user, write_atomic
+from data.store.keys import CHUNK_KEYS, Keys, default_cache, locate, save_array
 
 Item = TypeVar("Item")
-FORMAT = 2
+FORMAT = 3
 REPORT_SECONDS = 5.0
-# a listing that is no longer fresh may still be mapped by a running job
-LEFT_BEHIND_SECONDS = 30 * 24 * 3600
 SUBSET_SALT = 11  # of the hash that ranks the images of a class
 SHOWN = 5
+PROCESS_BEGAN = time.time_ns()
 
 
 @dataclass
@@ -50,20 +46,19 @@ class Scan:
     keys: Keys | Sequence[str]
     labels: np.ndarray
     class_names: list[str]
-    places: np.ndarray | None = None
+    spans: np.ndarray | None = None
     # stamps, taken before looking, of what makes the listing stale when it changes
     watched: list[list] = field(default_factory=list)
 
 
 class ListingKeys(Keys):
-    """The keys of a listing: their line ends and digest are known, nothing is computed to open
-    them.
-    """
+    """The keys of a listing's folder: line ends and digest are known, so opening them is quick."""
 
     def __init__(self, folder: Path, digest: str) -> None:
         self.blob = np.memmap(folder / "keys.txt", np.uint8, "r")
         self.ends = np.load(folder / "ends.npy", mmap_mode="r")
-        self._digest, self._folder = digest, folder
+        self._digest = digest
+        self._folder = folder
 
     def digest(self) -> str:
         """The sha256 of keys.txt."""
@@ -74,130 +69,109 @@ class ListingKeys(Keys):
 
 
 class Listing:
-    """The images of a data set. Opens in the time of a few `open` calls, and pickles as its path."""
+    """The images of a data set, or a part of them; pickles as its path.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        info = json.loads((self.folder / "listing.json").read_text(encoding="utf-8"))
+    A position counts all images of the data set, selected or not; an index those of the part.
+    """
+
+    def __init__(self, folder: Path, rows: str = "") -> None:
+        """`rows` names the file with the positions of the part's images; "" means all images."""
+        info = json.loads((folder / "listing.json").read_text(encoding="utf-8"))
+        self.folder = folder
         self.class_names: list[str] = info["class_names"]
-        self.keys = ListingKeys(self.folder, info["keys_sha256"])
-        self.labels = np.load(self.folder / "labels.npy", mmap_mode="r")
-        self.places = (
-            np.load(self.folder / "places.npy", mmap_mode="r") if info["has_places"] else None
-        )
-        self._whole = info["whole"]
+        self._all_keys = ListingKeys(folder, info["keys_sha256"])
+        self._all_labels = np.load(folder / "labels.npy", mmap_mode="r")
+        self._spans = np.load(folder / "spans.npy", mmap_mode="r") if info["has_spans"] else None
+        self._rows_name = rows
+        self._rows = np.load(folder / rows, mmap_mode="r") if rows else None
 
     def __reduce__(self):
-        return type(self), (self.folder,)
+        return type(self), (self.folder, self._rows_name)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.total if self._rows is None else len(self._rows)
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes of the numbering, whether or not each has images."""
-        return len(self.class_names)
+    def total(self) -> int:
+        """Number of images of the whole data set."""
+        return len(self._all_labels)
 
     @cached_property
-    def whole(self) -> Listing:
-        """The listing of all images that this one was selected from: itself, if nothing was left
-        out.
-        """
-        return Listing(self.folder / self._whole) if self._whole else self
+    def keys(self) -> Keys:
+        """The stable names of the part's images."""
+        return self._all_keys if self._rows is None else taken(self._all_keys, self._rows)
 
     @cached_property
-    def _positions(self) -> np.ndarray:
-        return np.load(self.folder / "positions.npy", mmap_mode="r")
+    def labels(self) -> np.ndarray:
+        """The class ids of the part's images."""
+        labels = np.asarray(self._all_labels)
+        return labels if self._rows is None else labels[self._rows]
 
     def position(self, index: int) -> int:
-        """Where an image stands in the whole listing."""
-        return int(self._positions[index]) if self._whole else index
+        """Where an image of the part stands among all images."""
+        return index if self._rows is None else int(self._rows[index])
 
-    def key(self, index: int) -> str:
+    def key(self, position: int) -> str:
         """The stable name of an image."""
-        return self.keys[index]
+        return self._all_keys[position]
 
-    def label(self, index: int) -> int:
+    def label(self, position: int) -> int:
         """The class id of an image, -1 where there is none."""
-        return int(self.labels[index])
+        return int(self._all_labels[position])
 
-    def place(self, index: int) -> tuple[int, int]:
+    def span(self, position: int) -> tuple[int, int]:
         """Offset and size of an image in its archive, in bytes."""
-        offset, size = self.places[index]
+        offset, size = self._spans[position]
         return int(offset), int(size)
 
-    def digest(self) -> str:
-        """The sha256 of keys.txt: equal for equal lists."""
-        return self.keys.digest()
+    def select(self, choice: str, choose: Callable[[], np.ndarray]) -> Listing:
+        """The part whose indices `choose` gives; they are kept under a name made of `choice`.
 
-    def select(self, name: str, choose: Callable[[], np.ndarray]) -> Listing:
-        """The listing of the images that `choose` picks, in this order.
-
-        It is made once and kept below this one under a name that stands for the choice.
+        Choosing among millions of keys takes seconds: it is done once, not by every process.
         """
-        folder = self.folder / "selected" / hashlib.sha256(name.encode()).hexdigest()[:16]
-        if listing := _opened(folder):
-            return listing
-        with named_if_refused(self.folder):
-            folder.parent.mkdir(exist_ok=True)
-            with _one_process(folder.with_suffix(".lock")):
-                if listing := _opened(folder):
-                    return listing
-                shutil.rmtree(folder, ignore_errors=True)  # damaged
-                rows = choose()
-                places = None if self.places is None else np.asarray(self.places)[rows]
-                positions = np.asarray(self._positions)[rows] if self._whole else rows
-                _write(
-                    folder,
-                    Scan(
-                        taken(self.keys, rows),
-                        np.asarray(self.labels)[rows],
-                        self.class_names,
-                        places,
-                    ),
-                    os.path.join("..", "..", self._whole),
-                    positions,
-                )
-        return Listing(folder)
+        digest = hashlib.sha256(f"{self._rows_name} {choice}".encode()).hexdigest()
+        name = f"rows-{digest[:16]}.npy"
+
+        def make() -> Listing:
+            rows = choose()
+            save_array(self.folder / name, rows if self._rows is None else self._rows[rows])
+            return Listing(self.folder, name)
+
+        return _made_once(self.folder / f"{name}.lock", lambda: _opened(self.folder, name), make)
 
 
 def cached_listing(
     source: dict, scan: Callable[[], Scan], cache: str, again: bool = False
 ) -> Listing:
-    """The listing of a source (whatever identifies the data), scanned if there is none or the data
-    has changed since.
+    """The listing of a source (whatever identifies the data), scanned if there is no fresh one.
 
-    `again` scans once for each process that asks. Of several processes that ask at once, one scans
-    and the others wait for it."""
+    With `again`, one that was made before this process began is not fresh. Of several processes
+    that ask at once, one scans and the others wait for it.
+    """
     root = (Path(cache) if cache else default_cache()) / "listings"
-    stem = hashlib.sha256(json.dumps([FORMAT, source], sort_keys=True).encode()).hexdigest()[:20]
-    again = again and (root, stem) not in _SCANNED_HERE
-    if not again and (listing := _fresh(root, stem)):
-        return listing
-    asked = time.time_ns()
-    with named_if_refused(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with _one_process(root / f"{stem}.lock"):
-            listing = _fresh(root, stem, since=asked if again else 0)
-            if listing is None:
-                found = _scanned(scan)
-                folder = root / f"{stem}.{secrets.token_hex(4)}"
-                _write(folder, found)
-                _remove_old(root, stem, folder)
-                listing = Listing(folder)
-    _SCANNED_HERE.add((root, stem))
-    return listing
+    name = hashlib.sha256(json.dumps([FORMAT, source], sort_keys=True).encode()).hexdigest()[:20]
+    newest = root / f"{name}.json"
+    since = PROCESS_BEGAN if again else 0
+
+    def make() -> Listing:
+        found = _scanned(scan)
+        folder = root / f"{name}.{secrets.token_hex(4)}"
+        _write(folder, found)
+        pointer = {"folder": folder.name, "watched": found.watched}
+        write_atomic(newest, json.dumps(pointer).encode())
+        return Listing(folder)
+
+    return _made_once(root / f"{name}.lock", lambda: _fresh(newest, since), make)
 
 
 def subset(listing: Listing, fraction: float) -> Listing:
-    """The same fraction of every class, always the same images; those of a smaller fraction are
-    among those of a larger one.
+    """The same fraction of every class, always the same images.
+
+    Those of a smaller fraction are among those of a larger one.
     """
-    return (
-        listing
-        if fraction == 1
-        else listing.select(f"subset {fraction!r}", lambda: _rows_of_subset(listing, fraction))
-    )
+    if fraction == 1:
+        return listing
+    return listing.select(f"subset {fraction!r}", lambda: _rows_of_subset(listing, fraction))
 
 
 def exclude(listing: Listing, path: str) -> Listing:
@@ -210,8 +184,9 @@ def exclude(listing: Listing, path: str) -> Listing:
 
 
 def read_names(path: str, option: str) -> list[str]:
-    """The lines of a file that an option names, without the empty ones; bytes that are no text are
-    kept, as in names of files.
+    """The lines of a file that an option names, without the empty ones.
+
+    Bytes that are no text are kept, as in names of files.
     """
     try:
         text = Path(path).read_bytes()
@@ -219,28 +194,20 @@ def read_names(path: str, option: str) -> list[str]:
         raise ValueError(
             f"{option} = {path}: can't be read ({error.strerror}): name a file, one name a line"
         ) from None
-    lines = (
-        text.removeprefix(codecs.BOM_UTF8)
-        .replace(b"\r\n", b"\n")
-        .decode("utf-8", "surrogateescape")
-        .split("\n")
-    )
+    text = text.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n")
+    lines = text.decode("utf-8", "surrogateescape").split("\n")
     return [line for line in lines if line]
 
 
-def reported(items: Iterable[Item], what: str) -> Iterator[Item]:
+def reported(items: Iterable[Item], what: str, unit: str = "images") -> Iterator[Item]:
     """The items, with a line on standard error every few seconds."""
     begun = last = time.monotonic()
     for count, item in enumerate(items, 1):
         yield item
         if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
-            tell(f"{what}: {count:,} images so far ({last - begun:.0f} s)")
-
-
-def tell(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+            text = f"{what}: {count:,} {unit} so far ({last - begun:.0f} s)"
+            print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -250,33 +217,32 @@ def named_if_refused(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(
-            f"{folder}: the list of images can't be kept there ({error.strerror or error}): "
-            "name a folder in DATA.INDEX_DIR"
+            f"{folder}: the list of images can't be kept there ({error.strerror or error}): name a"
+            " folder in DATA.INDEX_DIR"
         ) from error
 
 
 def stamp(path: str | Path) -> list:
-    """What tells that a file or folder has changed."""
+    """What tells that a file or folder has changed: its path, time of change and size."""
     status = os.stat(path)
     return [str(path), status.st_mtime_ns, 0 if os.path.isdir(path) else status.st_size]
-
-
-_SCANNED_HERE: set[tuple[Path, str]] = set()
 
 
 def _rows_of_subset(listing: Listing, fraction: float) -> np.ndarray:
     ranks = listing.keys.hashes(SUBSET_SALT)
     order = np.lexsort((ranks, listing.labels))
-    labels = np.asarray(listing.labels)[order]
-    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
-    counts = np.diff(np.r_[starts, len(labels)])
+    labels = listing.labels[order]
+    starts = np.flatnonzero(np.diff(labels, prepend=labels[0] - 1))
+    counts = np.diff(starts, append=len(labels))
     wanted = np.floor(counts * fraction + 1e-9).astype(np.int64)
     if (wanted < 1).any():
-        class_id = int(labels[starts[np.argmin(wanted)]])
+        smallest = counts.argmin()
+        class_id = int(labels[starts[smallest]])
         name = listing.class_names[class_id] if class_id >= 0 else "the unlabelled images"
+        count = counts[smallest]
         raise ValueError(
-            f"DATA.SUBSET = {fraction}: less than one image of class {name}, which has"
-            f" {counts[np.argmin(wanted)]}: use at least {math.ceil(1e6 / counts.min()) / 1e6}"
+            f"DATA.SUBSET = {fraction}: less than one image of class {name}, which has {count}:"
+            f" use at least {math.ceil(1e6 / count) / 1e6}"
         )
     within = np.arange(len(labels)) - np.repeat(starts, counts)
     return np.sort(order[within < np.repeat(wanted, counts)])
@@ -288,7 +254,7 @@ def _rows_without(listing: Listing, keys: Keys, path: str) -> np.ndarray:
     if len(unknown):
         raise ValueError(
             f"DATA.EXCLUDE = {path}: {len(unknown)} of {len(keys)} keys are not in the data (first:"
-            f" {', '.join(keys[i] for i in unknown[:SHOWN])}); a key looks like {listing.key(0)}"
+            f" {', '.join(keys[i] for i in unknown[:SHOWN])}); a key looks like {listing.keys[0]}"
         )
     kept = np.ones(len(listing), bool)
     kept[found] = False
@@ -307,113 +273,70 @@ def _scanned(scan: Callable[[], Scan]) -> Scan:
         ) from error
 
 
-@contextmanager
-def _one_process(path: Path) -> Iterator[None]:
-    """Let one process in at a time; the system frees the lock of one that dies. Where there are no
-    such locks, all enter.
-    """
-    with open(path, "w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # a file system without locks: the same list is then made several times over
-            except OSError:
-                pass
-        yield
+def _made_once(
+    lock: Path, find: Callable[[], Listing | None], make: Callable[[], Listing]
+) -> Listing:
+    """What `find` finds; where that is nothing, one process makes it and the others wait."""
+    if (found := find()) is not None:
+        return found
+    with named_if_refused(lock.parent):
+        with sole_user(lock, wait=True):
+            found = find()
+            return make() if found is None else found
 
 
-def _known(root: Path, stem: str) -> list[tuple[int, Path]]:
-    """(time made, folder) of all listings of a source, newest first."""
-    return sorted(
-        ((made, path.parent) for made, path in _dated(root.glob(f"{stem}.*/listing.json"))),
-        reverse=True,
-    )
+def _fresh(newest: Path, since: int) -> Listing | None:
+    """The newest listing of a source, if it is not older than `since` and its data is unchanged."""
+    try:
+        if newest.stat().st_mtime_ns < since:
+            return None
+        pointer = json.loads(newest.read_text(encoding="utf-8"))
+        if any(stamp(watched[0]) != watched for watched in pointer["watched"]):
+            return None
+    except (OSError, ValueError):  # there is none, or what it was made of is gone
+        return None
+    return _opened(newest.parent / pointer["folder"])
 
 
-def _dated(paths: Iterable[Path]) -> Iterator[tuple[int, Path]]:
-    """(time made, path) of those that no other process removes meanwhile."""
-    for path in paths:
-        try:
-            yield path.stat().st_mtime_ns, path
-        except OSError:
-            pass
-
-
-def _fresh(root: Path, stem: str, since: int = 0) -> Listing | None:
-    """The newest listing of a source, if the data has not changed since and it is not older than
-    `since`.
-    """
-    for made, folder in _known(root, stem):
-        try:
-            watched = json.loads((folder / "watched.json").read_text(encoding="utf-8"))
-            is_fresh = made >= since and all(
-                stamp(name) == [name, *rest] for name, *rest in watched
-            )
-        except (OSError, ValueError):  # removed meanwhile, or damaged by a power cut
-            continue
-        if is_fresh and (listing := _opened(folder)):
-            return listing
-    return None
-
-
-def _opened(folder: Path) -> Listing | None:
+def _opened(folder: Path, rows: str = "") -> Listing | None:
     """The listing in a folder; None if there is none, or one that a power cut has damaged."""
     try:
-        listing = Listing(folder)
-        is_whole = len(listing.keys.blob) == listing.keys.ends[-1] + 1 and len(listing.keys) == len(
-            listing
-        )
+        listing = Listing(folder, rows)
+        keys = listing._all_keys
+        is_whole = len(keys.blob) == keys.ends[-1] + 1 and len(keys) == listing.total
         return listing if is_whole else None
     except (OSError, ValueError, KeyError, EOFError):
         return None
 
 
-def _remove_old(root: Path, stem: str, kept: Path) -> None:
-    for made, folder in [*_known(root, stem), *_dated(root.glob(f".{stem}.*"))]:
-        if folder != kept and time.time_ns() - made > LEFT_BEHIND_SECONDS * 1e9:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(folder: Path, scan: Scan, whole: str = "", positions: np.ndarray | None = None) -> None:
-    """Write a listing's folder so that others see it whole or not at all."""
+def _write(folder: Path, scan: Scan) -> None:
     keys = Keys.of(scan.keys)
-    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
+    info = {
+        "class_names": scan.class_names,
+        "keys_sha256": Keys.digest(keys),
+        "has_spans": scan.spans is not None,
+    }
+    folder.mkdir()
     try:
-        (temporary / "keys.txt").write_bytes(memoryview(np.ascontiguousarray(keys.blob)))
-        np.save(temporary / "ends.npy", np.asarray(keys.ends, np.int64))
-        np.save(temporary / "labels.npy", np.asarray(scan.labels, np.int32))
-        if scan.places is not None:
-            np.save(temporary / "places.npy", np.asarray(scan.places, np.int64))
-        if positions is not None:
-            np.save(temporary / "positions.npy", np.asarray(positions, np.int64))
-        (temporary / "watched.json").write_text(json.dumps(scan.watched), encoding="utf-8")
-        info = {
-            "class_names": scan.class_names,
-            "keys_sha256": Keys.digest(keys),
-            "has_places": scan.places is not None,
-            "whole": whole,
-        }
-        (temporary / "listing.json").write_text(json.dumps(info), encoding="utf-8")
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "listing.json").is_file():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / "keys.txt").write_bytes(memoryview(np.ascontiguousarray(keys.blob)))
+        np.save(folder / "ends.npy", np.asarray(keys.ends, np.int64))
+        np.save(folder / "labels.npy", np.asarray(scan.labels, np.int32))
+        if scan.spans is not None:
+            np.save(folder / "spans.npy", np.asarray(scan.spans, np.int64))
+        (folder / "listing.json").write_text(json.dumps(info), encoding="utf-8")
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def taken(keys: Keys, rows: np.ndarray) -> Keys:
     """Some of the keys, in the order of `rows`, as Keys of their own."""
-    ends = np.asarray(keys.ends)
     parts = []
     for low in range(0, len(rows), CHUNK_KEYS):
-        some = rows[low : low + CHUNK_KEYS]
-        starts = np.where(some > 0, ends[some - 1] + 1, 0)
-        lengths = ends[some] - starts + 1
+        some = np.asarray(rows[low : low + CHUNK_KEYS])
+        starts = np.where(some > 0, keys.ends[some - 1] + 1, 0)
+        lengths = keys.ends[some] - starts + 1
         firsts = np.cumsum(lengths) - lengths
-        parts.append(
-            np.asarray(keys.blob)[np.repeat(starts - firsts, lengths) + np.arange(lengths.sum())]
-        )
+        letters = np.repeat(starts - firsts, lengths) + np.arange(lengths.sum())
+        parts.append(np.asarray(keys.blob)[letters])
     return Keys(np.concatenate(parts))

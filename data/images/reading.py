@@ -3,7 +3,8 @@
 What Pillow's convert("RGB") makes of an image is kept, as in the original: transparency is dropped,
 CMYK and palettes are converted, an orientation tag is not applied, only the first frame of an
 animation counts. Grey of 16 bits alone is scaled (0..65535 -> 0..255, rounded), where Pillow would
-cut everything above 255 off."""
+cut everything above 255 off.
+"""
 
 from __future__ import annotations
 
@@ -27,27 +28,29 @@ def read_rgb(source: Path | str | bytes, max_pixels: int, name: str = "") -> Ima
     """Decode an image file, or the bytes of one, to RGB.
 
     A file that can't be read at all is a plain ValueError: unlike what CorruptImage stands for,
-    that may change from run to run."""
+    that may change from run to run.
+    """
     name = name or str(source)
     data = source if isinstance(source, bytes) else _bytes_of(source)
     try:
         image = _opened(data)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _corrupt(name, error) from error
-    if image.width * image.height > max_pixels:
-        raise CorruptImage(
-            f"{name}: {image.width} x {image.height} pixels are more than DATA.MAX_PIXELS ="
-            f" {max_pixels}: leave it out (DATA.EXCLUDE), or raise that limit if you trust the file"
-        )
-    try:
+        if image.width * image.height > max_pixels:
+            raise CorruptImage(
+                f"{name}: {image.width} x {image.height} pixels are more than DATA.MAX_PIXELS ="
+                f" {max_pixels}: leave it out (DATA.EXCLUDE), or raise that limit if you trust the"
+                " file"
+            )
         image.load()
         return _as_rgb(image)
-    except MemoryError:
+    except (MemoryError, CorruptImage):
         raise
     except Exception as error:  # decoders raise nearly anything when they meet garbage
-        raise _corrupt(name, error) from error
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "no image format that Pillow knows" if unknown else error
+        raise CorruptImage(
+            f"{name}: can't be decoded ({reason}): restore the file, leave it out (DATA.EXCLUDE),"
+            " or set DATA.ON_CORRUPT neighbour"
+        ) from error
 
 
 def warn(text: str) -> None:
@@ -70,27 +73,17 @@ def _bytes_of(path: Path | str) -> bytes:
         ) from error
 
 
-def _corrupt(name: str, error: Exception) -> CorruptImage:
-    reason = (
-        "no image format that Pillow knows"
-        if isinstance(error, Image.UnidentifiedImageError)
-        else error
-    )
-    return CorruptImage(
-        f"{name}: can't be decoded ({reason}): restore the file, leave it out (DATA.EXCLUDE), or"
-        " set DATA.ON_CORRUPT neighbour"
-    )
-
-
 def _opened(data: bytes) -> Image.Image:
-    """The image with only its header read. Pillow's limit on pixels, a process-wide setting, gives
-    way: DATA.MAX_PIXELS is judged.
+    """The image with only its header read.
+
+    Pillow's limit on pixels, a process-wide setting, gives way: DATA.MAX_PIXELS is judged.
     """
     try:
         return Image.open(io.BytesIO(data))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         with _LIMIT_LOCK:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            limit = Image.MAX_IMAGE_PIXELS
+            Image.MAX_IMAGE_PIXELS = None
             try:
                 return Image.open(io.BytesIO(data))
             finally:

@@ -1,59 +1,52 @@
-"""Looking for images: what a folder, a tar file or ImageNet-22k's list of names holds -> keys and
-labels in a listing's order.
-"""
+"""Looking for images: what a folder, a tar or ImageNet-22k's zips hold -> a listing's arrays."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from itertools import chain
+import posixpath
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 
-from data.images.archives import Member, is_image, tar_members
-from data.images.listing import Scan, reported, stamp, taken, tell
+from data.images.archives import NOWHERE, is_image, tar_members, zip_spans
+from data.images.listing import Scan, reported, stamp
 from data.images.reading import IMAGE_SUFFIXES, warn
-from data.store.keys import CHUNK_KEYS, NEWLINE, Keys
 
-# class names by id: the first of them that has all classes found is used; none: sorted as found
-Numberings = Sequence[Sequence[str]]
+# Lists of class names by id: the first that has all classes found is used. Without any list the
+# classes found are numbered in their order.
+ClassLists = Sequence[Sequence[str]]
 
 SPLITS = {"train", "val", "test"}
-WNID_DIGITS = 8  # n00007846
-WNID_BYTES = 1 + WNID_DIGITS
-MANY_NAMES = 1_000_000  # of which a user is told
-LONGEST_NAME = 255  # no file system has longer ones
+NAME_22K = re.compile(r"n\d{8}_\S{1,240}", re.ASCII)
 SHOWN = 5
 
 
 def class_folders(root: Path) -> list[str]:
     """The names of the class folders in a folder, in the order of their bytes."""
-    return sorted(
-        (
-            entry.name
-            for entry in os.scandir(root)
-            if entry.is_dir() and not entry.name.startswith(".")
-        ),
-        key=os.fsencode,
-    )
+    names = [
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith(".")
+    ]
+    return sorted(names, key=os.fsencode)
 
 
-def scan_class_folders(root: Path, numberings: Numberings) -> Scan:
-    """Images in <class>/..., any number of folders deep; files beside the class folders do not
-    count.
-    """
+def scan_class_folders(root: Path, class_lists: ClassLists) -> Scan:
+    """Images in <class>/..., any number of folders deep; files beside the folders don't count."""
     watched = [stamp(root)]
     found = class_folders(root)
-    names, ids = _numbered(root, found, numberings)
     images = chain.from_iterable(
         sorted(_images(root / name, f"{name}/", watched), key=os.fsencode) for name in found
     )
     keys = list(reported(images, f"listing {root}"))
     _check_some(root, keys, f"{root}/<class>/*.JPEG")
-    labels, empty = _labels(keys, found, ids)
-    _report_empty(root, empty)
-    return Scan(keys, labels, names, watched=watched)
+    labels, class_names = _labels(root, map(_folder_of, keys), found, class_lists)
+    return Scan(keys, labels, class_names, watched=watched)
 
 
 def scan_folder(root: Path) -> Scan:
@@ -64,92 +57,79 @@ def scan_folder(root: Path) -> Scan:
     return Scan(keys, np.full(len(keys), -1), [], watched=watched)
 
 
-def scan_tar(path: Path, numberings: Numberings | None) -> Scan:
-    """Images of a tar file under the keys they would have unpacked; a folder around all of them is
-    left out. None: without classes.
+def scan_tar(path: Path, class_lists: ClassLists | None) -> Scan:
+    """Images of a tar file under the keys they would have unpacked; None: without classes.
+
+    A folder around all images is left out.
     """
     watched = [stamp(path)]
     members = list(reported(tar_members(path), f"listing {path}"))
-    labelled = numberings is not None
+    labelled = class_lists is not None
     around = _folder_around([member.name for member in members if member.size >= 0], labelled)
-    members = [
-        Member(name.removeprefix(around), *place)
-        for name, *place in members
-        if name.startswith(around)
+    inside = [
+        member._replace(name=member.name.removeprefix(around))
+        for member in members
+        if member.name.startswith(around)
     ]
     # of two members of one name the last counts
-    images = {member.name: member for member in members if member.size >= 0}
-    _check_some(path, images, "<class>/*.JPEG" if labelled else "images")
-    if not labelled:
-        keys = sorted(images, key=os.fsencode)
-        return Scan(keys, np.full(len(keys), -1), [], _places(images, keys), watched)
-    flat = next((name for name in images if "/" not in name), None)
-    if flat:
-        raise ValueError(
-            f"{path}: {flat} lies in no class folder: expected <class>/<image>, with any folders"
-            " around all of them; for images without classes set DATA.DATASET folder"
-        )
-    folders = {name.partition("/")[0] for name, *_ in members if not name.startswith(".")}
-    if folders <= SPLITS:
-        raise ValueError(
-            f"{path}: holds {', '.join(sorted(folders))} where class folders are expected: unpack"
-            " it, or make a tar of each"
-        )
-    found = sorted(folders, key=os.fsencode)
-    keys = sorted(images, key=lambda name: (os.fsencode(name.partition("/")[0]), os.fsencode(name)))
-    names, ids = _numbered(path, found, numberings)
-    labels, empty = _labels(keys, found, ids)
-    _report_empty(path, empty)
-    return Scan(keys, labels, names, _places(images, keys), watched)
+    spans = {name: (offset, size) for name, offset, size in inside if size >= 0}
+    _check_some(path, spans, "<class>/*.JPEG" if labelled else "images")
+    if class_lists is None:
+        keys = sorted(spans, key=os.fsencode)
+        labels, class_names = np.full(len(keys), -1), []
+    else:
+        found = _tar_classes(path, spans, {_folder_of(member.name) for member in inside})
+        keys = sorted(spans, key=lambda name: (os.fsencode(_folder_of(name)), os.fsencode(name)))
+        labels, class_names = _labels(path, map(_folder_of, keys), found, class_lists)
+    return Scan(keys, labels, class_names, np.array([spans[key] for key in keys]), watched)
 
 
-def scan_names(path: Path, numberings: Numberings) -> Scan:
-    """ImageNet-22k: the names of a list, n00007846_10001 a line, with the WordNet id of the class
-    in front.
-
-    Whole arrays all through: the full list has 14.2 million lines.
-    """
+def scan_names(path: Path, class_lists: ClassLists) -> Scan:
+    """ImageNet-22k: the names of a list, n00007846_10001 a line, with the class in front."""
     watched = [stamp(path)]
-    blob = np.fromfile(path, np.uint8)
-    if (blob == ord("\r")).any():
-        blob = blob[blob != ord("\r")]
-    if len(blob) and blob[-1] != NEWLINE:
-        blob = np.append(blob, np.uint8(NEWLINE))
-    keys = Keys(blob)
-    if len(keys) >= MANY_NAMES:
-        tell(f"listing {path}: {len(keys):,} lines, which takes seconds for each million (once)")
-    lengths = np.diff(keys.ends, prepend=-1) - 1
-    rows = np.flatnonzero(lengths)  # without blank lines
-    if not len(rows):
+    names = path.read_text(encoding="utf-8", errors="surrogateescape").split()
+    if not names:
         raise ValueError(f"{path}: lists no images: expected one name a line, like n00007846_10001")
-    wnids = _wnids(path, keys, rows)
-    numbers = _numbers(path, keys, rows)
-    order = _order(wnids, numbers)
-    if order is not None:
-        rows, wnids, numbers = rows[order], wnids[order], numbers[order]
-    twins = np.flatnonzero((wnids[1:] == wnids[:-1]) & (numbers[1:] == numbers[:-1]))
-    if len(twins):
+    wrong = next((name for name in names if not NAME_22K.fullmatch(name)), None)
+    if wrong is not None:
         raise ValueError(
-            f"{path}: {len(twins)} names stand twice (first: {keys[rows[twins[0]]]}): list each"
-            " image once"
+            f"{path}: {wrong[:80]!r} is no image name like n00007846_10001: correct the list"
         )
-    starts = np.flatnonzero(np.diff(wnids, prepend=-1))
-    found = [f"n{wnids[start]:0{WNID_DIGITS}d}" for start in starts]
-    names, ids = _numbered(path, found, numberings)
-    labels = np.repeat(
-        np.array([ids[name] for name in found], np.int32), np.diff(starts, append=len(wnids))
-    )
-    return Scan(
-        keys if order is None and len(rows) == len(keys) else taken(keys, rows),
-        labels,
-        names,
-        watched=watched,
-    )
+    names.sort()  # by class too: all ids have one length
+    twins = [name for name, following in pairwise(names) if name == following]
+    if twins:
+        raise ValueError(
+            f"{path}: {len(twins)} names stand twice (first: {twins[0]}): list each image once"
+        )
+    counts = Counter(map(_wnid_of, names))
+    labels, class_names = _labels(path, counts, list(counts), class_lists)
+    return Scan(names, labels, class_names, watched=watched)
 
 
-def _images(folder: Path, prefix: str, watched: list[list], above: tuple = ()) -> Iterator[str]:
-    """Paths of the images in a folder and those below, each after `prefix`; a link to a folder
-    `above` is not followed.
+def scan_zips(path: Path, class_lists: ClassLists, name_format: str, only: str = "") -> Scan:
+    """ImageNet-22k: a list of names, and where their images lie in the zip files beside it.
+
+    With `only`, the beginning of class names, the files of other classes are not opened.
+    """
+    scan = scan_names(path, class_lists)
+    wnids = [scan.class_names[i] for i in np.unique(scan.labels)]
+    if not only:
+        _check_zips(path, wnids)
+    spans = []
+    classes = groupby(scan.keys, _wnid_of)
+    for wnid, names in reported(classes, f"listing {path.parent}", f"of {len(wnids):,} zip files"):
+        members = _spans_in(path.with_name(f"{wnid}.zip")) if wnid.startswith(only) else {}
+        spans.append(np.array([members.get(name_format.format(name), NOWHERE) for name in names]))
+    scan.spans = np.concatenate(spans)
+    return scan
+
+
+def _images(
+    folder: Path, prefix: str, watched: list[list], above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[str]:
+    """Paths of the images in a folder and those below, each after `prefix`.
+
+    `above` are the devices and inodes of the folders around it: a link to one is not followed.
     """
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
@@ -157,125 +137,107 @@ def _images(folder: Path, prefix: str, watched: list[list], above: tuple = ()) -
         return
     watched.append(stamp(folder))
     for entry in os.scandir(folder):
-        # a pipe would block its reader
-        if is_image(entry.name) and (
-            entry.is_file() or (entry.is_symlink() and not entry.is_dir())
-        ):
+        is_folder = entry.is_dir()
+        # a pipe would block its reader; a link that leads nowhere is missed when it is opened
+        is_file = entry.is_file() or (entry.is_symlink() and not is_folder)
+        if is_image(entry.name) and is_file:
             yield prefix + entry.name
-        elif not entry.name.startswith(".") and entry.is_dir():
-            yield from _images(
-                Path(entry.path), f"{prefix}{entry.name}/", watched, (*above, identity)
-            )
+        elif is_folder and not entry.name.startswith("."):
+            inner = f"{prefix}{entry.name}/"
+            yield from _images(Path(entry.path), inner, watched, (*above, identity))
 
 
-def _check_some(place: Path, keys, expected: str) -> None:
+def _check_some(path: Path, keys, expected: str) -> None:
     if not len(keys):
         raise ValueError(
-            f"{place}: no images ({', '.join(IMAGE_SUFFIXES)}): expected {expected}; correct the"
+            f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}): expected {expected}; correct the"
             " path, or DATA.DATASET, which says how images are laid out"
         )
 
 
-def _numbered(
-    place: Path, found: Sequence[str], numberings: Numberings
-) -> tuple[list[str], dict[str, int]]:
-    """The class names by id, and each one's id."""
-    for names in numberings or [found]:
-        ids = {name: i for i, name in enumerate(names)}
-        if ids.keys() >= set(found):
-            return list(names), ids
-    known = set(numberings[0])
+def _labels(
+    path: Path, classes: Iterable[str], found: Sequence[str], class_lists: ClassLists
+) -> tuple[np.ndarray, list[str]]:
+    """The labels of images, and the class names by label.
+
+    `classes` are the images' own, or a count of each, in the order of `found`, which may hold more.
+    """
+    names = _class_list_of(path, found, class_lists)
+    ids = {name: i for i, name in enumerate(names)}
+    counts = Counter(classes)
+    empty = [name for name in found if not counts[name]]
+    if empty:
+        warn(
+            f"{path}: {len(empty)} class folders hold no images (first:"
+            f" {', '.join(empty[:SHOWN])}); they keep their ids"
+        )
+    labels = np.array([ids[name] for name in found], np.int32)
+    return np.repeat(labels, [counts[name] for name in found]), names
+
+
+def _class_list_of(path: Path, found: Sequence[str], class_lists: ClassLists) -> list[str]:
+    if not class_lists:
+        return list(found)
+    for names in class_lists:
+        if set(found) <= set(names):
+            return list(names)
+    known = set(class_lists[0])
     unknown = [name for name in found if name not in known]
     raise ValueError(
-        f"{place}: {len(unknown)} classes have no place in the numbering of {len(known)} classes"
+        f"{path}: {len(unknown)} classes have no place in the numbering of {len(known)} classes"
         f" that the labels follow (first: {', '.join(unknown[:SHOWN])}): set DATA.CLASS_LIST to a"
         " list that has them, or leave these classes out"
     )
 
 
-def _labels(
-    keys: Sequence[str], found: Sequence[str], ids: dict[str, int]
-) -> tuple[np.ndarray, list[str]]:
-    """The label of each key, and the classes without any; keys are sorted by class as `found` is."""
-    counts = dict.fromkeys(found, 0)
-    for key in keys:
-        counts[key.partition("/")[0]] += 1
-    labels = np.repeat(np.array([ids[name] for name in found], np.int32), list(counts.values()))
-    return labels, [name for name, count in counts.items() if not count]
-
-
-def _report_empty(place: Path, empty: Sequence[str]) -> None:
-    if empty:
-        warn(
-            f"{place}: {len(empty)} class folders hold no images (first:"
-            f" {', '.join(empty[:SHOWN])}); they keep their ids"
+def _tar_classes(path: Path, images: Iterable[str], folders: set[str]) -> list[str]:
+    """The class folders of a tar file; an error where its layout is another."""
+    flat = next((name for name in images if "/" not in name), None)
+    if flat:
+        raise ValueError(
+            f"{path}: {flat} lies in no class folder: expected <class>/<image>, with any folders"
+            " around all of them; for images without classes set DATA.DATASET folder"
         )
+    folders = {name for name in folders if not name.startswith(".")}
+    if folders <= SPLITS:
+        raise ValueError(
+            f"{path}: holds {', '.join(sorted(folders))} where class folders are expected: unpack"
+            " it, or make a tar of each"
+        )
+    return sorted(folders, key=os.fsencode)
 
 
 def _folder_around(names: Sequence[str], labelled: bool) -> str:
-    """The folders that lie around all names, with a slash after each; the folder of a single class
-    is not one of them.
-    """
-    if not names:
-        return ""
-    shared = names[0].split("/")[:-1]
-    for name in names:
-        parts = name.split("/")[:-1]
-        while shared != parts[: len(shared)]:
-            shared.pop()
-    if labelled and shared and all(name.count("/") == len(shared) for name in names):
-        shared.pop()
-    return "".join(f"{part}/" for part in shared)
+    """The path that all names begin with, with a slash; a single class's folder is not in it."""
+    folders = {posixpath.dirname(name) for name in names}
+    shared = posixpath.commonpath(folders) if folders else ""
+    if labelled and len(folders) == 1:
+        shared = posixpath.dirname(shared)
+    return f"{shared}/" if shared else ""
 
 
-def _places(images: dict[str, Member], keys: Sequence[str]) -> np.ndarray:
-    return np.array([(images[key].offset, images[key].size) for key in keys], np.int64)
-
-
-def _wnids(path: Path, keys: Keys, rows: np.ndarray) -> np.ndarray:
-    """The digits of the WordNet id before the underscore of each line, as a number: int32."""
-    ends = keys.ends[rows]
-    starts = _starts(keys, rows)
-    last = len(keys.blob) - 1
-    value = np.zeros(len(rows), np.int32)
-    fits = (ends - starts > WNID_BYTES + 1) & (ends - starts <= LONGEST_NAME)
-    fits &= (keys.blob[starts] == ord("n")) & (
-        keys.blob[np.minimum(starts + WNID_BYTES, last)] == ord("_")
-    )
-    for column in range(1, WNID_BYTES):
-        digit = keys.blob[np.minimum(starts + column, last)] - np.uint8(ord("0"))
-        fits &= digit < 10
-        value = value * 10 + digit
-    if not fits.all():
-        row = int(rows[np.argmin(fits)])
+def _check_zips(path: Path, wnids: Sequence[str]) -> None:
+    present = set(os.listdir(path.parent))
+    missing = [wnid for wnid in wnids if f"{wnid}.zip" not in present]
+    if missing:
         raise ValueError(
-            f"{path}: line {row + 1}: {keys[row]!r} is no image name like n00007846_10001: correct"
-            " the list"
+            f"{path}: {len(missing)} of its classes have no zip file beside it (first:"
+            f" {', '.join(missing[:SHOWN])}): restore the files, or take their names out of the"
+            " list"
         )
-    return value
 
 
-def _numbers(path: Path, keys: Keys, rows: np.ndarray) -> np.ndarray:
-    """What follows the underscore of each line, padded to one width so that it compares by its
-    bytes.
-    """
-    starts = _starts(keys, rows) + WNID_BYTES + 1
-    lengths = keys.ends[rows] - starts
-    padded = np.zeros((len(rows), int(lengths.max())), np.uint8)
-    for low in range(0, len(rows), CHUNK_KEYS):
-        chunk = slice(low, low + CHUNK_KEYS)
-        places = starts[chunk, None] + np.arange(padded.shape[1])
-        inside = places < keys.ends[rows[chunk], None]
-        padded[chunk] = keys.blob[np.minimum(places, len(keys.blob) - 1)] * inside
-    return padded.view(f"S{padded.shape[1]}").ravel()
+def _spans_in(path: Path) -> dict[str, tuple[int, int]]:
+    try:
+        return zip_spans(path)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        warn(f"{path}: can't be read ({error}): restore the zip file")
+        return {}
 
 
-def _starts(keys: Keys, rows: np.ndarray) -> np.ndarray:
-    """Where the key of each row begins."""
-    return np.where(rows > 0, keys.ends[rows - 1] + 1, 0)
+def _folder_of(name: str) -> str:
+    return name.partition("/")[0]
 
 
-def _order(wnids: np.ndarray, numbers: np.ndarray) -> np.ndarray | None:
-    """The order that sorts by class, then name; None if they are sorted."""
-    rising = (wnids[1:] > wnids[:-1]) | ((wnids[1:] == wnids[:-1]) & (numbers[1:] >= numbers[:-1]))
-    return None if rising.all() else np.lexsort((numbers, wnids))
+def _wnid_of(name: str) -> str:
+    return name[:9]  # n00007846

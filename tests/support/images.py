@@ -1,8 +1,10 @@
 """Small image files and data sets for tests."""
 
 import io
+import multiprocessing
 import tarfile
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +33,9 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def write_files(root: Path, names: Sequence[str] | Mapping[str, bytes]) -> Path:
     """Files below a folder: given bytes, or for the i-th name picture(i)."""
-    files = (
-        names
-        if isinstance(names, Mapping)
-        else {name: encoded(picture(i)) for i, name in enumerate(names)}
-    )
-    for name, data in files.items():
+    if not isinstance(names, Mapping):
+        names = {name: encoded(picture(i)) for i, name in enumerate(names)}
+    for name, data in names.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     return root
@@ -48,9 +47,38 @@ def write_tar(path: Path, members: Mapping[str, bytes | None], **options) -> Pat
     with tarfile.open(path, "w", **options) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
-            info.size, info.type = (
-                len(data or b""),
-                (tarfile.DIRTYPE if data is None else tarfile.REGTYPE),
-            )
+            info.type = tarfile.DIRTYPE if data is None else tarfile.REGTYPE
+            info.size = len(data or b"")
             tar.addfile(info, io.BytesIO(data or b""))
     return path
+
+
+def write_zip(
+    path: Path,
+    members: Mapping[str, bytes],
+    method: int = zipfile.ZIP_STORED,
+    comment: bytes = b"",
+) -> Path:
+    """A zip file."""
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.comment = comment
+        for name, data in members.items():
+            file.writestr(name, data)
+    return path
+
+
+def in_processes(function: Callable, count: int, *args, start: str = "fork") -> list:
+    """What a module's own function returns in each of several processes that run at once."""
+    context = multiprocessing.get_context(start)
+    queue = context.Queue()
+    processes = [context.Process(target=_put, args=(queue, function, args)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(60)
+    return results
+
+
+def _put(queue, function: Callable, args: tuple) -> None:
+    queue.put(function(*args))

@@ -1,144 +1,142 @@
 """Members of tar and zip files, read at random by several processes."""
 
-import multiprocessing
 import os
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from data.images.archives import TarBytes, ZipFolder, is_image, tar_members
+from data.images import archives
+from data.images.archives import (
+    NOWHERE,
+    TarBytes,
+    is_image,
+    read_zip_member,
+    tar_members,
+    zip_spans,
+)
 from data.images.reading import CorruptImage
-from tests.support.images import write_tar
+from tests.support.images import in_processes, write_tar, write_zip
 
 CONTENTS = {f"{i:03d}.jpeg": bytes([i % 256]) * (i * 37 % 2000 + 1) for i in range(120)}
 
 
-def write_zip(
-    path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_STORED, comment: bytes = b""
-) -> Path:
-    with zipfile.ZipFile(path, "w", method) as file:
-        file.comment = comment
-        for name, data in members.items():
-            file.writestr(name, data)
-    return path
+def read_zip(path: Path, names=CONTENTS) -> dict[str, bytes]:
+    spans = zip_spans(path)
+    return {name: read_zip_member(path, name, spans.get(name, NOWHERE)) for name in names}
+
+
+@pytest.fixture
+def found_by_name(monkeypatch) -> list[str]:
+    """The names of members for which zipfile had to be asked."""
+    asked = []
+    read = zipfile.ZipFile.read
+    monkeypatch.setattr(
+        archives.zipfile.ZipFile,
+        "read",
+        lambda file, name: asked.append(name) or read(file, name),
+    )
+    return asked
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-@pytest.mark.parametrize("comment", [b"", b"of class n00007846", b"x" * 65535])
-def test_zip_members_of_any_kind(tmp_path, method, comment):
-    write_zip(tmp_path / "a.zip", CONTENTS, method, comment)
-    folder = ZipFolder(tmp_path)
-    assert {name: folder.read("a.zip", name) for name in reversed(CONTENTS)} == CONTENTS
+@pytest.mark.parametrize("comment", [b"", b"x" * 65535])
+@pytest.mark.parametrize("front", [b"", b"#!/bin/sh\n"])
+def test_zip_members_of_any_kind(tmp_path, found_by_name, method, comment, front):
+    path = write_zip(tmp_path / "a.zip", CONTENTS, method, comment)
+    path.write_bytes(front + path.read_bytes())
+    assert read_zip(path) == CONTENTS
+    assert len(found_by_name) == (len(CONTENTS) if method == zipfile.ZIP_BZIP2 else 0)
 
 
-def test_a_name_within_other_names_is_not_confused(tmp_path):
-    members = {
-        "1.jpeg": b"a",
-        "x/1.jpeg": b"b",
-        "11.jpeg": b"c",
-        "1.jpeg.jpeg": b"d",
-        "x/x/1.jpeg": b"e",
-    }
-    for order in (list(members), list(reversed(members))):
-        write_zip(tmp_path / "a.zip", {name: members[name] for name in order})
-        folder = ZipFolder(tmp_path)
-        assert {name: folder.read("a.zip", name) for name in members} == members
+class Pipe:
+    """A file that can't be rewound, so that zipfile writes sizes and checksums behind the data."""
+
+    def __init__(self, file) -> None:
+        self.write = file.write
+        self.flush = file.flush
 
 
-def test_the_last_of_two_zip_members_of_one_name_counts(tmp_path):
-    write_zip(tmp_path / "a.zip", {"1.jpeg": b"old", "2.jpeg": b"x"})
-    with (
-        zipfile.ZipFile(tmp_path / "a.zip", "a") as file,
-        pytest.warns(UserWarning, match="Duplicate"),
-    ):
+@pytest.mark.parametrize("kind", ["64-bit sizes", "sizes behind the data"])
+def test_unusual_zip_files_are_read_by_zipfile(tmp_path, found_by_name, kind):
+    path = tmp_path / "a.zip"
+    with open(path, "wb") as target:
+        is_pipe = kind == "sizes behind the data"
+        with zipfile.ZipFile(Pipe(target) if is_pipe else target, "w") as file:
+            for name, data in CONTENTS.items():
+                with file.open(name, "w", force_zip64=not is_pipe) as member:
+                    member.write(data)
+    assert read_zip(path) == CONTENTS and found_by_name == list(CONTENTS)
+
+
+def test_a_zip_file_that_changed_is_still_read_by_name(tmp_path, found_by_name):
+    path = write_zip(tmp_path / "a.zip", CONTENTS)
+    spans = zip_spans(path)
+    write_zip(path, dict(reversed(CONTENTS.items())))
+    for name in ("000.jpeg", "119.jpeg"):
+        assert read_zip_member(path, name, spans[name]) == CONTENTS[name]
+    assert found_by_name == ["000.jpeg", "119.jpeg"]
+
+
+def test_names_within_other_names_and_names_given_twice(tmp_path):
+    members = {"1.jpeg": b"a", "x/1.jpeg": b"b", "11.jpeg": b"c", "1.jpeg.jpeg": b"d"}
+    for order in (members, reversed(members)):
+        path = write_zip(tmp_path / "a.zip", {name: members[name] for name in order})
+        assert read_zip(path, members) == members
+    with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
         file.writestr("1.jpeg", b"new")
-    assert ZipFolder(tmp_path).read("a.zip", "1.jpeg") == b"new"
+    assert read_zip(path, members) == {**members, "1.jpeg": b"new"}
 
 
-def test_zip_files_with_something_in_front_and_with_64_bit_sizes(tmp_path):
-    write_zip(tmp_path / "a.zip", CONTENTS)
-    (tmp_path / "front.zip").write_bytes(b"#!/bin/sh\n" + (tmp_path / "a.zip").read_bytes())
-    with zipfile.ZipFile(tmp_path / "large.zip", "w") as file:
-        for name, data in CONTENTS.items():
-            with file.open(name, "w", force_zip64=True) as member:
-                member.write(data)
-    folder = ZipFolder(tmp_path)
-    for archive in ("front.zip", "large.zip"):
-        assert all(folder.read(archive, name) == data for name, data in CONTENTS.items())
+def damaged(data: bytes, name: str) -> bytes:
+    changed = bytearray(data)
+    changed[data.find(CONTENTS[name], data.find(name.encode()))] ^= 1
+    return bytes(changed)
 
 
-def test_only_the_most_recently_used_zip_files_stay_open(tmp_path):
-    for i in range(8):
-        write_zip(tmp_path / f"{i}.zip", {"1.jpeg": bytes([i])})
-    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    folder = ZipFolder(tmp_path, limit=3)
-    for i in [0, 1, 2, 0, 3, 4, 0, 5, 6, 7, 0]:
-        assert folder.read(f"{i}.zip", "1.jpeg") == bytes([i])
-    assert list(folder._open) == ["6.zip", "7.zip", "0.zip"]
-    if before:
-        assert len(os.listdir("/proc/self/fd")) == before + 3
-    del folder
-    if before:
-        assert len(os.listdir("/proc/self/fd")) == before
+def encrypted(data: bytes) -> bytes:
+    changed = bytearray(data)
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        changed[data.find(signature) + flags] |= 1
+    return bytes(changed)
 
 
-def test_what_is_wrong_with_a_zip_file_is_named(tmp_path):
-    write_zip(tmp_path / "a.zip", CONTENTS)
-    folder = ZipFolder(tmp_path)
-    with pytest.raises(
-        CorruptImage,
-        match=(
-            r"a.zip: has no member x.jpeg: DATA.FNAME_FORMAT must fit, or the name must leave the"
-            r" list"
-        ),
-    ):
-        folder.read("a.zip", "x.jpeg")
-    with pytest.raises(
-        ValueError, match=r"b.zip: there is no such zip file: restore it, or take its class out"
-    ) as error:
-        folder.read("b.zip", "x.jpeg")
-    assert not isinstance(error.value, CorruptImage)
-    data = bytearray((tmp_path / "a.zip").read_bytes())
-    place = data.find(CONTENTS["100.jpeg"])
-    data[place] ^= 1
-    (tmp_path / "damaged.zip").write_bytes(data)
-    with pytest.raises(
-        CorruptImage,
-        match=r"damaged.zip: member 100.jpeg can't be read \(.*checksum.*\): restore the zip file",
-    ):
-        folder.read("damaged.zip", "100.jpeg")
-    assert folder.read("damaged.zip", "099.jpeg") == CONTENTS["099.jpeg"]
-    for name, content in (
-        ("cut.zip", data[:-3000]),
-        ("empty.zip", b""),
-        ("text.zip", b"not found" * 50),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(
-            CorruptImage,
-            match=rf"{name}: member 001.jpeg can't be read \(.*\): restore the zip file",
-        ):
-            folder.read(name, "001.jpeg")
+@pytest.mark.parametrize(
+    ("damage", "name", "message"),
+    [
+        (lambda data: data, "x.jpeg", "has no member x.jpeg: DATA.FNAME_FORMAT must fit"),
+        (lambda data: damaged(data, "100.jpeg"), "100.jpeg", r"can't be read \(.*checksum"),
+        (encrypted, "000.jpeg", r"can't be read \(.*encrypted"),
+        (lambda data: data[: len(data) // 2], "119.jpeg", "can't be read"),
+        (lambda data: b"", "001.jpeg", "can't be read"),
+        (lambda data: b"not found" * 5000, "001.jpeg", "can't be read"),
+    ],
+    ids=["absent", "damaged", "encrypted", "cut", "empty", "text"],
+)
+def test_what_is_wrong_with_a_zip_file_is_named(tmp_path, damage, name, message):
+    path = write_zip(tmp_path / "a.zip", CONTENTS)
+    span = zip_spans(path).get(name, NOWHERE)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CorruptImage, match=rf"a\.zip: .*{message}"):
+        read_zip_member(path, name, span)
 
 
 def test_damaged_deflated_data_is_named(tmp_path):
-    write_zip(tmp_path / "a.zip", {"1.jpeg": os.urandom(500) + bytes(500)}, zipfile.ZIP_DEFLATED)
-    data = bytearray((tmp_path / "a.zip").read_bytes())
-    data[40:200] = b"\xff" * 160
-    (tmp_path / "a.zip").write_bytes(data)
+    name, method = "1.jpeg", zipfile.ZIP_DEFLATED
+    path = write_zip(tmp_path / "a.zip", {name: os.urandom(500) + bytes(500)}, method)
+    span = zip_spans(path)[name]
+    data = path.read_bytes()
+    path.write_bytes(data[:40] + b"\xff" * 160 + data[200:])
     with pytest.raises(CorruptImage, match=r"member 1.jpeg can't be read"):
-        ZipFolder(tmp_path).read("a.zip", "1.jpeg")
+        read_zip_member(path, name, span)
 
 
-def test_an_encrypted_member_is_named(tmp_path):
-    data = bytearray(write_zip(tmp_path / "a.zip", {"1.jpeg": b"secret"}).read_bytes())
-    data[6] |= 1
-    data[data.find(b"PK\1\2") + 8] |= 1
-    (tmp_path / "a.zip").write_bytes(data)
-    with pytest.raises(CorruptImage, match=r"member 1.jpeg can't be read \(.*encrypted.*\)"):
-        ZipFolder(tmp_path).read("a.zip", "1.jpeg")
+def test_a_zip_file_that_is_gone_is_no_corrupt_image(tmp_path):
+    with pytest.raises(ValueError, match=r"b.zip: there is no such zip file") as error:
+        read_zip_member(tmp_path / "b.zip", "x.jpeg", (0, 100))
+    assert not isinstance(error.value, CorruptImage)
 
 
 @pytest.fixture
@@ -146,9 +144,17 @@ def tar(tmp_path):
     return write_tar(tmp_path / "a.tar", CONTENTS)
 
 
-def test_tar_members_by_offset(tar):
-    reader = TarBytes(tar)
-    assert {name: reader.read(offset, size) for name, offset, size in tar_members(tar)} == CONTENTS
+def read_tar(reader: TarBytes, members: list) -> list[bytes]:
+    return [reader.read(offset, size) for _, offset, size in members]
+
+
+@pytest.mark.parametrize("has_pread", [True, False])
+def test_tar_members_by_offset(tar, monkeypatch, has_pread):
+    if not has_pread:
+        monkeypatch.delattr(os, "pread", raising=False)
+    members = list(tar_members(tar))
+    assert [member.name for member in members] == list(CONTENTS)
+    assert read_tar(TarBytes(tar), members) == list(CONTENTS.values())
 
 
 def test_a_tar_that_became_shorter_is_named(tar):
@@ -158,71 +164,84 @@ def test_a_tar_that_became_shorter_is_named(tar):
         TarBytes(tar).read(last.offset, last.size)
 
 
-def test_systems_without_reads_at_an_offset(tar, monkeypatch):
-    monkeypatch.delattr(os, "pread", raising=False)
-    reader = TarBytes(tar)
-    assert all(
-        reader.read(offset, size) == CONTENTS[name] for name, offset, size in tar_members(tar)
-    )
-
-
-def read_all(reader, places, queue) -> None:
-    queue.put([reader.read(*place) for _ in range(5) for place in places])
-
-
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-@pytest.mark.parametrize("kind", ["tar", "zip", "tar without pread"])
-def test_many_processes_read_at_once(tmp_path, tar, start, kind, monkeypatch):
-    if "without" in kind:
-        if start == "spawn":
-            pytest.skip("a patch does not reach a spawned process")
-        monkeypatch.delattr(os, "pread", raising=False)
-    if kind == "zip":
-        write_zip(tmp_path / "a.zip", CONTENTS)
-        reader, places = ZipFolder(tmp_path), [("a.zip", name) for name in CONTENTS]
-    else:
-        reader, places = TarBytes(tar), [member[1:] for member in tar_members(tar)]
-    expected = list(CONTENTS.values())
-    assert reader.read(*places[0]) == expected[0]  # open before the processes start
-    context = multiprocessing.get_context(start)
-    queue = context.Queue()
-    count = 4 if start == "fork" else 2
-    processes = [
-        context.Process(target=read_all, args=(reader, places, queue)) for _ in range(count)
-    ]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(60)
-    assert results == [expected * 5] * count
-    assert reader.read(*places[7]) == expected[7]
+def test_many_processes_read_one_tar_at_once(tar, start):
+    members = list(tar_members(tar))
+    reader, expected = TarBytes(tar), list(CONTENTS.values())
+    assert read_tar(reader, members) == expected  # open before the processes start
+    assert in_processes(read_tar, 3, reader, members * 5, start=start) == [expected * 5] * 3
+    assert read_tar(reader, members) == expected
+    assert len(pickle.dumps(reader)) < 300
 
 
-@pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_readers_pickle_as_their_paths(tmp_path, tar, kind):
-    write_zip(tmp_path / "a.zip", CONTENTS)
-    reader, place = (
-        (TarBytes(tar), (1024 + 512, 38))
-        if kind == "tar"
-        else (ZipFolder(tmp_path), ("a.zip", "001.jpeg"))
-    )
-    first = reader.read(*place)
-    packed = pickle.dumps(reader)
-    assert len(packed) < 400 and pickle.loads(packed).read(*place) == first
+@pytest.mark.parametrize("path", ["a/1.jpg", "1.JPEG", "a.b/1.PnG"])
+def test_what_counts_as_an_image(path):
+    assert is_image(path)
+
+
+@pytest.mark.parametrize("path", [".a/1.jpg", "a/.1.jpg", "a/1.jpg.txt", "a/jpg"])
+def test_what_does_not_count_as_an_image(path):
+    assert not is_image(path)
+
+
+# ---- tar files that can't be used
+
+
+def all_members(path: Path) -> list:
+    return list(tar_members(path))
+
+
+@pytest.mark.parametrize("name", ["/etc/a/1.jpg", "../a/1.jpg", "a/../../1.jpg", "a/.."])
+def test_a_tar_member_outside_of_the_archive_is_an_error(tmp_path, name):
+    path = write_tar(tmp_path / "bad.tar", {"a/0.jpg": b"0", name: b"1"})
+    with pytest.raises(ValueError, match=r"bad.tar: member .* points outside of the archive"):
+        all_members(path)
+
+
+def test_a_tar_cut_anywhere_is_an_error(tmp_path):
+    members = {"a/0.jpg": b"0" * 700, "a/1.jpg": b"1" * 700}
+    path = write_tar(tmp_path / "cut.tar", members, format=tarfile.USTAR_FORMAT)
+    data = path.read_bytes()
+    end = 2 * (512 + 1024)  # two members: header and data in blocks of 512 bytes
+    assert not any(data[end:])
+    for length in [*range(0, end + 512, 100), 512, 1536, 1536 + 512, end]:
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"cut.tar: .*restore it"):
+            all_members(path)
+    path.write_bytes(data[: end + 512])
+    assert len(all_members(path)) == 2
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+    path = write_tar(tmp_path / "bad.tar", {"a/0.jpg": b"0", "a/1.jpg": b"1", "a/2.jpg": b"2"})
+    data = bytearray(path.read_bytes())
+    data[1024 + 150] ^= 0xFF  # in the checksum of the second header
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"truncated or damaged at byte 1,024 .*restore it"):
+        all_members(path)
 
 
 @pytest.mark.parametrize(
-    ("path", "is_one"),
+    ("data", "message"),
     [
-        ("a/1.jpg", True),
-        ("1.JPEG", True),
-        ("a.b/1.PnG", True),
-        (".a/1.jpg", False),
-        ("a/.1.jpg", False),
-        ("a/1.jpg.txt", False),
-        ("a/jpg", False),
+        (b"", "restore it"),
+        (b"no tar at all" * 100, "restore it"),
+        (bytes(100), "restore it"),
+        (b"\x1f\x8b" + bytes(600), "it is compressed.*unpack it"),
     ],
 )
-def test_what_counts_as_an_image(path, is_one):
-    assert is_image(path) is is_one
+def test_what_is_no_plain_tar_is_an_error(tmp_path, data, message):
+    (tmp_path / "x.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"x.tar: can't be read as a tar: .*{message}"):
+        all_members(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_SPARSE])
+def test_links_and_sparse_members_are_named(tmp_path, kind):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("a/link.jpg")
+        info.type = kind
+        info.linkname = "0.jpg"
+        tar.addfile(info)
+    with pytest.raises(ValueError, match=r"member a/link.jpg is a link or has holes"):
+        all_members(tmp_path / "x.tar")

@@ -102,7 +102,7 @@ def test_tar_files_hold_the_same_set_as_the_folder(folder, tmp_path, layout_of):
             built("val", DATA_PATH=train, VAL_PATH=folder),
         ]
     assert tuple(map(contents, datasets)) == expected
-    assert built("train", DATA_PATH=folder).listing.digest() == datasets[0].listing.digest()
+    assert built("train", DATA_PATH=folder).get_keys().digest() == datasets[0].get_keys().digest()
 
 
 def test_one_tar_is_read_by_evaluation_but_not_for_both_splits(folder, tmp_path):
@@ -696,7 +696,7 @@ def test_a_data_set_of_the_users():
     image, label = train[5]
     assert image.mode == "RGB" and np.asarray(image).tolist() == [[[5] * 3] * 4] * 3 and label == 2
     assert list(train.get_keys()) == ["0", "1", "2", "3", "4", "5"]
-    assert train.listing.digest() == hashlib.sha256(b"0\n1\n2\n3\n4\n5\n").hexdigest()
+    assert train.get_keys().digest() == hashlib.sha256(b"0\n1\n2\n3\n4\n5\n").hexdigest()
     assert (
         len(
             built(
