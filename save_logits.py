@@ -221,6 +221,7 @@ def main(argv: list[str]) -> int:
     rank = os.environ.get("RANK", "0")
     own = {
         "EVAL_MODE": False,
+        "DISTILL.ENABLED": True,
         "TRAIN.WARMUP_EPOCHS": 0,
         "DISTILL.REUSE_EPOCHS": False,
         "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits,
@@ -304,7 +305,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--skip-eval", action="store_true", help="do not evaluate the teacher before saving"
     )
     args = parser.parse_args(argv)
-    if args.throughput:
+    if "THROUGHPUT_MODE" in args:
         parser.error("--throughput belongs to main.py")
     if (args.exact or args.percent is not None) and not args.check_saved_logits:
         parser.error("--exact and --percent go with --check-saved-logits")

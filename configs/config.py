@@ -8,6 +8,14 @@ from typing import Any
 from yacs.config import CfgNode
 
 
+class ConfigError(ValueError):
+    """A fault in the user's configuration: one line that names source, key, value and the way out."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key  # the dotted key to blame, if it is one
+
+
 class Config(CfgNode):
     """A configuration: yacs's tree of keys, with what follows from several of them.
 

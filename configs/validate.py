@@ -1,4 +1,4 @@
-"""What a configuration must satisfy: ranges, choices and combinations, each fault told in one line."""
+"""What a configuration must satisfy, checked here alone: choices, ranges, combinations."""
 
 from __future__ import annotations
 
@@ -6,24 +6,38 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from configs.config import Config
+from configs.config import Config, ConfigError
 
 
-class ConfigError(ValueError):
-    """A fault in the user's configuration; its text names the source, the key, the value and the
-    way out.
-    """
+class Items(NamedTuple):
+    """What a list of numbers must be."""
 
+    lengths: tuple[int, ...]
+    low: float = -inf
+    high: float = inf
+    is_whole: bool = False
+    is_ascending: bool = False
+
+
+TINY = 1e-6  # the least that counts as above 0
+BELOW_1 = 0.9999999  # the most that counts as below 1
+FUNCTION = "package.module:function"
 
 CHOICES = {
+    "DATA.DATASET": (
+        *("imagenet", "imagenet22k", "cifar10", "cifar100", "folder", "shapes"),
+        FUNCTION,
+    ),
     "DATA.MEAN_AND_STD_TYPE": ("default", "clip", "half", "inception"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear", "random"),
     "DATA.WORKER_START": ("auto", "fork", "spawn", "forkserver"),
     "DATA.ON_CORRUPT": ("error", "neighbour"),
+    "MODEL.TYPE": ("tiny_vit", "clip_vit_large14_224", "timm", FUNCTION),
     "DISTILL.EXCESS": ("auto", "rescale", "subtract"),
     "DISTILL.UPSTREAM_ORDER": ("folder", "tar"),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
@@ -34,291 +48,221 @@ CHOICES = {
     "AMP_DTYPE": ("auto", "bf16", "fp16", "off"),
     "DEVICE": ("auto", "cuda", "mps", "cpu"),
 }
-NAMED_OR_FUNCTION = {  # a name of the list, or package.module:function
-    "DATA.DATASET": ("imagenet", "imagenet22k", "cifar10", "cifar100", "folder", "shapes"),
-    "MODEL.TYPE": ("tiny_vit", "clip_vit_large14_224", "timm"),
+RANGES = {  # (smallest value, largest value): the keys that it holds for
+    (0, inf): (
+        "DATA.NUM_WORKERS",
+        "MODEL.NUM_CLASSES",
+        "DISTILL.LOGITS_TOPK",
+        "TRAIN.START_EPOCH",
+        "TRAIN.WARMUP_EPOCHS",
+        "TRAIN.WEIGHT_DECAY",
+        "TRAIN.BASE_LR",
+        "TRAIN.WARMUP_LR",
+        "TRAIN.MIN_LR",
+        "TRAIN.CLIP_GRAD",
+        "TRAIN.GLOBAL_BATCH",
+        "TRAIN.CHECKPOINT_MINUTES",
+        "TRAIN.OPTIMIZER.EPS",
+        "AUG.COLOR_JITTER",
+        "AUG.MIXUP",
+        "AUG.CUTMIX",
+        "TEST.BATCH_SIZE",
+    ),
+    (1, inf): (
+        "DATA.BATCH_SIZE",
+        "DATA.PREFETCH",
+        "DATA.MAX_PIXELS",
+        "DATA.SHAPES.TRAIN_IMAGES",
+        "DATA.SHAPES.VAL_IMAGES",
+        "MODEL.TINY_VIT.IN_CHANS",
+        "MODEL.TINY_VIT.LOCAL_CONV_SIZE",
+        "TRAIN.EPOCHS",
+        "TRAIN.ACCUMULATION_STEPS",
+        "TRAIN.MAX_BAD_STEPS",
+        "TRAIN.LR_SCHEDULER.DECAY_EPOCHS",
+        "AUG.RECOUNT",
+        "TEST.EVERY",
+        "SAVE_FREQ",
+        "PRINT_FREQ",
+    ),
+    (16, inf): ("DATA.SHAPES.SIZE",),
+    (32, inf): ("DATA.IMG_SIZE",),
+    (TINY, inf): (
+        "DISTILL.TEMPERATURE",
+        "MODEL.TINY_VIT.MLP_RATIO",
+        "MODEL.TINY_VIT.MBCONV_EXPAND_RATIO",
+    ),
+    (TINY, 1): ("DATA.SUBSET", "TRAIN.LAYER_LR_DECAY"),
+    (0, 1): (
+        "DISTILL.ALPHA",
+        "TRAIN.LR_SCHEDULER.DECAY_RATE",
+        "TRAIN.OPTIMIZER.MOMENTUM",
+        "AUG.REPROB",
+        "AUG.MIXUP_PROB",
+        "AUG.MIXUP_SWITCH_PROB",
+        "AUG.HFLIP",
+        "AUG.VFLIP",
+    ),
+    (0, 0.999): ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"),
+    (0, BELOW_1): ("TRAIN.EMA_DECAY",),
+    (0, 2**31 - 1): ("DATA.SEED", "SEED"),
 }
-RANGES = {  # key -> smallest and largest allowed value
-    "DATA.BATCH_SIZE": (1, None),
-    "DATA.IMG_SIZE": (32, None),
-    "DATA.SEED": (0, 2**31 - 1),
-    "DATA.NUM_WORKERS": (0, None),
-    "DATA.PREFETCH": (1, None),
-    "DATA.MAX_PIXELS": (1, None),
-    "DATA.SHAPES.TRAIN_IMAGES": (1, None),
-    "DATA.SHAPES.VAL_IMAGES": (1, None),
-    "DATA.SHAPES.SIZE": (16, None),
-    "MODEL.NUM_CLASSES": (0, None),
-    "MODEL.DROP_RATE": (0, 0.999),
-    "MODEL.DROP_PATH_RATE": (0, 0.999),
-    "MODEL.LABEL_SMOOTHING": (0, 0.999),
-    "MODEL.TINY_VIT.IN_CHANS": (1, None),
-    "DISTILL.LOGITS_TOPK": (0, None),
-    "DISTILL.ALPHA": (0, 1),
-    "TRAIN.START_EPOCH": (0, None),
-    "TRAIN.EPOCHS": (1, None),
-    "TRAIN.WARMUP_EPOCHS": (0, None),
-    "TRAIN.WEIGHT_DECAY": (0, None),
-    "TRAIN.BASE_LR": (0, None),
-    "TRAIN.WARMUP_LR": (0, None),
-    "TRAIN.MIN_LR": (0, None),
-    "TRAIN.CLIP_GRAD": (0, None),
-    "TRAIN.ACCUMULATION_STEPS": (1, None),
-    "TRAIN.GLOBAL_BATCH": (0, None),
-    "TRAIN.LAYER_LR_DECAY": (1e-6, 1),
-    "TRAIN.EMA_DECAY": (0, 0.9999999),
-    "TRAIN.CHECKPOINT_MINUTES": (0, None),
-    "TRAIN.MAX_BAD_STEPS": (1, None),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": (1, None),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": (0, 1),
-    "TRAIN.OPTIMIZER.EPS": (0, None),
-    "TRAIN.OPTIMIZER.MOMENTUM": (0, 1),
-    "AUG.COLOR_JITTER": (0, None),
-    "AUG.REPROB": (0, 1),
-    "AUG.RECOUNT": (1, None),
-    "AUG.MIXUP": (0, None),
-    "AUG.CUTMIX": (0, None),
-    "AUG.MIXUP_PROB": (0, 1),
-    "AUG.MIXUP_SWITCH_PROB": (0, 1),
-    "AUG.HFLIP": (0, 1),
-    "AUG.VFLIP": (0, 1),
-    "TEST.BATCH_SIZE": (0, None),
-    "TEST.EVERY": (1, None),
-    "SAVE_FREQ": (1, None),
-    "PRINT_FREQ": (1, None),
-    "SEED": (0, 2**31 - 1),
+STAGES = Items((4,), 1, is_whole=True)
+LISTS = {
+    "DATA.MEAN": Items((0, 3)),
+    "DATA.STD": Items((0, 3), TINY),
+    "AUG.FILL": Items((0, 3), 0, 255, is_whole=True),
+    "AUG.SCALE": Items((2,), TINY, 1, is_ascending=True),
+    "AUG.RATIO": Items((2,), TINY, is_ascending=True),
+    "AUG.CUTMIX_MINMAX": Items((2,), TINY, 1, is_ascending=True),
+    "TRAIN.OPTIMIZER.BETAS": Items((2,), 0, BELOW_1),
+    "MODEL.TINY_VIT.DEPTHS": STAGES,
+    "MODEL.TINY_VIT.NUM_HEADS": STAGES,
+    "MODEL.TINY_VIT.WINDOW_SIZES": STAGES,
+    "MODEL.TINY_VIT.EMBED_DIMS": STAGES,
 }
-LENGTHS = {  # key -> allowed numbers of items
-    "DATA.MEAN": (0, 3),
-    "DATA.STD": (0, 3),
-    "AUG.FILL": (0, 3),
-    "AUG.SCALE": (2,),
-    "AUG.RATIO": (2,),
-    "AUG.CUTMIX_MINMAX": (2,),
-    "TRAIN.OPTIMIZER.BETAS": (2,),
-    "MODEL.TINY_VIT.DEPTHS": (4,),
-    "MODEL.TINY_VIT.NUM_HEADS": (4,),
-    "MODEL.TINY_VIT.WINDOW_SIZES": (4,),
-    "MODEL.TINY_VIT.EMBED_DIMS": (4,),
-}
-MSTD = r"mstd(?:\d+(?:\.\d+)?|inf)"
-POLICY_OPTIONS = {
-    "rand": re.compile(rf"m\d+|mmax\d+|n[1-9]\d*|{MSTD}|w0|inc[01]"),
-    "original": re.compile(MSTD),
-    "v0": re.compile(MSTD),
-}
+MSTD = r"-mstd(\d+(\.\d+)?|inf)"
+POLICY = re.compile(
+    rf"(none)?|(original|v0)({MSTD})*|rand(-m\d+|-mmax\d+|-n[1-9]\d*|{MSTD}|-w0|-inc[01])*"
+)
+
+Rule = tuple[bool, str, str]  # whether something is wrong, the key to blame, what to do
 
 
 def validate(cfg: Config) -> None:
     """Raise ConfigError at the first value that cannot work."""
+    for rules in (_choices, _ranges, _lists, _images, _tiny_vit, _teacher, _programs, _folders):
+        for is_wrong, key, what_to_do in rules(cfg):
+            if is_wrong:
+                raise ConfigError(f"{key} = {cfg.value(key)!r}: {what_to_do}", key)
+
+
+def _choices(cfg: Config) -> Iterator[Rule]:
     for key, choices in CHOICES.items():
         value = cfg.value(key)
-        if value not in choices:
-            raise ConfigError(_choice_message(key, value, choices))
-    for key, names in NAMED_OR_FUNCTION.items():
-        value = cfg.value(key)
-        if value not in names and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
-            raise ConfigError(_choice_message(key, value, (*names, "package.module:function")))
-    for key, (low, high) in RANGES.items():
-        value = cfg.value(key)
-        if not (
-            math.isfinite(value)
-            and (low is None or value >= low)
-            and (high is None or value <= high)
-        ):
-            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-            raise ConfigError(f"{key} = {value!r}: must be {bounds}")
-    for key, lengths in LENGTHS.items():
-        _check_numbers(key, cfg.value(key), lengths)
-    for check in (
-        _check_policy,
-        _check_crop,
-        _check_cutmix,
-        _check_statistics,
-        _check_tiny_vit,
-        _check_distill,
-        _check_training,
-        _check_output,
-    ):
-        check(cfg)
+        is_function = FUNCTION in choices and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)
+        near = difflib.get_close_matches(value, choices, n=1, cutoff=0.7)
+        advice = f"did you mean {near[0]}? " if near else ""
+        listed = ", ".join(choice or "''" for choice in choices)
+        yield value not in choices and not is_function, key, f"{advice}(one of {listed})"
 
 
-def _choice_message(key: str, value: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    listed = ", ".join(choice or "''" for choice in choices)
-    return (
-        f"{key} = {value!r}: "
-        + (f"did you mean {near[0]}? " if near else "")
-        + f"(one of {listed})"
-    )
+def _ranges(cfg: Config) -> Iterator[Rule]:
+    for (low, high), keys in RANGES.items():
+        for key in keys:
+            fits = _is_number(cfg.value(key), low, high)
+            yield not fits, key, f"expected a number{_bounds(low, high)}"
 
 
-def _check_numbers(key: str, value: Any, lengths: tuple[int, ...]) -> None:
-    if value is None:
-        return
-    if len(value) not in lengths:
-        raise ConfigError(
-            f"{key} = {list(value)}: expected {' or '.join(map(str, lengths))} numbers"
+def _lists(cfg: Config) -> Iterator[Rule]:
+    for key, (lengths, low, high, is_whole, is_ascending) in LISTS.items():
+        values = cfg.value(key)
+        if values is None:  # not given
+            continue
+        fits = (
+            isinstance(values, (list, tuple))
+            and len(values) in lengths
+            and all(_is_number(value, low, high) for value in values)
+            and (not is_whole or all(value == int(value) for value in values))
+            and (not is_ascending or values[0] <= values[1])
         )
-    for item in value:
-        if isinstance(item, bool) or not isinstance(item, (int, float)) or not math.isfinite(item):
-            raise ConfigError(f"{key} = {list(value)}: {item!r} is not a number")
+        count = " or ".join(map(str, lengths))
+        whole = "whole " if is_whole else ""
+        order = ", the smaller one first" if is_ascending else ""
+        yield not fits, key, f"expected {count} {whole}numbers{_bounds(low, high)}{order}"
 
 
-def _refuse(is_wrong: bool, cfg: Config, key: str, reason: str) -> None:
-    if is_wrong:
-        value = cfg.value(key)
-        raise ConfigError(
-            f"{key} = {list(value) if isinstance(value, (list, tuple)) else repr(value)}: {reason}"
-        )
+def _is_number(value: Any, low: float, high: float) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and low <= value <= high
 
 
-def _check_policy(cfg: Config) -> None:
-    key, policy = "AUG.AUTO_AUGMENT", cfg.AUG.AUTO_AUGMENT
-    if policy in ("", "none"):
-        return
-    name, *options = policy.split("-")
-    if name not in POLICY_OPTIONS:
-        raise ConfigError(
-            _choice_message(key, policy, ("rand-m9-mstd0.5-inc1", "original", "v0", "none"))
-        )
-    known = "m9, n2, mstd0.5, mmax10, w0, inc1" if name == "rand" else "mstd0.5"
-    for option in options:
-        _refuse(
-            not POLICY_OPTIONS[name].fullmatch(option),
-            cfg,
-            key,
-            f"option {option!r} is not one of {known} (numbers may differ)",
-        )
+def _bounds(low: float, high: float) -> str:
+    if high < inf:
+        return f" from {low} to {high}"
+    return f" from {low} up" if low > -inf else ""
 
 
-def _check_crop(cfg: Config) -> None:
-    low, high = cfg.AUG.SCALE
-    _refuse(not 0 < low <= high <= 1, cfg, "AUG.SCALE", "needs 0 < smallest <= largest <= 1")
-    low, high = cfg.AUG.RATIO
-    _refuse(not 0 < low <= high, cfg, "AUG.RATIO", "needs 0 < smallest <= largest")
-    _refuse(not 0 < cfg.DATA.SUBSET <= 1, cfg, "DATA.SUBSET", "a fraction above 0 and at most 1")
-
-
-def _check_cutmix(cfg: Config) -> None:
+def _images(cfg: Config) -> Iterator[Rule]:
+    grammar = "none, original, v0 or rand, e.g. rand-m9-n2-mstd0.5-mmax10-w0-inc1, v0-mstd0.5"
+    is_policy = POLICY.fullmatch(cfg.AUG.AUTO_AUGMENT)
+    yield not is_policy, "AUG.AUTO_AUGMENT", f"expected {grammar}"
     if cfg.AUG.CUTMIX_MINMAX is not None:
-        low, high = cfg.AUG.CUTMIX_MINMAX
-        side = cfg.DATA.IMG_SIZE
-        _refuse(
-            not 0 < low < high <= 1 or int(side * high) <= int(side * low),
-            cfg,
-            "AUG.CUTMIX_MINMAX",
-            "needs 0 < smallest < largest <= 1, at least a pixel apart",
-        )
-
-
-def _check_statistics(cfg: Config) -> None:
-    _refuse(any(value <= 0 for value in cfg.DATA.STD), cfg, "DATA.STD", "must be above 0")
-    off_scale = any(not 0 <= value <= 255 or value != int(value) for value in cfg.AUG.FILL)
-    _refuse(off_scale, cfg, "AUG.FILL", "three whole numbers from 0 to 255")
-    _refuse(
-        any(not 0 <= beta < 1 for beta in cfg.TRAIN.OPTIMIZER.BETAS),
-        cfg,
-        "TRAIN.OPTIMIZER.BETAS",
-        "both in [0, 1)",
-    )
-
-
-def _check_tiny_vit(cfg: Config) -> None:
-    if cfg.MODEL.TYPE != "tiny_vit":
-        return
-    prefix, shape = "MODEL.TINY_VIT.", cfg.MODEL.TINY_VIT
-    for name in ("DEPTHS", "NUM_HEADS", "WINDOW_SIZES", "EMBED_DIMS"):
-        _refuse(
-            any(value < 1 or value != int(value) for value in shape[name]),
-            cfg,
-            prefix + name,
-            "four whole numbers from 1 up",
-        )
-    for stage in range(1, 4):  # stage 0 is convolutional
-        dim, heads = shape.EMBED_DIMS[stage], shape.NUM_HEADS[stage]
-        _refuse(
-            dim % heads != 0,
-            cfg,
-            prefix + "NUM_HEADS",
-            f"stage {stage} has {heads} heads, which do not divide its {dim} channels (EMBED_DIMS"
-            f" {list(shape.EMBED_DIMS)})",
-        )
-    size = shape.LOCAL_CONV_SIZE
-    _refuse(size < 1 or size % 2 == 0, cfg, prefix + "LOCAL_CONV_SIZE", "an odd number from 1 up")
-    for name in ("MLP_RATIO", "MBCONV_EXPAND_RATIO"):
-        _refuse(shape[name] <= 0, cfg, prefix + name, "must be above 0")
-
-
-def _check_distill(cfg: Config) -> None:
-    distill = cfg.DISTILL
-    _refuse(
-        distill.LOGITS_TOPK < 1 and "DISTILL.LOGITS_TOPK" in cfg.EXPLICIT,
-        cfg,
-        "DISTILL.LOGITS_TOPK",
-        "must be at least 1 (leave it out for the default)",
-    )
-    _refuse(distill.TEMPERATURE <= 0, cfg, "DISTILL.TEMPERATURE", "must be above 0")
-    _refuse(
-        distill.ONLINE and bool(distill.TEACHER_LOGITS_PATH),
-        cfg,
-        "DISTILL.ONLINE",
-        f"the run already reads the store {distill.TEACHER_LOGITS_PATH}; give one of the two",
-    )
-    _refuse(
-        distill.ONLINE and not distill.TEACHER_CFG,
-        cfg,
-        "DISTILL.ONLINE",
-        "name the teacher's recipe in DISTILL.TEACHER_CFG",
-    )
+        low, high = (int(cfg.DATA.IMG_SIZE * side) for side in cfg.AUG.CUTMIX_MINMAX)
+        yield low >= high, "AUG.CUTMIX_MINMAX", "the two must be a pixel apart at least"
+    trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE)
     batch = cfg.DATA.BATCH_SIZE
-    trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE or cfg.TRAIN.GLOBAL_BATCH)
-    _refuse(
-        trains and cfg.is_paired and batch % 2 == 1,
-        cfg,
+    yield (
+        trains and cfg.is_paired and batch % 2 == 1 and not cfg.TRAIN.GLOBAL_BATCH,
         "DATA.BATCH_SIZE",
         f"images are mixed in pairs, the batch must be even (e.g. {batch + 1})",
     )
 
 
-def _check_training(cfg: Config) -> None:
-    train = cfg.TRAIN
-    _refuse(
+def _tiny_vit(cfg: Config) -> Iterator[Rule]:
+    shape = cfg.MODEL.TINY_VIT
+    if cfg.MODEL.TYPE != "tiny_vit":
+        return
+    for stage in range(1, 4):  # stage 0 is convolutional
+        dim, heads = shape.EMBED_DIMS[stage], shape.NUM_HEADS[stage]
+        reason = f"stage {stage} has {heads} heads, which do not divide its {dim} EMBED_DIMS"
+        yield dim % heads != 0, "MODEL.TINY_VIT.NUM_HEADS", reason
+    is_even = shape.LOCAL_CONV_SIZE % 2 == 0
+    yield is_even, "MODEL.TINY_VIT.LOCAL_CONV_SIZE", "expected an odd number"
+
+
+def _teacher(cfg: Config) -> Iterator[Rule]:
+    distill = cfg.DISTILL
+    is_no_k = distill.LOGITS_TOPK < 1 and "DISTILL.LOGITS_TOPK" in cfg.EXPLICIT
+    yield is_no_k, "DISTILL.LOGITS_TOPK", "must be at least 1 (leave it out for the default)"
+    if distill.ONLINE:
+        store, recipe = distill.TEACHER_LOGITS_PATH, distill.TEACHER_CFG
+        reason = f"the run already reads the store {store}; give one of the two"
+        yield bool(store), "DISTILL.ONLINE", reason
+        yield not recipe, "DISTILL.ONLINE", "name the teacher's recipe in DISTILL.TEACHER_CFG"
+
+
+def _programs(cfg: Config) -> Iterator[Rule]:
+    train, is_saving = cfg.TRAIN, cfg.DISTILL.SAVE_TEACHER_LOGITS
+    yield (
         train.SYNC_BN and cfg.DEVICE == "cpu",
-        cfg,
         "TRAIN.SYNC_BN",
         "batch statistics over processes need CUDA; leave --use-sync-bn out on the CPU",
     )
+    yield (
+        bool(cfg.TEST.PER_CLASS_CSV) and not cfg.EVAL_MODE,
+        "TEST.PER_CLASS_CSV",
+        "written by --eval alone: add --eval, or leave --per-class-csv out",
+    )
     if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE:
         return
-    _refuse(
+    yield (
         train.START_EPOCH >= train.EPOCHS,
-        cfg,
         "TRAIN.START_EPOCH",
         f"no epoch left before TRAIN.EPOCHS = {train.EPOCHS}",
     )
-    _refuse(
-        train.WARMUP_EPOCHS > train.EPOCHS and not cfg.DISTILL.SAVE_TEACHER_LOGITS,
-        cfg,
+    yield (
+        train.WARMUP_EPOCHS > train.EPOCHS and not is_saving,
         "TRAIN.WARMUP_EPOCHS",
         f"warm-up is longer than training (TRAIN.EPOCHS = {train.EPOCHS}): also set"
         " TRAIN.WARMUP_EPOCHS, to 0 for none",
     )
 
 
-def _check_output(cfg: Config) -> None:
-    _refuse(not cfg.OUTPUT, cfg, "OUTPUT", "name a folder for the run")
-    _refuse(
-        not cfg.TAG or Path(cfg.TAG).name != cfg.TAG, cfg, "TAG", "a folder name, without slashes"
-    )
+def _folders(cfg: Config) -> Iterator[Rule]:
+    yield not cfg.OUTPUT, "OUTPUT", "name a folder for the run"
+    # The run's folder is OUTPUT/MODEL.NAME/TAG, and stays inside OUTPUT.
+    is_folder = re.fullmatch(r"[^/\\]+", cfg.TAG) and cfg.TAG not in (".", "..")
+    yield not is_folder, "TAG", "a folder name, without slashes and not . or .."
+    leaves = Path(cfg.MODEL.NAME).is_absolute() or ".." in re.split(r"[/\\]", cfg.MODEL.NAME)
+    yield leaves, "MODEL.NAME", "names a folder inside OUTPUT: no leading slash, no .."
     if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE:
         return
     folder = Path(cfg.OUTPUT).absolute() / cfg.MODEL.NAME / cfg.TAG
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    _refuse(not existing.is_dir(), cfg, "OUTPUT", f"{existing} is a file, choose another folder")
-    _refuse(
+    yield not existing.is_dir(), "OUTPUT", f"{existing} is a file, choose another folder"
+    yield (
         not os.access(existing, os.W_OK | os.X_OK),
-        cfg,
         "OUTPUT",
         f"no permission to write in {existing}, choose another folder",
     )

@@ -1,0 +1,95 @@
+"""The flags that every program understands."""
+
+import argparse
+from typing import Any
+
+# (flag, key that it sets, type, placeholder, what it is)
+VALUES = (
+    ("--batch-size", "DATA.BATCH_SIZE", int, "N", "images per process and forward pass"),
+    ("--data-path", "DATA.DATA_PATH", str, "PATH", "the data set"),
+    (
+        "--pretrained",
+        "MODEL.PRETRAINED",
+        str,
+        "WEIGHTS",
+        "weights to start from: path, URL or zoo name",
+    ),
+    (
+        "--resume",
+        "MODEL.RESUME",
+        str,
+        "CHECKPOINT",
+        "checkpoint to continue from, or to evaluate",
+    ),
+    ("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", int, "N", "forward passes per update"),
+    ("--output", "OUTPUT", str, "FOLDER", "runs go to FOLDER/MODEL.NAME/TAG"),
+    ("--tag", "TAG", str, "NAME", "name of this run"),
+    (
+        "--device",
+        "DEVICE",
+        str,
+        "{auto,cuda,mps,cpu}",
+        "where to run; auto takes cuda if there is any",
+    ),
+)
+# (flag and its other spelling, key that it sets, the value, what that does)
+SWITCHES = (
+    ("--use-checkpoint", "TRAIN.USE_CHECKPOINT", True, "recompute activations to save memory"),
+    ("--disable_amp --disable-amp", "AMP_ENABLE", False, "float32 throughout"),
+    ("--eval", "EVAL_MODE", True, "evaluate the weights of --resume or --pretrained, then stop"),
+    ("--throughput", "THROUGHPUT_MODE", True, "measure images per second of the model, then stop"),
+    ("--only-cpu", "DEVICE", "cpu", "run on the CPU"),
+    ("--use-sync-bn", "TRAIN.SYNC_BN", True, "batch statistics over all processes"),
+    ("--use-wandb", "USE_WANDB", True, "also log to Weights & Biases"),
+)
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of the flags that all programs share; programs add their own.
+
+    A flag whose `dest` is a dotted key sets that key; one that is absent sets nothing.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--cfg",
+        metavar="FILE",
+        help="recipe (YAML); the first line of each file under configs/ is the command that runs it",
+    )
+    parser.add_argument(
+        "--opts",
+        metavar="KEY VALUE",
+        nargs="*",
+        action="extend",
+        default=[],
+        help="set any key of configs/defaults.py, e.g. --opts TRAIN.EPOCHS 10",
+    )
+    for flag, key, kind, placeholder, text in VALUES:
+        parser.add_argument(
+            flag,
+            dest=key,
+            type=kind,
+            metavar=placeholder,
+            default=argparse.SUPPRESS,
+            help=f"{text} ({key})",
+        )
+    for flags, key, value, text in SWITCHES:
+        parser.add_argument(
+            *flags.split(),
+            dest=key,
+            action="store_const",
+            const=value,
+            default=argparse.SUPPRESS,
+            help=f"{text} ({key} {value})",
+        )
+    parser.add_argument(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="accepted and ignored: torchrun says it in the environment",
+    )
+    return parser
+
+
+def flag_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys that flags set."""
+    return {key: value for key, value in vars(args).items() if key.isupper()}

@@ -1,0 +1,221 @@
+"""Which value wins: defaults < the files of BASE < the file of --cfg < --opts < flags."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.command_line import argument_parser, flag_values
+from configs.config import Config, ConfigError, flatten
+from configs.defaults import REMOVED, get_defaults
+from configs.derived import batch_plan, derive
+from configs.validate import validate
+
+Layer = tuple[str, dict[str, Any]]  # where values come from, and they under their dotted keys
+
+# What load_config itself writes; files may hold it, since dumps do.
+WRITTEN = ("BASE", "EXPLICIT", "WORLD_SIZE")
+KINDS = {str: "text (quote it)", bool: "True or False", int: "a whole number", float: "a number"}
+
+
+def load_config(argv: list[str], world_size: int = 1) -> Config:
+    """Flags, YAML files and --opts as one validated, frozen configuration; any fault is a
+    ConfigError.
+    """
+    args = argument_parser("TinyViT").parse_args([str(word) for word in argv])
+    return config_from_args(args, world_size)
+
+
+def config_from_args(
+    args: argparse.Namespace, world_size: int = 1, overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """The configuration of parsed flags; `overrides` are values that a program sets for itself."""
+    layers = _file_layers(Path(args.cfg)) if args.cfg else []
+    layers.append(("--opts", _opts_values(args.opts)))
+    layers.append(("command line", flag_values(args) | dict(overrides or {})))
+    cfg = get_defaults()
+    defaults = flatten(get_defaults())
+    sources: dict[str, str] = {}
+    explicit: set[str] = set()
+    try:
+        for source, values in layers:
+            # A dump holds every key, and says which of them somebody chose.
+            chosen = values.get("EXPLICIT", values) or ()
+            for key, value in values.items():
+                sources[key] = source
+                if key in REMOVED:
+                    _note_removed(key, source, is_chosen=key in chosen)
+                elif key not in WRITTEN:
+                    _merge(cfg, key, value, defaults)
+            explicit.update(chosen)
+        cfg.WORLD_SIZE = world_size
+        cfg.EXPLICIT = sorted(explicit - {*REMOVED, *WRITTEN})
+        derive(cfg)
+        validate(cfg)
+        batch_plan(cfg)
+    except ConfigError as error:
+        source = sources.get(error.key)
+        raise ConfigError(f"{source}: {error}" if source else str(error), error.key) from None
+    cfg.freeze()
+    return cfg
+
+
+def teacher_config(cfg: Config) -> Config:
+    """The configuration of the teacher that runs in the loop; it sees the student's images."""
+    distill = cfg.DISTILL
+    words = ["--cfg", distill.TEACHER_CFG, "--eval"]
+    if distill.TEACHER_WEIGHTS:
+        words += ["--resume", distill.TEACHER_WEIGHTS]
+    if distill.CLASS_SUBSET:
+        words += ["--opts", "DISTILL.CLASS_SUBSET", distill.CLASS_SUBSET]
+    if not cfg.AMP_ENABLE:
+        words.append("--disable-amp")
+    theirs = load_config(words)
+    if theirs.DATA.IMG_SIZE != cfg.DATA.IMG_SIZE:
+        raise ConfigError(
+            f"DATA.IMG_SIZE = {cfg.DATA.IMG_SIZE}, but the teacher {distill.TEACHER_CFG} takes"
+            f" images of {theirs.DATA.IMG_SIZE} pixels: set the one or the other",
+            "DATA.IMG_SIZE",
+        )
+    return theirs
+
+
+def dump(cfg: Config) -> str:
+    """The configuration as YAML that load_config reads back to an equal one."""
+    return cfg.dump(sort_keys=False)
+
+
+def choices_in_words(cfg: Config) -> str:
+    """What differs from the defaults, on one line."""
+    defaults = get_defaults()
+    changed = [
+        f"{key} {value}"
+        for key, value in flatten(cfg).items()
+        if key not in WRITTEN and value != defaults.value(key)
+    ]
+    return ", ".join(changed) or "the defaults"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values alone, no tag runs anything; a key that stands there twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"key {key.value} stands there twice, keep one"
+                raise yaml.constructor.ConstructorError(
+                    problem=problem, problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
+    """The values of the files that a YAML file names in BASE, then its own; `readers` are the files
+    that led to it.
+    """
+    chain = (*readers, path.resolve())
+    if chain[-1] in readers:
+        circle = " -> ".join(file.name for file in chain)
+        raise ConfigError(f"{path}: BASE goes round in a circle: {circle}")
+    named_by = f" (BASE of {readers[-1]})" if readers else ""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, _PlainLoader) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: {reason}{named_by}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected KEY: value lines, found a {type(content).__name__}")
+    bases = content.get("BASE") or []
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: BASE = {bases!r}: expected a list of YAML files")
+    layers: list[Layer] = []
+    for base in filter(None, bases):
+        layers += _file_layers(path.parent / base, chain)
+    return [*layers, (str(path), flatten(content))]
+
+
+def _opts_values(words: list[str]) -> dict[str, str]:
+    """KEY VALUE pairs of the command line, the values as text."""
+    if len(words) % 2:
+        hint = "; write KEY VALUE, without =" if any("=" in word for word in words[::2]) else ""
+        raise ConfigError(
+            f"--opts: expected KEY VALUE pairs, got {len(words)} words: {' '.join(words)}{hint}"
+        )
+    values = dict(zip(words[::2], words[1::2]))
+    for key, text in values.items():
+        if key in WRITTEN:
+            raise ConfigError(f"--opts: {key} = {text}: is set by the program", key)
+    return values
+
+
+def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
+    """Set a key by the rules of yacs; beyond these a whole number stands for a fraction, and None
+    for a list that is not given.
+    """
+    if key not in defaults:
+        raise ConfigError(f"{key} = {value!r}: {_what_instead(key, list(defaults))}", key)
+    default = defaults[key]
+    if isinstance(value, str):
+        # yacs reads text as a literal: quoted, "12" remains text
+        value = repr(value) if isinstance(default, str) else _literal(value)
+    match default:
+        case float() if type(value) is int:
+            value = float(value)
+        case list() | tuple() if value is None:
+            value = default
+        case None if isinstance(value, tuple):
+            value = list(value)  # as YAML has it
+    try:
+        if value is None and default is not None:
+            raise ValueError
+        cfg.merge_from_list([key, value])
+    except ValueError:
+        expected = KINDS.get(type(default), "a list of numbers")
+        found = type(value).__name__
+        raise ConfigError(f"{key} = {value!r}: expected {expected}, got {found}", key) from None
+
+
+def _literal(text: str) -> Any:
+    """A Python or YAML literal, or the text itself."""
+    for read in (ast.literal_eval, yaml.safe_load):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, yaml.YAMLError):
+            continue
+    return text
+
+
+def _what_instead(key: str, known: list[str]) -> str:
+    """What to do about a key that does not exist."""
+    members = [name for name in known if name.startswith(f"{key}.")]
+    if members:
+        return f"is a group of keys, not a value: name one of them, e.g. {members[0]}"
+    last_names = {name.rpartition(".")[2]: name for name in known}
+    last = key.rpartition(".")[2].upper()
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near += [last_names[name] for name in difflib.get_close_matches(last, last_names, n=1)]
+    advice = f"did you mean {near[0]}?" if near else "see configs/defaults.py"
+    return f"unknown key; {advice}"
+
+
+def _note_removed(key: str, source: str, is_chosen: bool) -> None:
+    """Tell on the first process that a key of the user's has no effect any more."""
+    if is_chosen and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: {source}: {key} is no longer a key and ignored: {REMOVED[key]}", file=sys.stderr
+        )
