@@ -11,11 +11,19 @@ import numpy as np
 from PIL import Image
 
 from configs import load_config
+from data.images import build_dataset
+from data.images.datasets import ListedImages
 
 
 def config(*options: object):
     """A configuration with these keys and values."""
     return load_config(["--opts", *map(str, options)])
+
+
+def built(split: str, *options: object, **more: object) -> ListedImages:
+    """The data set of a config with these options; more: DATA.<KEY>=value."""
+    pairs = [item for key, value in more.items() for item in (f"DATA.{key}", value)]
+    return build_dataset(config(*options, *pairs), split)
 
 
 def picture(number: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
