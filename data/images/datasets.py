@@ -29,14 +29,7 @@ from data.images.listing import (
     subset,
 )
 from data.images.reading import CorruptImage, read_rgb, warn
-from data.images.scans import (
-    ClassLists,
-    class_folders,
-    scan_class_folders,
-    scan_folder,
-    scan_tar,
-    scan_zips,
-)
+from data.images.scans import ClassLists, class_folders, scan_folder, scan_tar, scan_zips
 from data.store.keys import Keys, check_unique, save_array
 
 DEBUG_CLASSES = "n00007846"
@@ -114,6 +107,22 @@ class ListedImages:
         )
 
 
+def build_dataset(cfg, split: str) -> ListedImages:
+    """The images of a split, "train" or "val".
+
+    DATA.EXCLUDE and DATA.SUBSET apply to training alone, in this order.
+    """
+    name = cfg.DATA.DATASET
+    dataset = _build_users(cfg, split) if ":" in name else DATASETS[name](cfg, split)
+    if split == "train":
+        dataset.listing = subset(exclude(dataset.listing, cfg.DATA.EXCLUDE), cfg.DATA.SUBSET)
+    return dataset
+
+
+def _listed(cfg, source: dict, scan: Callable[[], Scan]) -> Listing:
+    return cached_listing(source, scan, cfg.DATA.INDEX_DIR, cfg.DATA.REINDEX)
+
+
 class FolderImages(ListedImages):
     """Files below a folder; a key is the path from there."""
 
@@ -137,6 +146,50 @@ class TarImages(ListedImages):
         return read_rgb(data, self.max_pixels, f"{self.tar.path}: {self.listing.key(position)}")
 
 
+def _build_class_folders(cfg, split: str) -> ListedImages:
+    path = layout.find_split(cfg, split)
+    class_lists = _given_class_lists(cfg)
+    if split == "val" and not class_lists:
+        class_lists = _classes_of_training(cfg)
+    if split == "val" and class_lists and layout.is_22k(class_lists[0]):
+        class_lists.append(layout.class_list("imagenet1k"))
+    return _in_folders(cfg, path, class_lists)
+
+
+def _build_unlabelled(cfg, split: str) -> ListedImages:
+    if split == "val":
+        return _in_folders(cfg, layout.find_split(cfg, split), _given_class_lists(cfg) or None)
+    root = layout.data_path(cfg)
+    path = layout.first_existing(root / "train", root / "train.tar") or root
+    return _in_folders(cfg, path, None)
+
+
+def _in_folders(cfg, path: Path, class_lists: ClassLists | None) -> ListedImages:
+    """Images in class folders below `path`, a folder or a tar file; None: without classes."""
+    kind = TarImages if path.is_file() else FolderImages
+    return kind(cfg, _listing_of(cfg, path, class_lists), path)
+
+
+def _listing_of(cfg, path: Path, class_lists: ClassLists | None) -> Listing:
+    scan = scan_tar if path.is_file() else scan_folder
+    source = {"kind": "folders", "path": str(path.resolve()), "class_lists": class_lists}
+    return _listed(cfg, source, lambda: scan(path, class_lists))
+
+
+def _given_class_lists(cfg) -> list[Sequence[str]]:
+    return [layout.class_list(cfg.DATA.CLASS_LIST)] if cfg.DATA.CLASS_LIST else []
+
+
+def _classes_of_training(cfg) -> list[Sequence[str]]:
+    """The classes of the training images, if there are such: validation images keep their ids."""
+    path = layout.training_path(cfg)
+    if path is None:
+        return []
+    if path.is_dir():
+        return [class_folders(path)]
+    return [_listing_of(cfg, path, []).class_names]
+
+
 class ZipImages(ListedImages):
     """ImageNet-22k: one zip file per class, a list of names beside them; a key is a name."""
 
@@ -151,6 +204,54 @@ class ZipImages(ListedImages):
         member = self.name_format.format(key)
         data = read_zip_member(path, member, self.listing.span(position))
         return read_rgb(data, self.max_pixels, f"{path}: {member}")
+
+
+def _build_imagenet22k(cfg, split: str) -> ListedImages:
+    if split == "val":
+        return _in_folders(cfg, layout.val_of_22k(cfg), _class_lists_for_val_of_22k(cfg))
+    root = layout.data_path(cfg)
+    names = root / layout.NAME_LIST
+    if not names.is_file():
+        raise ValueError(
+            f"{names}: no such file: imagenet22k needs this list of image names (one a line, like"
+            " n00007846_10001) beside its zip files; correct --data-path"
+        )
+    class_lists = _given_class_lists(cfg)
+    name_format = cfg.DATA.FNAME_FORMAT
+    only = DEBUG_CLASSES if cfg.DATA.DEBUG else ""
+    source = {
+        "kind": "22k",
+        "names": str(names.resolve()),
+        "class_lists": class_lists,
+        "name_format": name_format,
+        "only": only,
+    }
+    listing = _listed(cfg, source, lambda: scan_zips(names, class_lists, name_format, only))
+    if only:
+        listing = listing.select("debug", lambda: _rows_of_debug(names, listing))
+    return ZipImages(cfg, listing, root)
+
+
+def _class_lists_for_val_of_22k(cfg) -> list[Sequence[str]]:
+    """ImageNet-1k's, to which a model of all 22k classes is mapped; else the training images'."""
+    class_lists = _given_class_lists(cfg)
+    names = Path(cfg.DATA.DATA_PATH, layout.NAME_LIST)
+    if not class_lists and cfg.DATA.DATA_PATH and names.is_file():
+        class_lists = [_build_imagenet22k(cfg, "train").class_names]
+    if not class_lists or layout.is_22k(class_lists[0]):
+        class_lists.insert(0, layout.class_list("imagenet1k"))
+    return class_lists
+
+
+def _rows_of_debug(names: Path, whole: Listing) -> np.ndarray:
+    wanted = [i for i, name in enumerate(whole.class_names) if name.startswith(DEBUG_CLASSES)]
+    rows = np.flatnonzero(np.isin(whole.labels, wanted))
+    if not len(rows):
+        raise ValueError(
+            f"{names}: has no images of the classes {DEBUG_CLASSES}*, which alone DATA.DEBUG uses:"
+            " set DATA.DEBUG False"
+        )
+    return rows
 
 
 class ArrayImages(ListedImages):
@@ -170,6 +271,46 @@ class ArrayImages(ListedImages):
         return Image.fromarray(np.array(self._array[_number_in(self.listing.key(position))]))
 
 
+def _build_cifar(cfg, split: str) -> ListedImages:
+    if split == "val" and cfg.DATA.VAL_PATH:
+        return _build_class_folders(cfg, split)
+    root = layout.data_path(cfg)
+    if root.is_file() or layout.has_splits(root):
+        return _build_class_folders(cfg, split)
+    source = {"kind": cfg.DATA.DATASET, "root": str(root.resolve()), "split": split}
+    listing = _listed(cfg, source, lambda: _scan_cifar(cfg, root, split))
+    array = listing.folder / "images.npy"
+    if not array.is_file():  # decoded once, so that all processes map one copy
+        with named_if_refused(listing.folder):
+            save_array(array, _cifar(cfg, root, split).data)
+    return ArrayImages(cfg, listing, array)
+
+
+def _cifar(cfg, root: Path, split: str):
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if cfg.DATA.DATASET == "cifar10" else datasets.CIFAR100
+    root = root.parent if root.name == kind.base_folder else root
+    try:
+        return kind(str(root), train=split == "train", download=cfg.DATA.DOWNLOAD)
+    except (RuntimeError, OSError) as error:
+        download = "" if cfg.DATA.DOWNLOAD else ", or set DATA.DOWNLOAD True to fetch it"
+        raise ValueError(
+            f"{root}: {cfg.DATA.DATASET} is not there, or damaged ({error}): give its folder with"
+            f" --data-path{download}"
+        ) from None
+
+
+def _scan_cifar(cfg, root: Path, split: str) -> Scan:
+    images = _cifar(cfg, root, split)
+    labels = np.array(images.targets)
+    order = np.argsort(labels, kind="stable")
+    keys = [f"{images.classes[labels[i]]}/{i:05d}" for i in order]
+    folder = Path(images.root, images.base_folder)
+    watched = [stamp(folder / name) for name, _ in (*images.train_list, *images.test_list)]
+    return Scan(keys, labels[order], list(images.classes), watched=watched)
+
+
 class DrawnImages(ListedImages):
     """The built-in shapes; a key ends with the number within the class."""
 
@@ -181,6 +322,24 @@ class DrawnImages(ListedImages):
     def open_image(self, position: int) -> Image.Image:
         number = _number_in(self.listing.key(position))
         return shapes.draw(self.split, self.listing.label(position), number, self.size)
+
+
+def _build_shapes(cfg, split: str) -> ListedImages:
+    count = cfg.DATA.SHAPES.TRAIN_IMAGES if split == "train" else cfg.DATA.SHAPES.VAL_IMAGES
+    listing = _listed(cfg, {"kind": "shapes", "count": count}, lambda: _scan_shapes(count))
+    return DrawnImages(cfg, listing, split)
+
+
+def _scan_shapes(count: int) -> Scan:
+    names = shapes.CLASS_NAMES
+    labels = np.sort(np.arange(count) % len(names))
+    numbers = np.arange(count) - np.searchsorted(labels, labels)  # within the class
+    keys = [f"{names[label]}/{number:06d}" for label, number in zip(labels, numbers)]
+    return Scan(keys, labels, list(names))
+
+
+def _number_in(key: str) -> int:
+    return int(key.rpartition("/")[2])
 
 
 class UserImages(ListedImages):
@@ -205,89 +364,6 @@ class UserImages(ListedImages):
             )
         image, label = sample
         return image.convert("RGB"), -1 if label is None else int(label)
-
-
-def build_dataset(cfg, split: str) -> ListedImages:
-    """The images of a split, "train" or "val".
-
-    DATA.EXCLUDE and DATA.SUBSET apply to training alone, in this order.
-    """
-    name = cfg.DATA.DATASET
-    dataset = _build_users(cfg, split) if ":" in name else DATASETS[name](cfg, split)
-    if split == "train":
-        dataset.listing = subset(exclude(dataset.listing, cfg.DATA.EXCLUDE), cfg.DATA.SUBSET)
-    return dataset
-
-
-def _build_class_folders(cfg, split: str) -> ListedImages:
-    path = layout.find_split(cfg, split)
-    class_lists = _given_class_lists(cfg)
-    if split == "val" and not class_lists:
-        class_lists = _classes_of_training(cfg)
-    if split == "val" and class_lists and layout.is_22k(class_lists[0]):
-        class_lists.append(layout.class_list("imagenet1k"))
-    return _in_class_folders(cfg, path, class_lists)
-
-
-def _build_imagenet22k(cfg, split: str) -> ListedImages:
-    if split == "val":
-        return _in_class_folders(cfg, layout.val_of_22k(cfg), _class_lists_for_val_of_22k(cfg))
-    root = layout.data_path(cfg)
-    names = root / layout.NAME_LIST
-    if not names.is_file():
-        raise ValueError(
-            f"{names}: no such file: imagenet22k needs this list of image names (one a line, like"
-            " n00007846_10001) beside its zip files; correct --data-path"
-        )
-    class_lists = _given_class_lists(cfg)
-    name_format = cfg.DATA.FNAME_FORMAT
-    only = DEBUG_CLASSES if cfg.DATA.DEBUG else ""
-    source = {
-        "kind": "22k",
-        "names": str(names.resolve()),
-        "class_lists": class_lists,
-        "name_format": name_format,
-        "only": only,
-    }
-    listing = _listed(cfg, source, lambda: scan_zips(names, class_lists, name_format, only))
-    if only:
-        listing = listing.select("debug", lambda: _rows_of_debug(names, listing))
-    return ZipImages(cfg, listing, root)
-
-
-def _build_cifar(cfg, split: str) -> ListedImages:
-    if split == "val" and cfg.DATA.VAL_PATH:
-        return _build_class_folders(cfg, split)
-    root = layout.data_path(cfg)
-    if root.is_file() or layout.has_splits(root):
-        return _build_class_folders(cfg, split)
-    source = {"kind": cfg.DATA.DATASET, "root": str(root.resolve()), "split": split}
-    listing = _listed(cfg, source, lambda: _scan_cifar(cfg, root, split))
-    array = listing.folder / "images.npy"
-    if not array.is_file():  # decoded once, so that all processes map one copy
-        with named_if_refused(listing.folder):
-            save_array(array, _cifar(cfg, root, split).data)
-    return ArrayImages(cfg, listing, array)
-
-
-def _build_unlabelled(cfg, split: str) -> ListedImages:
-    if split == "val":
-        path = layout.find_split(cfg, split)
-        if cfg.DATA.CLASS_LIST:
-            return _in_class_folders(cfg, path, _given_class_lists(cfg))
-    else:
-        root = layout.data_path(cfg)
-        path = layout.first_existing(root / "train", root / "train.tar") or root
-    source = {"kind": "folder", "path": str(path.resolve())}
-    if path.is_file():
-        return TarImages(cfg, _listed(cfg, source, lambda: scan_tar(path, None)), path)
-    return FolderImages(cfg, _listed(cfg, source, lambda: scan_folder(path)), path)
-
-
-def _build_shapes(cfg, split: str) -> ListedImages:
-    count = cfg.DATA.SHAPES.TRAIN_IMAGES if split == "train" else cfg.DATA.SHAPES.VAL_IMAGES
-    listing = _listed(cfg, {"kind": "shapes", "count": count}, lambda: _scan_shapes(count))
-    return DrawnImages(cfg, listing, split)
 
 
 def _build_users(cfg, split: str) -> ListedImages:
@@ -322,105 +398,6 @@ def _build_users(cfg, split: str) -> ListedImages:
     return UserImages(cfg, listing, dataset, num_classes)
 
 
-DATASETS: dict[str, Callable[[Any, str], ListedImages]] = {
-    "imagenet": _build_class_folders,
-    "imagenet22k": _build_imagenet22k,
-    "cifar10": _build_cifar,
-    "cifar100": _build_cifar,
-    "folder": _build_unlabelled,
-    "shapes": _build_shapes,
-}
-
-
-def _listed(cfg, source: dict, scan: Callable[[], Scan]) -> Listing:
-    return cached_listing(source, scan, cfg.DATA.INDEX_DIR, cfg.DATA.REINDEX)
-
-
-def _in_class_folders(cfg, path: Path, class_lists: ClassLists) -> ListedImages:
-    """Images in class folders below `path`, a folder or a tar file."""
-    kind = TarImages if path.is_file() else FolderImages
-    return kind(cfg, _listing_of_classes(cfg, path, class_lists), path)
-
-
-def _listing_of_classes(cfg, path: Path, class_lists: ClassLists) -> Listing:
-    scan = scan_tar if path.is_file() else scan_class_folders
-    source = {"kind": "classes", "path": str(path.resolve()), "class_lists": class_lists}
-    return _listed(cfg, source, lambda: scan(path, class_lists))
-
-
-def _given_class_lists(cfg) -> list[Sequence[str]]:
-    return [layout.class_list(cfg.DATA.CLASS_LIST)] if cfg.DATA.CLASS_LIST else []
-
-
-def _classes_of_training(cfg) -> list[Sequence[str]]:
-    """The classes of the training images, if there are such: validation images keep their ids."""
-    path = layout.training_path(cfg)
-    if path is None:
-        return []
-    if path.is_dir():
-        return [class_folders(path)]
-    return [_listing_of_classes(cfg, path, []).class_names]
-
-
-def _class_lists_for_val_of_22k(cfg) -> list[Sequence[str]]:
-    """ImageNet-1k's, to which a model of all 22k classes is mapped; else the training images'."""
-    class_lists = _given_class_lists(cfg)
-    names = Path(cfg.DATA.DATA_PATH, layout.NAME_LIST)
-    if not class_lists and cfg.DATA.DATA_PATH and names.is_file():
-        class_lists = [_build_imagenet22k(cfg, "train").class_names]
-    if not class_lists or layout.is_22k(class_lists[0]):
-        class_lists.insert(0, layout.class_list("imagenet1k"))
-    return class_lists
-
-
-def _rows_of_debug(names: Path, whole: Listing) -> np.ndarray:
-    wanted = [i for i, name in enumerate(whole.class_names) if name.startswith(DEBUG_CLASSES)]
-    rows = np.flatnonzero(np.isin(whole.labels, wanted))
-    if not len(rows):
-        raise ValueError(
-            f"{names}: has no images of the classes {DEBUG_CLASSES}*, which alone DATA.DEBUG uses:"
-            " set DATA.DEBUG False"
-        )
-    return rows
-
-
-def _cifar(cfg, root: Path, split: str):
-    from torchvision import datasets
-
-    kind = datasets.CIFAR10 if cfg.DATA.DATASET == "cifar10" else datasets.CIFAR100
-    root = root.parent if root.name == kind.base_folder else root
-    try:
-        return kind(str(root), train=split == "train", download=cfg.DATA.DOWNLOAD)
-    except (RuntimeError, OSError) as error:
-        download = "" if cfg.DATA.DOWNLOAD else ", or set DATA.DOWNLOAD True to fetch it"
-        raise ValueError(
-            f"{root}: {cfg.DATA.DATASET} is not there, or damaged ({error}): give its folder with"
-            f" --data-path{download}"
-        ) from None
-
-
-def _scan_cifar(cfg, root: Path, split: str) -> Scan:
-    images = _cifar(cfg, root, split)
-    labels = np.array(images.targets)
-    order = np.argsort(labels, kind="stable")
-    keys = [f"{images.classes[labels[i]]}/{i:05d}" for i in order]
-    folder = Path(images.root, images.base_folder)
-    watched = [stamp(folder / name) for name, _ in (*images.train_list, *images.test_list)]
-    return Scan(keys, labels[order], list(images.classes), watched=watched)
-
-
-def _scan_shapes(count: int) -> Scan:
-    names = shapes.CLASS_NAMES
-    labels = np.sort(np.arange(count) % len(names))
-    numbers = np.arange(count) - np.searchsorted(labels, labels)  # within the class
-    keys = [f"{names[label]}/{number:06d}" for label, number in zip(labels, numbers)]
-    return Scan(keys, labels, list(names))
-
-
-def _number_in(key: str) -> int:
-    return int(key.rpartition("/")[2])
-
-
 def _users_dataset(cfg, split: str, option: str) -> Any:
     """The data set that a user's `package.module:function` returns.
 
@@ -448,3 +425,13 @@ def _users_dataset(cfg, split: str, option: str) -> Any:
             " (PIL image, label)"
         )
     return dataset
+
+
+DATASETS: dict[str, Callable[[Any, str], ListedImages]] = {
+    "imagenet": _build_class_folders,
+    "imagenet22k": _build_imagenet22k,
+    "cifar10": _build_cifar,
+    "cifar100": _build_cifar,
+    "folder": _build_unlabelled,
+    "shapes": _build_shapes,
+}

@@ -36,8 +36,13 @@ def class_folders(root: Path) -> list[str]:
     return sorted(names, key=os.fsencode)
 
 
-def scan_class_folders(root: Path, class_lists: ClassLists) -> Scan:
-    """Images in <class>/..., any number of folders deep; files beside the folders don't count."""
+def scan_folder(root: Path, class_lists: ClassLists | None) -> Scan:
+    """Images in <class>/..., any number of folders deep; files beside the folders don't count.
+
+    With None they lie in any folders and have no classes.
+    """
+    if class_lists is None:
+        return _scan_unlabelled(root)
     watched = [stamp(root)]
     found = class_folders(root)
     images = chain.from_iterable(
@@ -49,8 +54,7 @@ def scan_class_folders(root: Path, class_lists: ClassLists) -> Scan:
     return Scan(keys, labels, class_names, watched=watched)
 
 
-def scan_folder(root: Path) -> Scan:
-    """Images without classes, any number of folders deep."""
+def _scan_unlabelled(root: Path) -> Scan:
     watched: list[list] = []
     keys = sorted(reported(_images(root, "", watched), f"listing {root}"), key=os.fsencode)
     _check_some(root, keys, "images in this folder or those below")

@@ -1,8 +1,8 @@
-"""The built-in data set: ten kinds of shapes, drawn by code, so that tests and a first try need no
-files.
+"""The built-in data set: ten kinds of shapes, drawn by code: tests and a first try need no files.
 
 Only additions, products, quotients and square roots of float64 decide a pixel, which every machine
-computes alike."""
+computes alike.
+"""
 
 from __future__ import annotations
 
@@ -90,26 +90,15 @@ REACH = 1.2  # no kind has a point farther than this from its middle
 
 def draw(split: str, label: int, number: int, size: int) -> Image.Image:
     """The image `number` of a class: an RGB square of `size` pixels a side."""
-    rng = generator(
-        int(
-            SeedSequence(SPLITS.index(split), spawn_key=(label, number)).generate_state(
-                1, "uint64"
-            )[0]
-        )
-    )
+    sequence = SeedSequence(SPLITS.index(split), spawn_key=(label, number))
+    rng = generator(int(sequence.generate_state(1, "uint64")[0]))
     axis = (np.arange(size) + 0.5) / size * 2 - 1
     behind = _color(rng, 0.0, 0.6)
     canvas = _background(rng, axis, behind)
     _clutter(rng, canvas, axis, integer(rng, 2, 4), largest=0.16)
-    _paint(
-        rng,
-        canvas,
-        axis,
-        KINDS[CLASS_NAMES[label]],
-        uniform(rng, 0.35, 0.65),
-        _color(rng, 0.3, 1.0, above=behind),
-        edge=0.4,
-    )
+    scale = uniform(rng, 0.35, 0.65)
+    color = _color(rng, 0.3, 1.0, above=behind)
+    _paint(rng, canvas, axis, KINDS[CLASS_NAMES[label]], scale, color, edge=0.4)
     _clutter(rng, canvas, axis, integer(rng, 1, 2), largest=0.2)
     canvas += uniform(rng, 0.02, 0.2) * (rng.random(canvas.shape) - 0.5)
     return Image.fromarray((np.clip(canvas, 0, 1) * 255).astype(np.uint8))
@@ -120,21 +109,13 @@ def _clutter(
 ) -> None:
     """Shapes of any kind and color anywhere, too small to be the image's."""
     for _ in range(count):
-        _paint(
-            rng,
-            canvas,
-            axis,
-            choice(rng, list(KINDS.values())),
-            uniform(rng, 0.06, largest),
-            _color(rng, 0.0, 1.0),
-            edge=0.95,
-        )
+        kind = choice(rng, list(KINDS.values()))
+        scale = uniform(rng, 0.06, largest)
+        _paint(rng, canvas, axis, kind, scale, _color(rng, 0.0, 1.0), edge=0.95)
 
 
 def _color(rng: Generator, low: float, high: float, above: np.ndarray | None = None) -> np.ndarray:
-    """An RGB color of channels in [low, high); lighter than another on the whole, where one is
-    given.
-    """
+    """An RGB color of channels in [low, high), on the whole lighter than `above`."""
     while True:
         color = np.array([uniform(rng, low, high) for _ in range(3)])
         if above is None or (color - above).sum() > 0.5:
@@ -143,11 +124,11 @@ def _color(rng: Generator, low: float, high: float, above: np.ndarray | None = N
 
 def _background(rng: Generator, axis: np.ndarray, color: np.ndarray) -> np.ndarray:
     """A gradient with stripes of a random direction and width: [size, size, 3]."""
-    x, y = axis[None, :], axis[:, None]
+    x = axis[None, :]
+    y = axis[:, None]
     dx, dy = _direction(rng)
-    gradient = (x * dx + y * dy)[..., None] * np.array(
-        [uniform(rng, -0.25, 0.25) for _ in range(3)]
-    )
+    change = np.array([uniform(rng, -0.25, 0.25) for _ in range(3)])
+    gradient = (x * dx + y * dy)[..., None] * change
     stripes = np.floor((x * dy - y * dx) * uniform(rng, 1.0, 6.0)) % 2
     return color + gradient + stripes[..., None] * uniform(rng, 0.0, 0.15)
 
@@ -161,19 +142,20 @@ def _paint(
     color: np.ndarray,
     edge: float,
 ) -> None:
-    """Fill a kind of shape, turned and stretched at random, with its centre at most `edge` from the
-    middle.
-    """
+    """Fill a shape, turned and stretched at random, its centre at most `edge` from the middle."""
     dx, dy = _direction(rng)
-    center_x, center_y = uniform(rng, -edge, edge), uniform(rng, -edge, edge)
+    center_x = uniform(rng, -edge, edge)
+    center_y = uniform(rng, -edge, edge)
     stretch = uniform(rng, 0.8, 1.25)
     tint = uniform(rng, -0.15, 0.15)
     # the rest of the canvas need not be looked at
     reach = REACH * scale * max(stretch, 1 / stretch)
     columns = slice(*np.searchsorted(axis, (center_x - reach, center_x + reach)))
     rows = slice(*np.searchsorted(axis, (center_y - reach, center_y + reach)))
-    x, y = axis[None, columns], axis[rows, None]
-    u, v = x - center_x, y - center_y
+    x = axis[None, columns]
+    y = axis[rows, None]
+    u = x - center_x
+    v = y - center_y
     inside = kind((u * dx + v * dy) / (scale * stretch), (v * dx - u * dy) * stretch / scale)
     canvas[rows, columns][inside] = color + tint * (x + y)[inside][:, None]
 
@@ -181,7 +163,8 @@ def _paint(
 def _direction(rng: Generator) -> tuple[float, float]:
     """A unit vector; no angle function is used, whose last bit may differ between machines."""
     while True:
-        dx, dy = uniform(rng, -1, 1), uniform(rng, -1, 1)
+        dx = uniform(rng, -1, 1)
+        dy = uniform(rng, -1, 1)
         length = dx * dx + dy * dy
         if 0.01 < length <= 1:
             return dx / np.sqrt(length), dy / np.sqrt(length)

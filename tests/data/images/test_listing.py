@@ -12,7 +12,7 @@ import pytest
 
 from data.images import listing as listing_module
 from data.images.listing import Listing, Scan, cached_listing, exclude, read_names, reported, subset
-from data.images.scans import scan_class_folders, scan_names, scan_tar
+from data.images.scans import scan_folder, scan_names, scan_tar
 from data.store import files
 from data.store.keys import Keys
 from tests.support.images import in_processes, write_files, write_tar
@@ -72,7 +72,7 @@ def test_a_listing_says_what_was_found_and_pickles_as_its_path(tmp_path):
 
 def test_it_is_scanned_once_and_again_when_the_data_changes(tmp_path):
     root = write_files(tmp_path / "train", ["a/1.jpg", "a/deep/1.jpg", "b/1.jpg"])
-    scan = Counted(lambda: scan_class_folders(root, []))
+    scan = Counted(lambda: scan_folder(root, []))
 
     def keys() -> list[str]:
         return list(cached_listing({"root": "train"}, scan, str(tmp_path / "index")).keys)

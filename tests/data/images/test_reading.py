@@ -1,6 +1,4 @@
-"""Opening images: every kind of file becomes RGB of 8 bits as in the original, or an error that
-names it.
-"""
+"""Opening images: every kind becomes RGB of 8 bits as in the original, or an error that names it."""
 
 import io
 import struct
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from data.images.reading import IMAGE_SUFFIXES, CorruptImage, read_rgb
+from data.images.reading import CorruptImage, read_rgb
 from tests.support.images import encoded, picture
 
 LIMIT = 10**6
@@ -27,17 +25,19 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "JPEG", "WEBP"])
-def test_rgb_is_what_pillow_decodes(kind, tmp_path):
-    data = encoded(picture(3), kind, **({"lossless": True} if kind == "WEBP" else {}))
+@pytest.mark.parametrize("size", [(9, 7), (1, 1)])
+def test_rgb_is_what_pillow_decodes(kind, size, tmp_path):
+    data = encoded(picture(3, size), kind, **({"lossless": True} if kind == "WEBP" else {}))
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert (pixels(data) == expected).all()
-    assert kind == "JPEG" or (expected == np.asarray(picture(3))).all()
+    assert kind == "JPEG" or (expected == np.asarray(picture(3, size))).all()
     (tmp_path / "a.any").write_bytes(data)
     assert (np.asarray(read_rgb(tmp_path / "a.any", LIMIT)) == expected).all()
 
 
 def test_grey_and_black_and_white():
     assert (pixels(encoded(Image.fromarray(GREY))) == GREY[..., None]).all()
+    assert (pixels(encoded(Image.fromarray(GREY), transparency=8)) == GREY[..., None]).all()
     bits = Image.fromarray(GREY).convert("1")
     assert (pixels(encoded(bits)) == np.asarray(bits)[..., None] * 255).all()
 
@@ -46,21 +46,15 @@ def test_grey_and_black_and_white():
 def test_transparency_is_dropped_not_blended(mode):
     image = picture(1).convert(mode)
     image.putalpha(Image.fromarray(np.asarray(picture(2))[..., 0]))
-    color = np.asarray(image)[..., :-1]
-    assert (pixels(encoded(image)) == color).all()
+    assert (pixels(encoded(image)) == np.asarray(image)[..., :-1]).all()
 
 
-@pytest.mark.parametrize("transparency", [None, 3, bytes(range(0, 250, 5))])
-def test_palettes_with_and_without_transparency(transparency):
+@pytest.mark.parametrize("options", [{}, {"transparency": 3}, {"transparency": bytes(range(50))}])
+def test_palettes_with_and_without_transparency(options):
     image = picture(1).convert("P", palette=Image.Palette.ADAPTIVE, colors=50)
-    expected = np.asarray(image.convert("RGB"))
-    data = encoded(image, **({} if transparency is None else {"transparency": transparency}))
-    assert (pixels(data) == expected).all() and Image.open(io.BytesIO(data)).mode == "P"
-
-
-def test_grey_with_a_transparent_value():
-    data = encoded(Image.fromarray(GREY), transparency=8)
-    assert (pixels(data) == GREY[..., None]).all()
+    data = encoded(image, **options)
+    assert Image.open(io.BytesIO(data)).mode == "P"
+    assert (pixels(data) == np.asarray(image.convert("RGB"))).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -72,56 +66,33 @@ def test_cmyk_is_converted_as_pillow_does(kind):
 
 @pytest.mark.parametrize("kind", ["PNG", "PGM", "TIFF"])
 def test_16_bit_grey_is_scaled_not_cut_off(kind):
-    values = np.array(
-        [[0, 1, 128, 129, 256, 257, 300], [12345, 32767, 32768, 65000, 65406, 65407, 65535]],
-        np.uint16,
-    )
-    # round(value / 257)
-    expected = np.array([[0, 0, 0, 1, 1, 1, 1], [48, 127, 128, 253, 254, 255, 255]])
-    assert (np.rint(values / 257) == expected).all()
-    data = (
-        b"P5 7 2 65535\n" + values.astype(">u2").tobytes()
-        if kind == "PGM"
-        else encoded(Image.fromarray(values), kind)
-    )
-    assert (pixels(data) == expected[..., None]).all()
-
-
-def test_an_image_of_one_pixel():
-    assert pixels(encoded(picture(0, (1, 1)))).shape == (1, 1, 3)
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    data = b"P5 256 256 65535\n" + values.astype(">u2").tobytes()
+    if kind != "PGM":
+        data = encoded(Image.fromarray(values), kind)
+    assert (pixels(data) == np.rint(values / 257)[..., None]).all()
 
 
 def test_an_orientation_tag_is_not_applied_as_in_the_original():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    data = encoded(picture(1, (9, 7)), "PNG", exif=exif)
-    assert (pixels(data) == np.asarray(picture(1, (9, 7)))).all()
+    data = encoded(picture(1), "PNG", exif=exif)
+    assert (pixels(data) == np.asarray(picture(1))).all()
 
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG file that ends after saying its size."""
     header = b"IHDR" + struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + struct.pack(">I", 13)
-        + header
-        + struct.pack(">I", zlib.crc32(header))
-        + struct.pack(">I", 99)
-        + b"IDAT"
-    )
+    sized = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + sized + struct.pack(">I", 99) + b"IDAT"
 
 
 @pytest.mark.parametrize("side", [1001, 9500, 20000, 100000])
 def test_a_huge_image_is_refused_before_it_is_decoded(side):
+    message = f"a/huge.png: {side} x {side} pixels are more than DATA.MAX_PIXELS = 1000000"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own, above 89 million pixels
-        with pytest.raises(
-            CorruptImage,
-            match=(
-                rf"a/huge.png: {side} x {side} pixels are more than DATA.MAX_PIXELS ="
-                r" 1000000.*EXCLUDE"
-            ),
-        ):
+        with pytest.raises(CorruptImage, match=message):
             read_rgb(png_header(side, side), LIMIT, "a/huge.png")
 
 
@@ -158,26 +129,19 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_corrupt_image_is_an_error_that_names_it(name, tmp_path):
     (tmp_path / name).write_bytes(BROKEN[name])
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    with pytest.raises(
-        CorruptImage,
-        match=r"can't be decoded \(.*\): restore the file.*DATA.EXCLUDE.*DATA.ON_CORRUPT neighbour",
-    ) as error:
+    for source, shown in ((tmp_path / name, ""), (BROKEN[name], f"some.tar: {name}")):
+        with pytest.raises(CorruptImage, match=rf"{name}: can't be decoded \(.*\)") as error:
+            read_rgb(source, LIMIT, shown)
+        assert str(error.value).startswith(shown or str(source)) and "\n" not in str(error.value)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.jpg", "the file is gone"), ("", "can't be read")]
+)
+def test_a_file_that_is_gone_or_unreadable_is_no_corrupt_image(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message) as error:
         read_rgb(tmp_path / name, LIMIT)
-    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
-    with pytest.raises(CorruptImage, match=f"some.tar: {name}: can't be decoded"):
-        read_rgb(BROKEN[name], LIMIT, f"some.tar: {name}")
-    assert before is ImageFile.LOAD_TRUNCATED_IMAGES is False
-
-
-def test_a_file_that_is_gone_or_unreadable_is_no_corrupt_image(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"gone.jpg: the file is gone: .*DATA.REINDEX True"
-    ) as error:
-        read_rgb(tmp_path / "gone.jpg", LIMIT)
-    assert not isinstance(error.value, CorruptImage)
-    with pytest.raises(ValueError, match="can't be read") as error:
-        read_rgb(tmp_path, LIMIT)
     assert not isinstance(error.value, CorruptImage)
 
 
@@ -188,7 +152,3 @@ def test_out_of_memory_is_not_taken_for_a_corrupt_image(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(MemoryError):
         read_rgb(encoded(picture(1)), LIMIT, "x")
-
-
-def test_suffixes_are_the_common_ones():
-    assert {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"} <= set(IMAGE_SUFFIXES)

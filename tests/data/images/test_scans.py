@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.images.listing import cached_listing
-from data.images.scans import scan_class_folders, scan_folder, scan_names, scan_tar, scan_zips
+from data.images.scans import scan_folder, scan_names, scan_tar, scan_zips
 from tests.support.images import write_files, write_tar, write_zip
 
 NAMES = "b/2.jpg b/10.JPEG a-b/x.png a/deep/er/z.bmp a/Z.webp a/y.ppm é/ü.jpg".split()
@@ -35,7 +35,7 @@ def tar_of_names(path: Path, names) -> Path:
 
 
 def test_folders_are_listed_by_class_then_name_in_the_order_of_bytes(tmp_path):
-    scan = scan_class_folders(write_files(tmp_path, NAMES), [])
+    scan = scan_folder(write_files(tmp_path, NAMES), [])
     assert found_in(scan) == (IN_ORDER, LABELS, CLASSES)
 
 
@@ -78,7 +78,7 @@ def test_images_without_classes(tmp_path):
     keys = ["a-b.jpg", "a.jpg", "a/x.jpg", "b/deep/1.png"]
     folder = write_files(tmp_path / "all", reversed(keys))
     tar = tar_of_names(tmp_path / "a.tar", [f"photos/{key}" for key in keys])
-    for scan in (scan_folder(folder), scan_tar(tar, None)):
+    for scan in (scan_folder(folder, None), scan_tar(tar, None)):
         assert found_in(scan) == (keys, [-1] * 4, [])
 
 
@@ -90,7 +90,7 @@ def test_stray_and_hidden_files_do_not_count(tmp_path):
     ).split()
     tar = tar_of_names(tmp_path / "a.tar", [*stray, *keys])
     folder = write_files(tmp_path / "train", [*stray, *keys, "beside_the_classes.jpg"])
-    for scan in (scan_tar(tar, []), scan_class_folders(folder, [])):
+    for scan in (scan_tar(tar, []), scan_folder(folder, [])):
         assert found_in(scan) == (keys, [0, 1], ["a", "b"])
 
 
@@ -99,16 +99,16 @@ def test_a_class_without_images_keeps_its_id_and_is_named(tmp_path, capsys):
     (root / "b" / "empty").mkdir(parents=True)
     members = {"train": None, "train/b": None, "train/a/1.jpg": b"1", "train/c/1.jpg": b"1"}
     tar = write_tar(tmp_path / "a.tar", members)
-    for scan, path in ((scan_class_folders, root), (scan_tar, tar)):
+    for scan, path in ((scan_folder, root), (scan_tar, tar)):
         assert found_in(scan(path, [])) == (["a/1.jpg", "c/1.jpg"], [0, 2], ["a", "b", "c"])
         assert "1 class folders hold no images (first: b)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scan", [lambda root: scan_class_folders(root, []), scan_folder])
-def test_an_empty_folder_is_an_error_that_names_it(tmp_path, scan):
+@pytest.mark.parametrize("class_lists", [[], None])
+def test_an_empty_folder_is_an_error_that_names_it(tmp_path, class_lists):
     (tmp_path / "n01").mkdir()
     with pytest.raises(ValueError, match=rf"{tmp_path}: no images .*correct the path"):
-        scan(tmp_path)
+        scan_folder(tmp_path, class_lists)
 
 
 def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path):
@@ -116,7 +116,7 @@ def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path):
     (root / "a" / "b" / "loop").symlink_to(root / "a")
     (root / "c").symlink_to(root / "a" / "b")
     keys = ["a/1.jpg", "a/b/2.jpg", "c/2.jpg", "c/loop/1.jpg"]
-    assert list(scan_class_folders(root, []).keys) == keys
+    assert list(scan_folder(root, []).keys) == keys
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
@@ -126,13 +126,13 @@ def test_a_pipe_is_no_image_but_a_broken_link_is_one(tmp_path):
     os.mkfifo(tmp_path / "a" / "2.jpg")
     (tmp_path / "a" / "3.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "a" / "4.jpg").symlink_to("1.jpg")
-    assert list(scan_class_folders(tmp_path, []).keys) == ["a/1.jpg", "a/3.jpg", "a/4.jpg"]
+    assert list(scan_folder(tmp_path, []).keys) == ["a/1.jpg", "a/3.jpg", "a/4.jpg"]
 
 
 def test_a_line_break_in_a_name_is_an_error(tmp_path):
     root = write_files(tmp_path / "train", {"a/1\n2.jpg": b""})
     with pytest.raises(ValueError, match="line break: rename"):
-        cached_listing({}, lambda: scan_class_folders(root, []), str(tmp_path / "index"))
+        cached_listing({}, lambda: scan_folder(root, []), str(tmp_path / "index"))
 
 
 def test_names_that_are_no_utf8_are_kept_as_they_are(tmp_path):
@@ -140,7 +140,7 @@ def test_names_that_are_no_utf8_are_kept_as_they_are(tmp_path):
         root = write_files(tmp_path / "train", {os.fsdecode(b"a/\xff.jpg"): b"x"})
     except OSError:
         pytest.skip("a file system of names that are text")
-    found = cached_listing({}, lambda: scan_class_folders(root, []), str(tmp_path / "index"))
+    found = cached_listing({}, lambda: scan_folder(root, []), str(tmp_path / "index"))
     assert (root / found.key(0)).read_bytes() == b"x"
     assert found.keys.digest() == hashlib.sha256(b"a/\xff.jpg\n").hexdigest()
 
@@ -156,7 +156,7 @@ def test_an_unreadable_class_folder_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ValueError, match=r"train/b: can't be read \(Permission denied\): see to"):
-        cached_listing({}, lambda: scan_class_folders(root, []), str(tmp_path / "index"))
+        cached_listing({}, lambda: scan_folder(root, []), str(tmp_path / "index"))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_an_unreadable_class_folder_is_named(tmp_path, monkeypatch):
     [([["a", "b", "c", "d"]], [1, 3]), ([["a", "b", "c"], ["d", "b"], ["b", "d"]], [1, 0])],
 )
 def test_labels_follow_the_first_class_list_that_has_all_classes(tmp_path, class_lists, labels):
-    scan = scan_class_folders(write_files(tmp_path, ["b/1.jpg", "d/1.jpg"]), class_lists)
+    scan = scan_folder(write_files(tmp_path, ["b/1.jpg", "d/1.jpg"]), class_lists)
     assert scan.labels.tolist() == labels
     assert [scan.class_names[label] for label in labels] == ["b", "d"]
 
@@ -173,7 +173,7 @@ def test_classes_that_no_class_list_has_are_named(tmp_path):
     names = ["b/1.jpg", "d/1.jpg"]
     root = write_files(tmp_path / "x", names)
     tar = tar_of_names(tmp_path / "x.tar", names)
-    for path, scan in ((root, scan_class_folders), (tar, scan_tar)):
+    for path, scan in ((root, scan_folder), (tar, scan_tar)):
         message = rf"{path}: 1 classes have no place in the numbering of 2 classes .*\(first: d\)"
         with pytest.raises(ValueError, match=message):
             scan(path, [["a", "b"]])
