@@ -1,6 +1,4 @@
-"""Where a run writes what it says: a log for people, metrics for programs, and progress of long
-loops.
-"""
+"""What a run writes: a log for people, metrics for programs, and the progress of long loops."""
 
 import csv
 import json
@@ -20,6 +18,7 @@ from termcolor import colored
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+Log = Callable[[str], object]  # takes a line
 
 COLOURS = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
@@ -36,8 +35,8 @@ class _Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """Says once that it can't be written, where logging would print a traceback for each line: a
-    full disk must not end a training.
+    """Warns once where it can't be written, instead of a traceback a line: a full disk must not end
+    a training.
     """
 
     is_whole = True
@@ -54,20 +53,16 @@ class _File(logging.FileHandler):
 
 class _Coloured(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        when, message = (
-            colored(self.formatTime(record, "%H:%M:%S"), "green"),
-            super().format(record),
-        )
-        return (
-            f"{when}"
-            f" {colored(message, COLOURS[record.levelno]) if record.levelno in COLOURS else message}"
-        )
+        message = super().format(record)
+        if record.levelno in COLOURS:
+            message = colored(message, COLOURS[record.levelno])
+        return f"{colored(self.formatTime(record, '%H:%M:%S'), 'green')} {message}"
 
 
 def create_logger(
     folder: str | Path | None, rank: int = 0, name: str = "tinyvit"
 ) -> logging.Logger:
-    """The logger called `name`: rank 0 speaks on the console, every rank to log_rank<r>.txt in
+    """The logger called `name`: rank 0 writes to the console, every rank to log_rank<r>.txt in
     `folder` (None: no file), in more detail.
 
     Calling it again replaces its handlers, so that a line is never written twice.
@@ -78,41 +73,37 @@ def create_logger(
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    log.addHandler(logging.NullHandler())
+    log.addHandler(logging.NullHandler())  # without one, logging would use stderr
     if rank == 0:
         console = _Console(logging.INFO)
-        console.setFormatter(_Coloured("%(message)s"))
+        console.setFormatter(_Coloured())
         log.addHandler(console)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = _File(Path(folder) / f"log_rank{rank}.txt", encoding="utf-8")
-        file.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
-        )
+        line = "%(asctime)s %(levelname)s %(message)s"
+        file.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
     return log
 
 
+def note_fault(log: logging.Logger, text: str) -> None:
+    """Write an error to a log's file alone: on the console the program's last line tells it."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+
+
 def git_state(folder: str | Path) -> str:
-    """The commit that is checked out in a folder, marked if files differ from it; "unknown" without
-    git.
-    """
-    command = [
-        "git",
-        "-C",
-        str(folder),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    """The commit checked out in a folder, marked if files differ from it; "unknown" without git."""
+    command = ["git", "-C", str(folder), *"describe --always --dirty --abbrev=40".split()]
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return done.stdout.strip()
 
 
 class NullWriter:
@@ -133,17 +124,45 @@ class NullWriter:
 
 
 class MetricWriter(NullWriter):
-    """Metrics as lines of JSON in metrics.jsonl, each on disk at once, and on to a wandb run if
-    there is one.
+    """Metrics as lines of JSON in metrics.jsonl, each on disk at once; after `start_wandb` they go
+    to a wandb run as well.
     """
 
-    def __init__(
-        self, folder: str | Path, wandb_run: Any = None, warn: Callable[[str], object] = print
-    ) -> None:
+    def __init__(self, folder: str | Path, warn: Log = print) -> None:
         self.path = Path(folder) / "metrics.jsonl"
-        self._wandb_run, self._warn = wandb_run, warn
+        self._warn = warn
+        self._wandb_run: Any = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.cut_back(math.inf)
+
+    def start_wandb(self, project: str, name: str, config: Mapping[str, Any]) -> None:
+        """Begin a wandb run, or go on with the one whose id the folder knows; a warning if there can
+        be none.
+        """
+        remembered = self.path.with_name("wandb_id.txt")
+        run_id = remembered.read_text().strip() if remembered.exists() else ""
+        run_id = run_id or uuid.uuid4().hex[:12]
+        try:
+            import wandb  # optional, and slow to import
+
+            run = wandb.init(
+                project=project,
+                name=name or None,
+                config=dict(config),
+                dir=str(self.path.parent),
+                id=run_id,
+                resume="allow",
+                settings=wandb.Settings(init_timeout=60, console="off"),
+            )
+            # wandb's own count only rises, a resumed run's step may go back
+            run.define_metric("*", step_metric="step")
+            remembered.write_text(run_id)
+            self._wandb_run = run
+        except Exception as error:
+            self._warn(
+                f"wandb could not start ({_first_line(error)}): metrics go to {self.path} alone;"
+                " `pip install wandb`, `wandb login`, or WANDB_MODE=offline to upload later"
+            )
 
     def write(
         self, step: int, epoch: float, speeds: Mapping[str, float] | None = None, **values: float
@@ -152,32 +171,26 @@ class MetricWriter(NullWriter):
         become null.
 
         What depends on the machine's mood, `speeds`, goes to wandb alone: equal runs have equal
-        files."""
+        files.
+        """
+        place = {"step": step, "epoch": epoch}
         numbers = {key: _number(value) for key, value in values.items()}
-        line = {"step": step, "epoch": epoch}
-        line |= {key: number if math.isfinite(number) else None for key, number in numbers.items()}
+        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.write(json.dumps(place | finite) + "\n")
             self.lines += 1
         except OSError as error:  # no reason to end a training
             self._warn(f"the metrics of step {step} could not be written: {error}")
-        if self._wandb_run is not None:
-            try:
-                self._wandb_run.log({"step": step, "epoch": epoch, **numbers, **(speeds or {})})
-            except Exception as error:
-                self._warn(
-                    f"wandb has failed ({_first_line(error)}): metrics go to {self.path} alone from"
-                    " now on"
-                )
-                self._wandb_run = None
+        self._tell_wandb("log", place | numbers | dict(speeds or {}))
 
     def cut_back(self, step: float, lines: int | None = None) -> None:
         """Remove the lines after a checkpoint's step, and any that a crash cut short, so that a
         resumed run has no step twice.
 
         `lines`, how many there were, parts an epoch's last update from its evaluation, which has
-        the same step."""
+        the same step.
+        """
         if not self.path.exists():
             return
         found = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -193,39 +206,59 @@ class MetricWriter(NullWriter):
 
     def close(self) -> None:
         """Finish the wandb run."""
-        if self._wandb_run is not None:
-            try:
-                self._wandb_run.finish()
-            except Exception as error:
-                self._warn(
-                    f"wandb could not finish ({_first_line(error)}): {self.path} has all metrics"
-                )
+        self._tell_wandb("finish")
+        self._wandb_run = None
+
+    def _tell_wandb(self, method: str, *values: Any) -> None:
+        """Call the wandb run, if there is one; after a fault there is none."""
+        if self._wandb_run is None:
+            return
+        try:
+            getattr(self._wandb_run, method)(*values)
+        except Exception as error:
+            self._warn(f"wandb has failed ({_first_line(error)}): all metrics are in {self.path}")
             self._wandb_run = None
 
 
-class Journal:
-    """Says how a training goes: a line of metrics, and one of the log that also tells the speed and
-    the time that is left.
+def create_metric_writer(
+    folder: str | Path,
+    rank: int = 0,
+    wandb_project: str = "",
+    name: str = "",
+    config: Mapping[str, Any] | None = None,
+    warn: Log = print,
+) -> NullWriter:
+    """The writer of a run: of rank 0 a real one, with a wandb run as well if a project is named."""
+    if rank != 0:
+        return NullWriter()
+    writer = MetricWriter(folder, warn)
+    if wandb_project:
+        writer.start_wandb(wandb_project, name, config or {})
+    return writer
+
+
+class TrainingLog:
+    """Reports how a training goes: as a line of metrics, and as one of the log that also has the
+    speed and the time that is left.
     """
 
     def __init__(
-        self,
-        say: Callable[[str], object],
-        writer: NullWriter,
-        epochs: int,
-        images_per_update: int,
-        update: int,
+        self, log: Log, writer: NullWriter, epochs: int, images_per_update: int, update: int
     ) -> None:
         """`update` is the number of updates done before this process."""
-        self._say, self._writer, self._epochs, self._images = say, writer, epochs, images_per_update
-        # time, seconds of it waiting for data, updates done
-        self._start = self._last = time.perf_counter(), 0.0, update
+        self._log = log
+        self._writer = writer
+        self._epochs = epochs
+        self._images_per_update = images_per_update
+        self._start = (time.perf_counter(), update)
+        self.begin_epoch(update)
 
     def begin_epoch(self, update: int) -> None:
         """Leave what was between the epochs out of the speed."""
-        self._last = time.perf_counter(), 0.0, update
+        # time, updates done, seconds waited for data
+        self._last = (time.perf_counter(), update, 0.0)
 
-    def speak(
+    def report(
         self,
         update: int,
         epoch: int,
@@ -237,55 +270,45 @@ class Journal:
         waited: float,
         memory_gb: float,
     ) -> None:
-        """Tell the `means` since the last time: `step` of the `steps` updates of `epoch` are done,
+        """Report the `means` since the last time: `step` of the `steps` updates of `epoch` are done,
         `waited` seconds of it for data.
         """
-        (then, before, last_update), self._last = self._last, (time.perf_counter(), waited, update)
-        seconds = self._last[0] - then
-        speed, wait = (
-            (update - last_update) * self._images / seconds,
-            100 * (waited - before) / seconds,
-        )
-        left = (
-            (self._last[0] - self._start[0])
-            / (update - self._start[2])
-            * (steps * (self._epochs - epoch) - step)
-        )
-        speeds = {"images_per_second": speed, "data_wait_percent": wait, "memory_gb": memory_gb}
+        now = time.perf_counter()
+        last_time, last_update, last_waited = self._last
+        self._last = (now, update, waited)
+        seconds = now - last_time
+        speed = (update - last_update) * self._images_per_update / seconds
+        wait_percent = 100 * (waited - last_waited) / seconds
+        start, first_update = self._start
+        updates_left = steps * (self._epochs - epoch) - step
+        seconds_left = (now - start) / (update - first_update) * updates_left
+
+        speeds = {
+            "images_per_second": speed,
+            "data_wait_percent": wait_percent,
+            "memory_gb": memory_gb,
+        }
+        rate_range = {"lr": max(rates), "lr_min": min(rates)}
         self._writer.write(
-            update,
-            epoch + step / steps,
-            speeds,
-            **means,
-            lr=max(rates),
-            lr_min=min(rates),
-            skipped=skipped,
+            update, epoch + step / steps, speeds, **means, **rate_range, skipped=skipped
         )
-        values = ", ".join(
-            f"{name} {value:.4g}" for name, value in {**means, "lr": max(rates)}.items()
-        )
-        self._say(
-            f"epoch {epoch + 1}/{self._epochs}, update {step}/{steps}:"
-            f" {values}{f', {skipped} updates skipped' if skipped else ''}; {speed:,.1f} images/s,"
-            f" data wait {wait:.0f}%, {memory_gb:.2f} GB, {timedelta(seconds=round(left))} left"
+        shown = [f"{name} {value:.4g}" for name, value in means.items()]
+        shown.append(f"lr {max(rates):.4g}")
+        if skipped:
+            shown.append(f"{skipped} updates skipped")
+        self._log(
+            f"epoch {epoch + 1}/{self._epochs}, update {step}/{steps}: {', '.join(shown)};"
+            f" {speed:,.1f} images/s, data wait {wait_percent:.0f}%, {memory_gb:.2f} GB,"
+            f" {timedelta(seconds=round(seconds_left))} left"
         )
 
 
 def evaluation_in_words(measured: dict[str, Any]) -> str:
     """The result of an evaluation."""
     text = f"{measured['count']:,} validation images"
-    return text + (
-        ": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured)
-        if "top1" in measured
-        else ""
-    )
-
-
-def note_fault(log: logging.Logger, text: str) -> None:
-    """Write an error to a log's file alone: on the console the program's last line tells it."""
-    for handler in log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+    if "top1" in measured:
+        text += ": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured)
+    return text
 
 
 def write_classes(
@@ -298,15 +321,52 @@ def write_classes(
         rows = csv.writer(file)
         rows.writerow(["class", "name", "images", "right", "top1"])
         for label, (count, hits) in enumerate(zip(counts, right)):
-            rows.writerow(
-                [
-                    label,
-                    names[label] if label < len(names) else "",
-                    count,
-                    hits,
-                    f"{100 * hits / count:.3f}" if count else "",
-                ]
-            )
+            name = names[label] if label < len(names) else ""
+            top1 = f"{100 * hits / count:.3f}" if count else ""
+            rows.writerow([label, name, count, hits, top1])
+
+
+def progress(
+    items: Iterable[Item],
+    total: int | None = None,
+    description: str = "",
+    unit: str = "it",
+    log: Log = print,
+    interval: float = 30.0,
+    enabled: bool = True,
+    note: Callable[[], str] = str,
+) -> Iterator[Item]:
+    """The items, with a bar on a terminal, else with a line through `log` every `interval` seconds;
+    `note` says what else is shown.
+    """
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if not enabled:
+        yield from items
+    elif sys.stderr.isatty():
+        bar = tqdm(items, description, total, leave=False, unit=unit, dynamic_ncols=True)
+        with bar:
+            for item in bar:
+                yield item
+                bar.set_postfix_str(note(), refresh=False)
+    else:
+        start = last = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - last >= interval:
+                last = now
+                log(
+                    tqdm.format_meter(
+                        done,
+                        total,
+                        now - start,
+                        ncols=0,
+                        prefix=description,
+                        unit=f" {unit}",
+                        postfix=note(),
+                    )
+                )
 
 
 def _number(value: Any) -> float:
@@ -325,115 +385,3 @@ def _step_of(line: str) -> float:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def create_metric_writer(
-    folder: str | Path,
-    rank: int = 0,
-    wandb_project: str = "",
-    name: str = "",
-    config: Mapping[str, Any] | None = None,
-    warn: Callable[[str], object] = print,
-) -> NullWriter:
-    """The writer of a run: of rank 0 a real one, with a wandb run as well if a project is named and
-    wandb can be reached.
-    """
-    if rank != 0:
-        return NullWriter()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    run = (
-        _start_wandb(Path(folder), wandb_project, name, config or {}, warn)
-        if wandb_project
-        else None
-    )
-    return MetricWriter(folder, run, warn)
-
-
-def _start_wandb(
-    folder: Path, project: str, name: str, config: Mapping[str, Any], warn: Callable[[str], object]
-) -> Any:
-    """A wandb run, continued if the folder knows its id; None with a warning if there can be none."""
-    remembered = folder / "wandb_id.txt"
-    run_id = (remembered.read_text().strip() if remembered.exists() else "") or uuid.uuid4().hex[
-        :12
-    ]
-    instead = f"metrics go to {folder / 'metrics.jsonl'} alone"
-    try:
-        import wandb  # optional, and slow to import
-
-        settings = wandb.Settings(init_timeout=60, console="off")
-        run = wandb.init(
-            project=project,
-            name=name or None,
-            config=dict(config),
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-            settings=settings,
-        )
-        # wandb's own count only rises, a resumed run's step may go back
-        run.define_metric("*", step_metric="step")
-        remembered.write_text(run_id)
-    except ImportError as error:
-        warn(f"wandb can't be imported ({_first_line(error)}): {instead}; pip install wandb")
-        return None
-    except Exception as error:
-        warn(
-            f"wandb could not start ({_first_line(error)}): {instead}; `wandb login`, or"
-            " WANDB_MODE=offline to upload later"
-        )
-        return None
-    return run
-
-
-def progress(
-    items: Iterable[Item],
-    total: int | None = None,
-    description: str = "",
-    unit: str = "it",
-    log: Callable[[str], object] = print,
-    interval: float = 30.0,
-    enabled: bool = True,
-    note: Callable[[], str] = str,
-) -> Iterator[Item]:
-    """The items, with a bar on a terminal, else with a line through `log` every `interval` seconds;
-    `note` says what else is shown.
-    """
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    if not enabled:
-        yield from items
-    elif sys.stderr.isatty():
-        with tqdm(
-            items, total=total, desc=description, unit=unit, dynamic_ncols=True, leave=False
-        ) as bar:
-            for item in bar:
-                yield item
-                bar.set_postfix_str(note(), refresh=False)
-    else:
-        start = last = time.monotonic()
-        for done, item in enumerate(items, 1):
-            yield item
-            now = time.monotonic()
-            if now - last >= interval:
-                last = now
-                log(
-                    "; ".join(
-                        filter(
-                            None,
-                            [_progress_line(description, done, total, unit, now - start), note()],
-                        )
-                    )
-                )
-
-
-def _progress_line(
-    description: str, done: int, total: int | None, unit: str, seconds: float
-) -> str:
-    """How far a loop is after so many seconds, and how long it will take."""
-    rate = done / max(seconds, 1e-9)
-    text = f"{description}: {done}" if description else f"{done}"
-    if total:
-        left = timedelta(seconds=round((total - done) / rate))
-        return f"{text} of {total} {unit} ({done / total:.0%}), {rate:.1f} {unit}/s, {left} left"
-    return f"{text} {unit}, {rate:.1f} {unit}/s"

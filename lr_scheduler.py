@@ -4,17 +4,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from yacs.config import CfgNode
 
-from configs import learning_rates
+from configs import Config, learning_rates
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A linear warm-up, then a decay; lengths in updates, counted from the first update of the run."""
 
-    # cosine (to `minimum`) | linear (to 1% of `base`) | step (by `decay_rate` every
-    # `decay_updates`)
+    # cosine (to `minimum`) | linear (to 1% of `base`) | step (by `decay_rate` every `decay_updates`)
     name: str
     base: float
     warmup: float  # the rate that the warm-up begins with
@@ -25,15 +23,16 @@ class Schedule:
     decay_rate: float
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, steps_per_epoch: int) -> "Schedule":
+    def from_config(cls, cfg: Config, steps_per_epoch: int) -> "Schedule":
         """The schedule of a configuration; `steps_per_epoch` counts updates."""
-        rates, settings = learning_rates(cfg), cfg.TRAIN.LR_SCHEDULER
-        epochs = (cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS, settings.DECAY_EPOCHS)
+        settings = cfg.TRAIN.LR_SCHEDULER
         return cls(
             settings.NAME,
-            *rates,
-            *(int(count * steps_per_epoch) for count in epochs),
-            settings.DECAY_RATE,
+            *learning_rates(cfg),
+            updates=cfg.TRAIN.EPOCHS * steps_per_epoch,
+            warmup_updates=cfg.TRAIN.WARMUP_EPOCHS * steps_per_epoch,
+            decay_updates=settings.DECAY_EPOCHS * steps_per_epoch,
+            decay_rate=settings.DECAY_RATE,
         )
 
 
@@ -43,26 +42,17 @@ def lr_at(step: int, schedule: Schedule) -> float:
     The warm-up takes its share of the updates but does not shift the cosine or the steps after it:
     at its end the cosine is as far as it would be without one. The linear decay alone starts there.
     """
-    if step < schedule.warmup_updates:
-        return schedule.warmup + step * (
-            (schedule.base - schedule.warmup) / schedule.warmup_updates
-        )
-    match schedule.name:
-        case "cosine":
-            done = min(step / schedule.updates, 1.0)
-            return schedule.minimum + 0.5 * (schedule.base - schedule.minimum) * (
-                1 + math.cos(math.pi * done)
-            )
-        case "linear":
-            done = (step - schedule.warmup_updates) / max(
-                schedule.updates - schedule.warmup_updates, 1
-            )
-            return schedule.base * (1 - 0.99 * min(done, 1.0))
-        case "step":
-            return schedule.base * schedule.decay_rate ** (step // schedule.decay_updates)
-    raise ValueError(
-        f"TRAIN.LR_SCHEDULER.NAME = {schedule.name!r}: expected cosine, linear or step"
-    )
+    base, warmup_updates = schedule.base, schedule.warmup_updates
+    if step < warmup_updates:
+        return schedule.warmup + step * ((base - schedule.warmup) / warmup_updates)
+    if schedule.name == "cosine":
+        done = min(step / schedule.updates, 1.0)
+        amplitude = 0.5 * (base - schedule.minimum)
+        return schedule.minimum + amplitude * (1 + math.cos(math.pi * done))
+    if schedule.name == "linear":
+        done = (step - warmup_updates) / max(schedule.updates - warmup_updates, 1)
+        return base * (1 - 0.99 * min(done, 1.0))
+    return base * schedule.decay_rate ** (step // schedule.decay_updates)
 
 
 class LearningRateScheduler:
@@ -72,7 +62,8 @@ class LearningRateScheduler:
     `step_update(u)` is called after the optimizer's step of update u (u = 0, 1, ... over the whole
     run) and sets the rate of the next one. So update u runs at the schedule's point max(0, u - 1),
     as in the original; there as here the very first update is not scaled by layer. At construction
-    the optimizer is ready for update 0; a run that begins elsewhere calls `prepare`."""
+    the optimizer is ready for update 0; a run that begins elsewhere calls `prepare`.
+    """
 
     def __init__(self, schedule: Schedule, optimizer: torch.optim.Optimizer):
         self.schedule = schedule
@@ -94,7 +85,7 @@ class LearningRateScheduler:
 
 
 def build_scheduler(
-    cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+    cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> LearningRateScheduler:
     """The scheduler of a configuration; `steps_per_epoch` counts updates, i.e. forward passes over
     accumulation steps.

@@ -42,8 +42,8 @@ from data.augment.pairs import BatchMix, Mixer, PairMix
 from data.augment.rng import run_seed
 from data.build import Epochs, Sample, check_store, resolve, sources_of, train_epochs, val_epochs
 from logger import (
-    Journal,
     NullWriter,
+    TrainingLog,
     create_logger,
     create_metric_writer,
     evaluation_in_words,
@@ -224,7 +224,7 @@ def train(run: Training) -> None:
     """
     cfg, progress, passes = run.cfg, run.progress, run.plan.accumulation
     saved, is_saved = time.monotonic(), True
-    journal = Journal(
+    training_log = TrainingLog(
         run.log.info, run.writer, cfg.TRAIN.EPOCHS, run.plan.per_update, progress.update
     )
     while progress.epoch < cfg.TRAIN.EPOCHS:
@@ -237,7 +237,7 @@ def train(run: Training) -> None:
         batches = Waiting(
             progress_bar(loader, steps * passes - done, f"epoch {progress.epoch + 1}", enabled=bar)
         )
-        journal.begin_epoch(progress.update)
+        training_log.begin_epoch(progress.update)
         while progress.step < steps:
             run.measured.add(*train_step(run, batches))
             progress.step += 1
@@ -251,7 +251,7 @@ def train(run: Training) -> None:
                 collect(run)
             if speaks:
                 rates = [group["lr"] for group in run.optimizer.param_groups]
-                journal.speak(
+                training_log.report(
                     progress.update,
                     progress.epoch,
                     progress.step,

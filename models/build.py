@@ -176,18 +176,13 @@ def _construct(cfg: CfgNode, log: Callable[[str], None]) -> nn.Module:
                 log,
                 **({"num_classes": cfg.MODEL.NUM_CLASSES} if cfg.MODEL.NUM_CLASSES else {}),
             )
-        case spec if ":" in spec:
+        case spec:
             model = load_function(spec)(cfg)
             if not isinstance(model, nn.Module):
                 raise ValueError(
                     f"MODEL.TYPE = {spec!r}: expected the function to return a torch.nn.Module, got"
                     f" {type(model).__name__}"
                 )
-        case other:
-            raise ValueError(
-                f"MODEL.TYPE = {other!r}: expected tiny_vit, clip_vit_large14_224, timm or"
-                " package.module:function"
-            )
     if cfg.TRAIN.USE_CHECKPOINT:
         _recompute_activations(model)
     return model
@@ -196,12 +191,6 @@ def _construct(cfg: CfgNode, log: Callable[[str], None]) -> nn.Module:
 def _timm_model(cfg: CfgNode, log: Callable[[str], None], **options: Any) -> nn.Module:
     """A timm model for the configured image size, with drop path where it knows that."""
     name = cfg.MODEL.NAME
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(
-            f"MODEL.NAME = {name!r}: timm {timm.__version__} has no such model"
-            + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()")
-        )
     own = timm.get_pretrained_cfg(name)
     if own is not None and own.fixed_input_size and own.input_size[-1] != cfg.DATA.IMG_SIZE:
         options["img_size"] = cfg.DATA.IMG_SIZE

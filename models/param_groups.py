@@ -21,22 +21,18 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     groups = parameter_groups(model, cfg.TRAIN.WEIGHT_DECAY, cfg.TRAIN.LAYER_LR_DECAY)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     settings = cfg.TRAIN.OPTIMIZER
-    match settings.NAME:
-        case "adamw":
-            fused = devices <= _FUSED_DEVICES
-            return torch.optim.AdamW(
-                groups, cfg.TRAIN.BASE_LR, tuple(settings.BETAS), settings.EPS, fused=fused
-            )
-        case "sgd":
-            fused = devices == {"cuda"}  # so that an update without effect need not ask the device
-            return torch.optim.SGD(
-                groups,
-                cfg.TRAIN.BASE_LR,
-                settings.MOMENTUM,
-                nesterov=settings.MOMENTUM > 0,
-                fused=fused,
-            )
-    raise ValueError(f"TRAIN.OPTIMIZER.NAME = {settings.NAME!r}: expected adamw or sgd")
+    if settings.NAME == "adamw":
+        fused = devices <= _FUSED_DEVICES
+        return torch.optim.AdamW(
+            groups, cfg.TRAIN.BASE_LR, tuple(settings.BETAS), settings.EPS, fused=fused
+        )
+    return torch.optim.SGD(
+        groups,
+        cfg.TRAIN.BASE_LR,
+        settings.MOMENTUM,
+        nesterov=settings.MOMENTUM > 0,
+        fused=devices == {"cuda"},  # so that an update without effect need not ask the device
+    )
 
 
 def parameter_groups(
