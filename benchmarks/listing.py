@@ -4,11 +4,13 @@
     python -m benchmarks.listing --images 1000000
 
 The data is made up: as many names and classes as the real list has; each class's zip file is a link
-to one small archive. The first start scans the list; the second finds it cached. Each is a process
-of its own, timed from the end of its imports to the first batch from loader processes. A worker's
-memory is its private dirty pages (pages of mapped files are the page cache's, shared by all
-processes) after it has decoded some images from all over the list, beside that of a worker on ten
-drawn images, which has the same imports. The report goes to stdout as JSON."""
+to one small archive. The first start scans the list and all zip files; the second finds what it
+needs cached. Each is a process of its own, timed from the end of its imports to the first batch
+from loader processes. A worker's memory is its private dirty pages (pages of mapped files are the
+page cache's, shared by all processes) after it has decoded some images from all over the list,
+beside that of a worker on ten drawn images, which has the same imports. The report goes to stdout
+as JSON.
+"""
 
 import argparse
 import io
@@ -82,9 +84,7 @@ def make_data(root: Path, images: int, shuffled: bool) -> None:
 
 
 def config(folder: Path, dataset: str = "imagenet22k", start: str = "auto"):
-    """The configuration of a run on the made-up data; the format makes one and the same member of
-    every name.
-    """
+    """The configuration of a run on the made-up data; the format makes one member of all names."""
     options = {
         "DATA.DATASET": dataset,
         "DATA.INDEX_DIR": folder / "index",
@@ -97,14 +97,8 @@ def config(folder: Path, dataset: str = "imagenet22k", start: str = "auto"):
         "DATA.WORKER_START": start,
         "MODEL.NUM_CLASSES": CLASSES,
     }
-    return load_config(
-        [
-            "--data-path",
-            str(folder / "data"),
-            "--opts",
-            *(str(part) for pair in options.items() for part in pair),
-        ]
-    )
+    pairs = [str(part) for pair in options.items() for part in pair]
+    return load_config(["--data-path", str(folder / "data"), "--opts", *pairs])
 
 
 def start_run(folder: Path) -> dict[str, object]:
@@ -136,14 +130,10 @@ def worker_memory(folder: Path, start: str) -> dict[str, object]:
     for dataset in ("shapes", "imagenet22k"):
         cfg = resolve(config(folder, dataset, start))
         replay = train_epochs(cfg, 0, cfg.DATA.BATCH_SIZE, 1).dataset
-        positions = (
-            np.random.Generator(np.random.PCG64(2))
-            .integers(0, len(replay), WORKERS * DECODED)
-            .tolist()
-        )
+        rng = np.random.Generator(np.random.PCG64(2))
         loader = DataLoader(
             Measured(replay),
-            sampler=positions,
+            sampler=rng.integers(0, len(replay), WORKERS * DECODED).tolist(),
             num_workers=WORKERS,
             multiprocessing_context=start,
             batch_size=None,
@@ -162,9 +152,8 @@ def worker_memory(folder: Path, start: str) -> dict[str, object]:
 
 def peak_bytes() -> int:
     """The largest resident size of this process so far, mapped pages included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def in_a_process(task: str, folder: Path) -> dict[str, object]:
@@ -199,11 +188,10 @@ def main() -> None:
     parser.add_argument("--task", choices=["start", "fork", "spawn"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        result = (
-            start_run(args.folder)
-            if args.task == "start"
-            else worker_memory(args.folder, args.task)
-        )
+        if args.task == "start":
+            result = start_run(args.folder)
+        else:
+            result = worker_memory(args.folder, args.task)
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
