@@ -10,7 +10,11 @@ import pytest
 
 from tests.support.helpers import run_ranks
 
-NEW_NAMESPACE, NEW_USER, READ_ONLY, REMOUNT, RECURSIVE_PRIVATE = 0x20000, 0x10000000, 1, 32, 0x44000
+NEW_NAMESPACE = 0x20000  # of mounts; flags of unshare(2)
+NEW_USER = 0x10000000
+READ_ONLY = 1  # flags of mount(2)
+REMOUNT = 32
+RECURSIVE_PRIVATE = 0x44000
 
 needs_mounts = pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 
@@ -22,25 +26,28 @@ def call(function, *args) -> None:
 
 
 def mount_small(folder: Path, kilobytes: int) -> Callable[[int], None]:
-    """Give this process a tmpfs of its own on a folder; returns a function that changes its flags."""
+    """Give this process a tmpfs of its own on a folder; returns what changes its flags."""
     system = ctypes.CDLL(None, use_errno=True)
-    uid, gid = os.getuid(), os.getgid()
+    # before they become those of nobody
+    maps = {
+        "setgroups": "deny",
+        "uid_map": f"0 {os.getuid()} 1",
+        "gid_map": f"0 {os.getgid()} 1",
+    }
     try:
         call(system.unshare, NEW_NAMESPACE)
     except OSError:
         call(system.unshare, NEW_NAMESPACE | NEW_USER)
-        for name, text in (
-            ("setgroups", "deny"),
-            ("uid_map", f"0 {uid} 1"),
-            ("gid_map", f"0 {gid} 1"),
-        ):
+        for name, text in maps.items():
             Path(f"/proc/self/{name}").write_text(text)
     call(system.mount, None, b"/", None, RECURSIVE_PRIVATE, None)
     options = f"size={kilobytes}k".encode()
-    call(system.mount, b"tmpfs", bytes(folder), b"tmpfs", 0, options)
-    return lambda flags: call(
-        system.mount, b"tmpfs", bytes(folder), b"tmpfs", REMOUNT | flags, options
-    )
+
+    def mount(flags: int) -> None:
+        call(system.mount, b"tmpfs", bytes(folder), b"tmpfs", flags, options)
+
+    mount(0)
+    return lambda flags: mount(REMOUNT | flags)
 
 
 def alone(function: Callable, *args: object) -> dict:

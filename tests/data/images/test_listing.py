@@ -64,7 +64,7 @@ def test_a_listing_says_what_was_found_and_pickles_as_its_path(tmp_path):
     again = pickle.loads(packed)
     assert len(packed) < 300 and list(again.keys) == keys
     assert again.keys.digest() == found.keys.digest()
-    for array in (again._all_labels, again.keys.blob, again.keys.ends):
+    for array in (again.keys.blob, again.keys.ends):
         assert isinstance(array, np.memmap)
     assert len(pickle.dumps(found.keys)) < 400
     assert pickle.loads(pickle.dumps(found.keys))[5] == keys[5]
