@@ -1,5 +1,6 @@
-"""Entry points of torch.hub: the TinyViT family and its teacher, e.g. torch.hub.load(repository,
-"tiny_vit_5m_224", pretrained=True).
+"""Entry points of torch.hub: the TinyViT family and its teacher.
+
+torch.hub.load(repository, "tiny_vit_5m_224", pretrained=True)
 """
 
 from models.clip_vit import clip_vit_large14_224

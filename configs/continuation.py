@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import yaml
-from yacs.config import CfgNode
 
-from configs import batch_plan, dump
+from configs import Config, ConfigError, batch_plan, dump
 from configs.config import flatten
-from configs.validate import ConfigError
 
 # What may differ because it changes where things are, what is shown and how fast it goes, but not
 # what is computed.
@@ -47,6 +45,7 @@ FREE = {
     "TRAIN.EPOCHS",
     "TRAIN.AUTO_RESUME",
     "TRAIN.CHECKPOINT_MINUTES",
+    "TRAIN.GLOBAL_BATCH",
     "TRAIN.USE_CHECKPOINT",
     "TRAIN.MAX_BAD_STEPS",
     "TEST.BATCH_SIZE",
@@ -55,7 +54,7 @@ FREE = {
 }
 # How an update is split; free as soon as GLOBAL_BATCH says how large it is in all.
 SPLIT = {"WORLD_SIZE", "DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS"}
-GLOBAL = "TRAIN.GLOBAL_BATCH"
+WORTH_SAYING = SPLIT | {"TRAIN.EPOCHS"}
 
 
 class Change(NamedTuple):
@@ -69,56 +68,54 @@ class Change(NamedTuple):
         return f"{self.key} {self.before!r} -> {self.now!r}"
 
 
-def check_continuation(before: str, cfg: CfgNode, where: str) -> list[Change]:
+def check_continuation(before: str, cfg: Config, where: str) -> list[Change]:
     """Compare a checkpoint's configuration (its dump) with this run's: the changes that are allowed
-    but worth saying, or a ConfigError.
+    but worth saying, or a ConfigError. Keys that only one of them has do not matter.
     """
     old = flatten(yaml.safe_load(before))
-    new = flatten(yaml.safe_load(dump(cfg)))
-    images, was = batch_plan(cfg).per_update, _images_per_update(old)
-    free = FREE | {GLOBAL} | (SPLIT if cfg.TRAIN.GLOBAL_BATCH else set())
-    changes = [
-        Change(key, old[key], new[key]) for key in new if key in old and old[key] != new[key]
-    ]
+    changes = _changes(old, flatten(yaml.safe_load(dump(cfg))))
+    was, is_now = _images_per_update(old), batch_plan(cfg).per_update
+    if was != is_now:
+        changes.append(Change("images per update", was, is_now))
+    free = FREE | SPLIT if cfg.TRAIN.GLOBAL_BATCH else FREE
     refused = [change for change in changes if change.key not in free]
-    if images != was:
-        refused.append(Change("images per update", was, images))
-    if refused:
-        way_out = (
-            "start anew with --tag <new name>, take its weights alone with --pretrained, or give"
-            " the old values back"
+    if not refused:
+        return [change for change in changes if change.key in WORTH_SAYING]
+    way_out = (
+        "start anew with --tag <new name>, take its weights alone with --pretrained, or give the"
+        " old values back"
+    )
+    if was != is_now or any(change.key in SPLIT for change in refused):
+        way_out += (
+            f"; with TRAIN.GLOBAL_BATCH {was} any number of processes may go on that shares so many"
+            " images evenly"
         )
-        if images != was or any(change.key in SPLIT for change in refused):
-            way_out += (
-                f"; with {GLOBAL} {was} any number of processes may go on that shares so many"
-                " images evenly"
-            )
-        raise ConfigError(
-            f"{where} was written under another configuration ({'; '.join(map(str, refused))}):"
-            f" {way_out}"
-        )
-    return [change for change in changes if change.key in SPLIT | {"TRAIN.EPOCHS"}]
+    listed = "; ".join(map(str, refused))
+    raise ConfigError(f"{where} was written under another configuration ({listed}): {way_out}")
 
 
 def check_sources(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """A ConfigError if a checkpoint comes from other images, or another teacher, than lie now where
     the configuration says.
     """
-    changes = [
-        Change(key, before[key], now[key])
-        for key in now
-        if key in before and before[key] != now[key]
-    ]
+    changes = "; ".join(map(str, _changes(before, now)))
     if changes:
         raise ConfigError(
-            f"{where} comes from other data than this run would see"
-            f" ({'; '.join(map(str, changes))}): give the old images, lists and teacher back, start"
-            " anew with --tag <new name>, or take its weights alone with --pretrained"
+            f"{where} comes from other data than this run would see ({changes}): give the old"
+            " images, lists and teacher back, start anew with --tag <new name>, or take its weights"
+            " alone with --pretrained"
         )
 
 
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """What differs under the keys that both have."""
+    return [
+        Change(key, before[key], value)
+        for key, value in now.items()
+        if key in before and before[key] != value
+    ]
+
+
 def _images_per_update(values: Mapping[str, Any]) -> int:
-    return (
-        values[GLOBAL]
-        or values["WORLD_SIZE"] * values["DATA.BATCH_SIZE"] * values["TRAIN.ACCUMULATION_STEPS"]
-    )
+    per_pass = values["WORLD_SIZE"] * values["DATA.BATCH_SIZE"]
+    return values["TRAIN.GLOBAL_BATCH"] or per_pass * values["TRAIN.ACCUMULATION_STEPS"]

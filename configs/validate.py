@@ -252,10 +252,11 @@ def _programs(cfg: Config) -> Iterator[Rule]:
 def _folders(cfg: Config) -> Iterator[Rule]:
     yield not cfg.OUTPUT, "OUTPUT", "name a folder for the run"
     # The run's folder is OUTPUT/MODEL.NAME/TAG, and stays inside OUTPUT.
-    is_folder = re.fullmatch(r"[^/\\]+", cfg.TAG) and cfg.TAG not in (".", "..")
-    yield not is_folder, "TAG", "a folder name, without slashes and not . or .."
-    leaves = Path(cfg.MODEL.NAME).is_absolute() or ".." in re.split(r"[/\\]", cfg.MODEL.NAME)
-    yield leaves, "MODEL.NAME", "names a folder inside OUTPUT: no leading slash, no .."
+    name, tag = Path(cfg.MODEL.NAME), Path(cfg.TAG)
+    leaves_output = name.is_absolute() or ".." in name.parts
+    yield leaves_output, "MODEL.NAME", "names a folder inside OUTPUT: no leading slash, no .."
+    is_folder = tag.name == cfg.TAG and cfg.TAG not in ("", "..")
+    yield not is_folder, "TAG", "a folder name, without slashes, not . or .."
     if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE:
         return
     folder = Path(cfg.OUTPUT).absolute() / cfg.MODEL.NAME / cfg.TAG
