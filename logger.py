@@ -35,8 +35,9 @@ class _Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """Warns once where it can't be written, instead of a traceback a line: a full disk must not end
-    a training.
+    """Warns once where it can't be written, instead of a traceback a line.
+
+    A full disk must not end a training.
     """
 
     is_whole = True
@@ -62,10 +63,10 @@ class _Coloured(logging.Formatter):
 def create_logger(
     folder: str | Path | None, rank: int = 0, name: str = "tinyvit"
 ) -> logging.Logger:
-    """The logger called `name`: rank 0 writes to the console, every rank to log_rank<r>.txt in
-    `folder` (None: no file), in more detail.
+    """The logger called `name`, of rank 0 on the console, of every rank in a file.
 
-    Calling it again replaces its handlers, so that a line is never written twice.
+    The file is log_rank<r>.txt in `folder` (None: no file) and has more detail. Calling it again
+    replaces its handlers, so that a line is never written twice.
     """
     log = logging.getLogger(name)
     log.setLevel(logging.DEBUG)
@@ -124,9 +125,7 @@ class NullWriter:
 
 
 class MetricWriter(NullWriter):
-    """Metrics as lines of JSON in metrics.jsonl, each on disk at once; after `start_wandb` they go
-    to a wandb run as well.
-    """
+    """Metrics as lines of JSON in metrics.jsonl, and in a wandb run if one is started."""
 
     def __init__(self, folder: str | Path, warn: Log = print) -> None:
         self.path = Path(folder) / "metrics.jsonl"
@@ -136,9 +135,7 @@ class MetricWriter(NullWriter):
         self.cut_back(math.inf)
 
     def start_wandb(self, project: str, name: str, config: Mapping[str, Any]) -> None:
-        """Begin a wandb run, or go on with the one whose id the folder knows; a warning if there can
-        be none.
-        """
+        """Begin a wandb run, or go on with the one whose id the folder knows; none is a warning."""
         remembered = self.path.with_name("wandb_id.txt")
         run_id = remembered.read_text().strip() if remembered.exists() else ""
         run_id = run_id or uuid.uuid4().hex[:12]
@@ -167,11 +164,10 @@ class MetricWriter(NullWriter):
     def write(
         self, step: int, epoch: float, speeds: Mapping[str, float] | None = None, **values: float
     ) -> None:
-        """Add a line of numbers (one-element tensors are read); JSON has no infinite ones, so those
-        become null.
+        """Add a line of numbers, which may be one-element tensors.
 
-        What depends on the machine's mood, `speeds`, goes to wandb alone: equal runs have equal
-        files.
+        JSON has no infinite ones, so those become null. What depends on the machine's mood,
+        `speeds`, goes to wandb alone: equal runs have equal files.
         """
         place = {"step": step, "epoch": epoch}
         numbers = {key: _number(value) for key, value in values.items()}
@@ -185,11 +181,10 @@ class MetricWriter(NullWriter):
         self._tell_wandb("log", place | numbers | dict(speeds or {}))
 
     def cut_back(self, step: float, lines: int | None = None) -> None:
-        """Remove the lines after a checkpoint's step, and any that a crash cut short, so that a
-        resumed run has no step twice.
+        """Remove the lines after a checkpoint's step, and any that a crash cut short.
 
-        `lines`, how many there were, parts an epoch's last update from its evaluation, which has
-        the same step.
+        So a resumed run has no step twice. `lines`, how many there were, parts an epoch's last
+        update from its evaluation, which has the same step.
         """
         if not self.path.exists():
             return
@@ -238,9 +233,7 @@ def create_metric_writer(
 
 
 class TrainingLog:
-    """Reports how a training goes: as a line of metrics, and as one of the log that also has the
-    speed and the time that is left.
-    """
+    """Reports how a training goes: as a line of metrics, and in words with speed and time left."""
 
     def __init__(
         self, log: Log, writer: NullWriter, epochs: int, images_per_update: int, update: int
@@ -270,8 +263,9 @@ class TrainingLog:
         waited: float,
         memory_gb: float,
     ) -> None:
-        """Report the `means` since the last time: `step` of the `steps` updates of `epoch` are done,
-        `waited` seconds of it for data.
+        """Report the `means` since the last time.
+
+        `step` of the `steps` updates of `epoch` are done, `waited` seconds of it for data.
         """
         now = time.perf_counter()
         last_time, last_update, last_waited = self._last
@@ -314,9 +308,7 @@ def evaluation_in_words(measured: dict[str, Any]) -> str:
 def write_classes(
     path: str | Path, names: Sequence[str], counts: Sequence[int], right: Sequence[int]
 ) -> None:
-    """The accuracy of each class as CSV, given how many images it has and how many of them are
-    right.
-    """
+    """The accuracy of each class as CSV, from how many images it has and how many are right."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["class", "name", "images", "right", "top1"])
@@ -336,7 +328,8 @@ def progress(
     enabled: bool = True,
     note: Callable[[], str] = str,
 ) -> Iterator[Item]:
-    """The items, with a bar on a terminal, else with a line through `log` every `interval` seconds;
+    """The items, with a bar on a terminal, else with a line through `log` every `interval` seconds.
+
     `note` says what else is shown.
     """
     if total is None and hasattr(items, "__len__"):

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the update, and the object that hands them to an optimizer."""
+"""Learning rates as pure functions of the update, and what hands them to an optimizer."""
 
 import math
 from dataclasses import dataclass
@@ -10,10 +10,9 @@ from configs import Config, learning_rates
 
 @dataclass(frozen=True)
 class Schedule:
-    """A linear warm-up, then a decay; lengths in updates, counted from the first update of the run."""
+    """A linear warm-up, then a decay; lengths in updates, counted from the run's first update."""
 
-    # cosine (to `minimum`) | linear (to 1% of `base`) | step (by `decay_rate` every `decay_updates`)
-    name: str
+    name: str  # cosine (to `minimum`) | linear (to 1% of `base`) | step (by `decay_rate`)
     base: float
     warmup: float  # the rate that the warm-up begins with
     minimum: float
@@ -56,8 +55,7 @@ def lr_at(step: int, schedule: Schedule) -> float:
 
 
 class LearningRateScheduler:
-    """Sets the rate of every group to the schedule's times the group's `lr_scale` (layer decay),
-    nothing carried over from before.
+    """Sets the rate of every group to the schedule's times the group's `lr_scale` (layer decay).
 
     `step_update(u)` is called after the optimizer's step of update u (u = 0, 1, ... over the whole
     run) and sets the rate of the next one. So update u runs at the schedule's point max(0, u - 1),
@@ -87,7 +85,5 @@ class LearningRateScheduler:
 def build_scheduler(
     cfg: Config, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> LearningRateScheduler:
-    """The scheduler of a configuration; `steps_per_epoch` counts updates, i.e. forward passes over
-    accumulation steps.
-    """
+    """The scheduler of a configuration; `steps_per_epoch` counts updates, not forward passes."""
     return LearningRateScheduler(Schedule.from_config(cfg, steps_per_epoch), optimizer)

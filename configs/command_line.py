@@ -53,7 +53,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg",
         metavar="FILE",
-        help="recipe (YAML); the first line of each file under configs/ is the command that runs it",
+        help="recipe (YAML); the first line of each under configs/ is the command that runs it",
     )
     parser.add_argument(
         "--opts",

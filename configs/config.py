@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 
 
 class ConfigError(ValueError):
-    """A fault in the user's configuration: one line that names source, key, value and the way out."""
+    """A fault in the user's configuration: a line that names source, key, value and the way out."""
 
     def __init__(self, message: str, key: str = "") -> None:
         super().__init__(message)
@@ -37,7 +37,7 @@ class Config(CfgNode):
         return node
 
     def replace(self, values: Mapping[str, Any]) -> Config:
-        """A frozen copy with other values under dotted keys, as the types of those that were there."""
+        """A frozen copy with other values under dotted keys, of the types that were there."""
         copy = self.clone()
         copy.defrost()
         for key, value in values.items():

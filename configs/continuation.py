@@ -69,8 +69,10 @@ class Change(NamedTuple):
 
 
 def check_continuation(before: str, cfg: Config, where: str) -> list[Change]:
-    """Compare a checkpoint's configuration (its dump) with this run's: the changes that are allowed
-    but worth saying, or a ConfigError. Keys that only one of them has do not matter.
+    """Compare a checkpoint's configuration (its dump) with this run's.
+
+    Returns the changes that are allowed but worth saying; any that is not allowed is a ConfigError.
+    Keys that only one of the two has do not matter.
     """
     old = flatten(yaml.safe_load(before))
     changes = _changes(old, flatten(yaml.safe_load(dump(cfg))))
@@ -95,9 +97,7 @@ def check_continuation(before: str, cfg: Config, where: str) -> list[Change]:
 
 
 def check_sources(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """A ConfigError if a checkpoint comes from other images, or another teacher, than lie now where
-    the configuration says.
-    """
+    """A ConfigError if a checkpoint comes from other images or another teacher than are there."""
     changes = "; ".join(map(str, _changes(before, now)))
     if changes:
         raise ConfigError(

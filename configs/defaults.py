@@ -16,7 +16,7 @@ REMOVED = {
 
 _C = Config()
 
-# YAML files to read first, relative to the file that names them; later ones win, the file itself last
+# YAML files to read first, relative to the one that names them; later ones win, its own keys most
 _C.BASE = [""]
 # written by load_config: the keys that a file, --opts or a flag set (all others are defaults)
 _C.EXPLICIT = []
@@ -32,9 +32,9 @@ _C.DATA.BATCH_SIZE = 128
 _C.DATA.DATA_PATH = ""
 # validation images, when they are not beside the training images
 _C.DATA.VAL_PATH = ""
-# imagenet | imagenet22k | cifar10 | cifar100 | folder (no labels) | shapes | package.module:function
+# imagenet | imagenet22k | cifar10 | cifar100 | folder (no labels) | shapes | module:function
 _C.DATA.DATASET = "imagenet"
-# ids of class folders: imagenet1k | imagenet22k | a file, one class name a line; "" = sorted folders
+# ids of class folders: imagenet1k | imagenet22k | a file of class names, one a line; "" = sorted
 _C.DATA.CLASS_LIST = ""
 # fraction of each class to train on, in (0, 1]; a smaller one is contained in a larger one
 _C.DATA.SUBSET = 1.0
@@ -142,7 +142,7 @@ _C.DISTILL.CLASS_SUBSET = ""
 _C.DISTILL.ALPHA = 1.0
 # use the teacher's top-1 class as a hard target
 _C.DISTILL.HARD = False
-# of K probabilities that sum to over 1: rescale | subtract (from other classes) | auto (the store's)
+# of K probabilities summing to over 1: rescale | subtract (from other classes) | auto (the store's)
 _C.DISTILL.EXCESS = "auto"
 # epoch e of a longer run is the store's epoch e modulo its number of epochs
 _C.DISTILL.REUSE_EPOCHS = False

@@ -1,4 +1,4 @@
-"""What follows from the keys: values of other keys, the split of an update, rates, the run's folder."""
+"""What follows from the keys: other keys, the split of an update, learning rates, the folder."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def run_folder(cfg: Config) -> Path:
 
 
 def _adopt_timm_input(cfg: Config) -> None:
-    """Take mean, std, interpolation and image size that a timm model was trained with, where the
-    user says nothing else.
-    """
+    """Take mean, std, interpolation and size that a timm model was trained with, unless given."""
     import timm  # slow to import, and only some recipes need it
 
     name = cfg.MODEL.NAME

@@ -27,9 +27,7 @@ KINDS = {str: "text (quote it)", bool: "True or False", int: "a whole number", f
 
 
 def load_config(argv: list[str], world_size: int = 1) -> Config:
-    """Flags, YAML files and --opts as one validated, frozen configuration; any fault is a
-    ConfigError.
-    """
+    """Flags, YAML files and --opts as one frozen configuration; any fault is a ConfigError."""
     args = argument_parser("TinyViT").parse_args([str(word) for word in argv])
     return config_from_args(args, world_size)
 
@@ -120,8 +118,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
-    """The values of the files that a YAML file names in BASE, then its own; `readers` are the files
-    that led to it.
+    """The values of the files that a YAML file names in BASE, then its own.
+
+    `readers` are the files that led to it.
     """
     chain = (*readers, path.resolve())
     if chain[-1] in readers:
@@ -164,8 +163,9 @@ def _opts_values(words: list[str]) -> dict[str, str]:
 
 
 def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
-    """Set a key by the rules of yacs; beyond these a whole number stands for a fraction, and None
-    for a list that is not given.
+    """Set a key by the rules of yacs.
+
+    Beyond these a whole number stands for a fraction, and None for a list that is not given.
     """
     if key not in defaults:
         raise ConfigError(f"{key} = {value!r}: {_what_instead(key, list(defaults))}", key)

@@ -37,8 +37,8 @@ import importlib, logging, random, sys
 sys.path.insert(0, sys.argv[1])
 import numpy, torch, timm, matplotlib
 def state():
-    return (random.getstate(), numpy.random.get_state()[1].tobytes(), torch.get_rng_state().tolist(),
-        list(logging.root.handlers))
+    draws = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    return draws, list(logging.root.handlers)
 before = state()
 for name in sys.argv[2:]:
     importlib.import_module(name)
@@ -79,9 +79,7 @@ def test_the_store_needs_numpy_and_the_standard_library_alone():
 
 
 def test_importing_reads_no_file_of_ours_and_writes_nothing(tmp_path):
-    """Every module in one fresh process, from a foreign folder: no logger configured, no CUDA
-    started, no draw taken, no file written.
-    """
+    """No logger is configured, no CUDA started, no draw taken, from a foreign folder."""
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in MODULES

@@ -1,6 +1,4 @@
-"""Logs, metrics and progress, with files as they are left by crashes and with a real wandb in
-offline mode.
-"""
+"""Logs, metrics and progress, with files as crashes leave them and a real wandb offline."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Every error that a user can provoke: one line that names the source, the key, the value, a way out."""
+"""Every error that a user can provoke: a line that names source, key, value and a way out."""
 
 import os
 
