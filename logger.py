@@ -97,11 +97,9 @@ def note_fault(log: logging.Logger, text: str) -> None:
 
 def git_state(folder: str | Path) -> str:
     """The commit checked out in a folder, marked if files differ from it; "unknown" without git."""
-    command = ["git", "-C", str(folder), *"describe --always --dirty --abbrev=40".split()]
+    words = ["git", "-C", str(folder), *"describe --always --dirty --abbrev=40 --exclude=*".split()]
     try:
-        done = subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.strip()
@@ -349,17 +347,8 @@ def progress(
             now = time.monotonic()
             if now - last >= interval:
                 last = now
-                log(
-                    tqdm.format_meter(
-                        done,
-                        total,
-                        now - start,
-                        ncols=0,
-                        prefix=description,
-                        unit=f" {unit}",
-                        postfix=note(),
-                    )
-                )
+                shown = {"prefix": description, "unit": unit, "postfix": note()}
+                log(tqdm.format_meter(done, total, now - start, ncols=0, **shown))
 
 
 def _number(value: Any) -> float:

@@ -49,63 +49,31 @@ CHOICES = {
     "DEVICE": ("auto", "cuda", "mps", "cpu"),
 }
 RANGES = {  # (smallest value, largest value): the keys that it holds for
-    (0, inf): (
-        "DATA.NUM_WORKERS",
-        "MODEL.NUM_CLASSES",
-        "DISTILL.LOGITS_TOPK",
-        "TRAIN.START_EPOCH",
-        "TRAIN.WARMUP_EPOCHS",
-        "TRAIN.WEIGHT_DECAY",
-        "TRAIN.BASE_LR",
-        "TRAIN.WARMUP_LR",
-        "TRAIN.MIN_LR",
-        "TRAIN.CLIP_GRAD",
-        "TRAIN.GLOBAL_BATCH",
-        "TRAIN.CHECKPOINT_MINUTES",
-        "TRAIN.OPTIMIZER.EPS",
-        "AUG.COLOR_JITTER",
-        "AUG.MIXUP",
-        "AUG.CUTMIX",
-        "TEST.BATCH_SIZE",
-    ),
-    (1, inf): (
-        "DATA.BATCH_SIZE",
-        "DATA.PREFETCH",
-        "DATA.MAX_PIXELS",
-        "DATA.SHAPES.TRAIN_IMAGES",
-        "DATA.SHAPES.VAL_IMAGES",
-        "MODEL.TINY_VIT.IN_CHANS",
-        "MODEL.TINY_VIT.LOCAL_CONV_SIZE",
-        "TRAIN.EPOCHS",
-        "TRAIN.ACCUMULATION_STEPS",
-        "TRAIN.MAX_BAD_STEPS",
-        "TRAIN.LR_SCHEDULER.DECAY_EPOCHS",
-        "AUG.RECOUNT",
-        "TEST.EVERY",
-        "SAVE_FREQ",
-        "PRINT_FREQ",
-    ),
-    (16, inf): ("DATA.SHAPES.SIZE",),
-    (32, inf): ("DATA.IMG_SIZE",),
-    (TINY, inf): (
-        "DISTILL.TEMPERATURE",
-        "MODEL.TINY_VIT.MLP_RATIO",
-        "MODEL.TINY_VIT.MBCONV_EXPAND_RATIO",
-    ),
-    (TINY, 1): ("DATA.SUBSET", "TRAIN.LAYER_LR_DECAY"),
-    (0, 1): (
-        "DISTILL.ALPHA",
-        "TRAIN.LR_SCHEDULER.DECAY_RATE",
-        "TRAIN.OPTIMIZER.MOMENTUM",
-        "AUG.REPROB",
-        "AUG.MIXUP_PROB",
-        "AUG.MIXUP_SWITCH_PROB",
-        "AUG.HFLIP",
-        "AUG.VFLIP",
-    ),
-    (0, 0.999): ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"),
-    (0, BELOW_1): ("TRAIN.EMA_DECAY",),
-    (0, 2**31 - 1): ("DATA.SEED", "SEED"),
+    (0, inf): """
+        DATA.NUM_WORKERS MODEL.NUM_CLASSES DISTILL.LOGITS_TOPK TRAIN.START_EPOCH
+        TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR
+        TRAIN.CLIP_GRAD TRAIN.GLOBAL_BATCH TRAIN.CHECKPOINT_MINUTES TRAIN.OPTIMIZER.EPS
+        AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX TEST.BATCH_SIZE
+    """,
+    (1, inf): """
+        DATA.BATCH_SIZE DATA.PREFETCH DATA.MAX_PIXELS DATA.SHAPES.TRAIN_IMAGES
+        DATA.SHAPES.VAL_IMAGES MODEL.TINY_VIT.IN_CHANS MODEL.TINY_VIT.LOCAL_CONV_SIZE
+        TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS TRAIN.MAX_BAD_STEPS
+        TRAIN.LR_SCHEDULER.DECAY_EPOCHS AUG.RECOUNT TEST.EVERY SAVE_FREQ PRINT_FREQ
+    """,
+    (16, inf): "DATA.SHAPES.SIZE",
+    (32, inf): "DATA.IMG_SIZE",
+    (TINY, inf): """
+        DISTILL.TEMPERATURE MODEL.TINY_VIT.MLP_RATIO MODEL.TINY_VIT.MBCONV_EXPAND_RATIO
+    """,
+    (TINY, 1): "DATA.SUBSET TRAIN.LAYER_LR_DECAY",
+    (0, 1): """
+        DISTILL.ALPHA TRAIN.LR_SCHEDULER.DECAY_RATE TRAIN.OPTIMIZER.MOMENTUM AUG.REPROB
+        AUG.MIXUP_PROB AUG.MIXUP_SWITCH_PROB AUG.HFLIP AUG.VFLIP
+    """,
+    (0, 0.999): "MODEL.DROP_RATE MODEL.DROP_PATH_RATE MODEL.LABEL_SMOOTHING",
+    (0, BELOW_1): "TRAIN.EMA_DECAY",
+    (0, 2**31 - 1): "DATA.SEED SEED",
 }
 STAGES = Items((4,), 1, is_whole=True)
 LISTS = {
@@ -149,7 +117,7 @@ def _choices(cfg: Config) -> Iterator[Rule]:
 
 def _ranges(cfg: Config) -> Iterator[Rule]:
     for (low, high), keys in RANGES.items():
-        for key in keys:
+        for key in keys.split():
             fits = _is_number(cfg.value(key), low, high)
             yield not fits, key, f"expected a number{_bounds(low, high)}"
 

@@ -317,8 +317,8 @@ def test_without_a_terminal_there_are_lines_at_intervals(monkeypatch):
     items = progress("5678", None, "saving", "img", lines.append, 2, note=lambda: next(notes))
     assert list(items) == list("5678")
     assert lines == [
-        "saving:  50% 2/4 [00:02<00:02,  1.00 img/s, a]",
-        "saving: 100% 4/4 [00:04<00:00,  1.00 img/s, b]",
+        "saving:  50% 2/4 [00:02<00:02,  1.00img/s, a]",
+        "saving: 100% 4/4 [00:04<00:00,  1.00img/s, b]",
     ]
     assert sys.stderr.getvalue() == ""
 
@@ -327,7 +327,7 @@ def test_a_loop_of_unknown_length_and_a_quick_one(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     lines: list[str] = []
     assert list(progress(iter("ab"), log=lines.append, interval=0)) == ["a", "b"]
-    assert [line.partition(" [")[0] for line in lines] == ["1 it", "2 it"]
+    assert [line.partition(" [")[0] for line in lines] == ["1it", "2it"]
     assert list(progress(range(1000), log=pytest.fail)) == list(range(1000))
     assert list(progress([], total=0, log=pytest.fail, interval=0)) == []
 

@@ -21,6 +21,7 @@ from configs import (
 from configs.config import flatten
 from configs.continuation import check_continuation
 from configs.defaults import REMOVED
+from configs.validate import RANGES
 
 
 def opts(text: str = "", world_size: int = 1):
@@ -35,7 +36,7 @@ def from_yaml(folder: Path, text: str):
 def test_flags_win_over_opts_over_the_file_over_its_bases(tmp_path):
     (tmp_path / "a.yaml").write_text("TAG: a\nSEED: 1\nTRAIN: {EPOCHS: 40, BASE_LR: 1e-3}\n")
     (tmp_path / "b.yaml").write_text("BASE: [a.yaml]\nSEED: 2\n")
-    words = ["--opts", "TRAIN.EPOCHS", "50", "TAG", "opts", "--tag", "flag"]
+    words = "--opts TRAIN.EPOCHS 50 TAG opts --tag flag".split()
     cfg = load_config(["--cfg", str(tmp_path / "b.yaml"), *words])
     assert (cfg.SEED, cfg.TRAIN.EPOCHS, cfg.TRAIN.BASE_LR, cfg.TAG) == (2, 50, 1e-3, "flag")
     assert cfg.EXPLICIT == ["SEED", "TAG", "TRAIN.BASE_LR", "TRAIN.EPOCHS"]
@@ -68,32 +69,9 @@ def test_values_become_what_their_key_is_and_survive_a_dump(key, text, expected,
 
 def test_every_flag_reaches_its_key_and_is_explained():
     cfg = load_config(
-        [
-            "--batch-size",
-            "6",
-            "--data-path",
-            "d",
-            "--pretrained",
-            "p",
-            "--resume",
-            "r",
-            "--accumulation-steps",
-            "2",
-            "--use-checkpoint",
-            "--disable_amp",
-            "--output",
-            "o",
-            "--tag",
-            "t",
-            "--eval",
-            "--throughput",
-            "--use-wandb",
-            "--use-sync-bn",
-            "--device",
-            "cuda",
-            "--local_rank",
-            "3",
-        ]
+        "--batch-size 6 --data-path d --pretrained p --resume r --accumulation-steps 2"
+        " --use-checkpoint --disable_amp --output o --tag t --eval --throughput --use-wandb"
+        " --use-sync-bn --device cuda --local_rank 3".split()
     )
     assert choices_in_words(cfg) == (
         "DATA.BATCH_SIZE 6, DATA.DATA_PATH d, MODEL.PRETRAINED p, MODEL.RESUME r,"
@@ -169,8 +147,7 @@ def test_replacing_leaves_the_original_alone_and_keeps_types():
 
 
 @pytest.mark.parametrize(
-    "policy",
-    ["none", "original", "v0-mstd0.5", "rand", "rand-m9-n3-mstd0.5-inc1", "rand-mstdinf-w0-mmax9"],
+    "policy", "none original v0-mstd0.5 rand rand-m9-n3-mstd0.5-inc1 rand-mstdinf-w0-mmax9".split()
 )
 def test_policies_that_exist(policy):
     assert opts(f"AUG.AUTO_AUGMENT {policy}").AUG.AUTO_AUGMENT == policy
@@ -186,6 +163,12 @@ def test_evaluating_and_saving_do_not_judge_the_schedule():
     odd = "TRAIN.EPOCHS 2 DATA.BATCH_SIZE 3 AUG.MIXUP_MODE pair2"
     assert load_config(["--eval", "--opts", *odd.split()]).EVAL_MODE
     assert opts("DISTILL.SAVE_TEACHER_LOGITS True TRAIN.EPOCHS 2").TRAIN.EPOCHS == 2
+
+
+def test_every_number_has_a_range():
+    ranged = {key for keys in RANGES.values() for key in keys.split()}
+    numbers = {key for key, value in flatten(opts()).items() if type(value) in (int, float)}
+    assert numbers - ranged == {"WORLD_SIZE", "LOCAL_RANK"}
 
 
 def test_nothing_but_the_config_itself_defrosts(root):

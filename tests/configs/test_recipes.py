@@ -7,23 +7,11 @@ import pytest
 from configs import dump, load_config
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.yaml"))
-KEYS = [
-    "TRAIN.EPOCHS",
-    "TRAIN.WARMUP_EPOCHS",
-    "TRAIN.BASE_LR",
-    "TRAIN.MIN_LR",
-    "TRAIN.WEIGHT_DECAY",
-    "TRAIN.LAYER_LR_DECAY",
-    "TRAIN.EVAL_BN_WHEN_TRAINING",
-    "AUG.MIXUP",
-    "AUG.CUTMIX",
-    "AUG.MIXUP_MODE",
-    "MODEL.DROP_PATH_RATE",
-    "MODEL.TINY_VIT.EMBED_DIMS",
-    "DATA.DATASET",
-    "DATA.IMG_SIZE",
-    "TEST.CROP",
-]
+KEYS = """
+    TRAIN.EPOCHS TRAIN.WARMUP_EPOCHS TRAIN.BASE_LR TRAIN.MIN_LR TRAIN.WEIGHT_DECAY
+    TRAIN.LAYER_LR_DECAY TRAIN.EVAL_BN_WHEN_TRAINING AUG.MIXUP AUG.CUTMIX AUG.MIXUP_MODE
+    MODEL.DROP_PATH_RATE MODEL.TINY_VIT.EMBED_DIMS DATA.DATASET DATA.IMG_SIZE TEST.CROP
+""".split()
 VALUES = """\
 tiny_vit_5m
 300 20 0.0005 5e-06 0.05 1.0 False 0.8 1.0 batch 0.0 [64,128,160,320] imagenet 224 True
@@ -52,13 +40,12 @@ def test_a_recipe_loads_survives_a_dump_and_begins_with_its_command(recipe, root
     assert cfg.is_frozen()
     (tmp_path / "dump.yaml").write_text(dump(cfg))
     assert load_config(["--cfg", str(tmp_path / "dump.yaml")], world_size=8) == cfg
-    command = recipe.read_text().splitlines()[0].removeprefix("# ")
-    _, flag, name, *rest = command.partition(".py ")[2].join([".py ", ""]).split()
-    assert (flag, name) == ("--cfg", recipe.relative_to(root).as_posix())
-    load_config([flag, name, *rest], world_size=8)
+    command = recipe.read_text().splitlines()[0].partition(".py ")[2].split()
+    assert command[:2] == ["--cfg", recipe.relative_to(root).as_posix()]
+    load_config(command, world_size=8)
 
 
-@pytest.mark.parametrize(("name", "expected"), zip(VALUES[::2], VALUES[1::2]))
+@pytest.mark.parametrize(("name", "expected"), list(zip(VALUES[::2], VALUES[1::2])))
 def test_a_recipe_has_the_originals_values(name, expected):
     cfg = load_config(["--cfg", next(str(path) for path in RECIPES if path.stem == name)])
     assert [str(cfg.value(key)).replace(" ", "") for key in KEYS] == expected.split()

@@ -177,7 +177,7 @@ def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "batches/s" in line]
     assert len(lines) == 12
     shown = (
-        r"epoch \d: +\d+% \d/6 \[.+ batches/s, rank 0: \d+ images(, top1 \S+%, top5 \S+%)?, 0.0 MB,"
+        r"epoch \d: +\d+% \d/6 \[.+batches/s, rank 0: \d+ images(, top1 \S+%, top5 \S+%)?, 0.0 MB,"
         r" [\d,]+ images/s; all epochs done in (\S+|unknown)\]$"
     )
     assert all(re.search(shown, line) for line in lines) and "top5" in lines[-1]
