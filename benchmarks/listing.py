@@ -1,6 +1,6 @@
 """Start-up and memory of a run on ImageNet-22k: a list of 14.2 million names, zip files beside it.
 
-    python -m benchmarks.listing                       # some minutes, 1 GB of disk and 3 GB of memory
+    python -m benchmarks.listing                     # some minutes, 1 GB of disk and 3 GB of memory
     python -m benchmarks.listing --images 1000000
 
 The data is made up: as many names and classes as the real list has; each class's zip file is a link

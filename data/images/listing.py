@@ -157,7 +157,7 @@ def cached_listing(
         found = _scanned(scan)
         folder = root / f"{name}.{secrets.token_hex(4)}"
         _write(folder, found)
-        pointer = {"folder": folder.name, "watched": found.watched}
+        pointer = {"folder": folder.name, "watched": found.watched, "made": time.time_ns()}
         write_atomic(newest, json.dumps(pointer).encode())
         return Listing(folder)
 
@@ -288,12 +288,11 @@ def _made_once(
 def _fresh(newest: Path, since: int) -> Listing | None:
     """The newest listing of a source, if it is not older than `since` and its data is unchanged."""
     try:
-        if newest.stat().st_mtime_ns < since:
-            return None
         pointer = json.loads(newest.read_text(encoding="utf-8"))
-        if any(stamp(watched[0]) != watched for watched in pointer["watched"]):
-            return None
+        is_changed = any(stamp(watched[0]) != watched for watched in pointer["watched"])
     except (OSError, ValueError):  # there is none, or what it was made of is gone
+        return None
+    if is_changed or pointer["made"] < since:
         return None
     return _opened(newest.parent / pointer["folder"])
 

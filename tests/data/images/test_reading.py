@@ -1,4 +1,4 @@
-"""Opening images: every kind becomes RGB of 8 bits as in the original, or an error that names it."""
+"""Opening images: every kind becomes RGB of 8 bits as in the original, or a named error."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""The drawn shapes: the same pixels everywhere, in any number and size; learned, but not at once."""
+"""The drawn shapes: the same pixels everywhere, in any number and size; not learned at once."""
 
 import ast
 import hashlib
