@@ -71,18 +71,11 @@ def test_unusual_zip_files_are_read_by_zipfile(tmp_path, found_by_name, kind):
     assert read_zip(path) == CONTENTS and found_by_name == list(CONTENTS)
 
 
-@pytest.mark.parametrize(
-    "after",
-    [
-        {"b.jpeg": b"2", "a.jpeg": b"1"},
-        {"a.jpeg.jpeg": b"3", "a.jpeg": b"1", "b.jpeg": b"2"},
-        {"a": b"3", "a.jpeg": b"1", "b.jpeg": b"2"},
-    ],
-)
-def test_a_zip_file_that_changed_is_still_read_by_name(tmp_path, found_by_name, after):
-    before = {"a.jpeg": b"1", "b.jpeg": b"2"}
+@pytest.mark.parametrize("first", [{}, {"a.jpeg.jpeg": b"3"}, {"a": b"3"}])
+def test_a_zip_file_that_changed_is_still_read_by_name(tmp_path, found_by_name, first):
+    before = {"a.jpeg": b"1" * 20, "b.jpeg": b"2" * 20}
     spans = zip_spans(write_zip(tmp_path / "a.zip", before))
-    path = write_zip(tmp_path / "a.zip", after)
+    path = write_zip(tmp_path / "a.zip", {**first, **dict(reversed(before.items()))})
     assert {name: read_zip_member(path, name, spans[name]) for name in before} == before
     assert found_by_name == list(before)
 

@@ -283,6 +283,7 @@ def test_names_of_members_follow_a_format(folder_22k):
     message = r"n00007846.zip: has no member n00007846_10026.JPEG: DATA.FNAME_FORMAT must fit"
     with pytest.raises(CorruptImage, match=message):
         dataset[0]
+    assert dataset.listing.span(0) == (-1, 0) and built_22k(folder_22k).listing.span(0)[0] == 0
 
 
 def test_a_missing_list_or_zip_is_named(folder_22k, tmp_path):
@@ -320,15 +321,24 @@ def test_22k_is_validated_on_the_folder_beside_it(folder_22k):
         built_22k(folder_22k, "val")
 
 
-@pytest.mark.parametrize("has_training", [True, False])
-def test_with_all_of_22k_validation_labels_are_those_of_1k(folder_22k, has_training):
-    names = ["val/n02110341/1.png", "val/n04399382/1.png"]
+@pytest.mark.parametrize(
+    ("wnids", "has_training", "num_classes", "labels"),
+    [
+        (["n02110341", "n04399382"], True, 1000, [251, 850]),
+        (["n02110341", "n04399382"], False, 1000, [251, 850]),
+        (["n00007846"], True, 21841, [4]),  # no class of 1k
+    ],
+)
+def test_with_all_of_22k_validation_labels_are_those_of_1k(
+    folder_22k, wnids, has_training, num_classes, labels
+):
+    names = [f"val/{wnid}/1.png" for wnid in wnids]
     beside = write_files(folder_22k.parent / "ImageNet", names)
+    options = {"VAL_PATH": beside}
     if has_training:
-        dataset = built_22k(folder_22k, "val", CLASS_LIST="imagenet22k")
-    else:
-        dataset = built("val", DATASET="imagenet22k", VAL_PATH=beside)
-    assert dataset.num_classes == 1000 and labels_of(dataset) == [251, 850]
+        options |= {"DATA_PATH": folder_22k, "CLASS_LIST": "imagenet22k"}
+    dataset = built("val", DATASET="imagenet22k", **options)
+    assert dataset.num_classes == num_classes and labels_of(dataset) == labels
 
 
 # ---- images without classes
