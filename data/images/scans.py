@@ -7,7 +7,7 @@ import posixpath
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 
@@ -151,7 +151,7 @@ def _images(
             yield from _images(Path(entry.path), inner, watched, (*above, identity))
 
 
-def _check_some(path: Path, keys, expected: str) -> None:
+def _check_some(path: Path, keys: Sized, expected: str) -> None:
     if not len(keys):
         raise ValueError(
             f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}): expected {expected}; correct the"
