@@ -24,7 +24,12 @@ def encoded_batches(names: dict[str, int], label_key: str, classes: int):
     for name, count in names.items():
         images = rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
         labels = (np.arange(count) * 7 % classes).tolist()
-        yield name, images, labels, pickle.dumps({"data": images, label_key: labels})
+        yield (
+            name,
+            images,
+            labels,
+            pickle.dumps({"data": images.reshape(count, -1), label_key: labels}),
+        )
 
 
 def md5(data: bytes) -> str:
@@ -72,8 +77,7 @@ def served(folder: Path, cifar, archive: bytes, monkeypatch):
     """A server of the archive."""
     folder.mkdir()
     (folder / cifar.kind.filename).write_bytes(archive)
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    handler = partial(quiet, directory=str(folder))
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/{cifar.kind.filename}"
