@@ -205,9 +205,9 @@ def _what_instead(key: str, known: list[str]) -> str:
     members = [name for name in known if name.startswith(f"{key}.")]
     if members:
         return f"is a group of keys, not a value: name one of them, e.g. {members[0]}"
-    last_names = {name.rpartition(".")[2]: name for name in known}
+    last_names = {name.rpartition(".")[2]: name for name in reversed(known)}
     last = key.rpartition(".")[2].upper()
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     near += [last_names[name] for name in difflib.get_close_matches(last, last_names, n=1)]
     advice = f"did you mean {near[0]}?" if near else "see configs/defaults.py"
     return f"unknown key; {advice}"

@@ -18,6 +18,7 @@ def fault(*words: str, world_size: int = 1) -> ConfigError:
 KINDS = [
     ("TRAIN.EPOCS 3", "TRAIN.EPOCS = '3': unknown key; did you mean TRAIN.EPOCHS?"),
     ("EPOCHS 3", "did you mean TRAIN.EPOCHS?"),
+    ("BETAS 3", "did you mean TRAIN.OPTIMIZER.BETAS?"),
     ("AUG.MIXUP.PROB 3", "did you mean AUG.MIXUP_PROB?"),
     ("TRAIN 3", "is a group of keys, not a value: name one of them, e.g. TRAIN.START_EPOCH"),
     ("WORLD_SIZE 3", "WORLD_SIZE = 3: is set by the program"),
@@ -66,6 +67,7 @@ TRAIN.OPTIMIZER.BETAS (0.9,1.0)
 TRAIN.EPOCHS -3
 TRAIN.EPOCHS None
 TRAIN.BASE_LR nan
+TRAIN.BASE_LR .inf
 TRAIN.BASE_LR True
 AUG.REMODE noise
 AUG.MIXUP_PROB nan
@@ -82,6 +84,8 @@ DATA.INTERPOLATION bicubik
 DATA.IMG_SIZE 31
 DATA.SUBSET 0
 DATA.STD [1,1,0]
+DATA.STD [1,1,True]
+AUG.FILL [1,2,2.5]
 DATA.MEAN [1,'x',0]
 DISTILL.TEMPERATURE 0
 """

@@ -98,6 +98,7 @@ def test_a_key_of_an_earlier_version_is_a_line_and_stops_nothing(tmp_path, capsy
     (key,) = REMOVED
     content = yaml.safe_load(dump(opts("SEED 1")))
     content["DISTILL"]["STAGE_DIR"] = "/disk"
+    del content["DISTILL"]["OTHER_SIZE"]  # which that version did not have yet
     before = yaml.safe_dump(content)
     assert check_continuation(before, opts("SEED 1"), "c") == []
     assert from_yaml(tmp_path, before) == opts("SEED 1")
@@ -160,8 +161,9 @@ def test_names_make_a_folder_inside_the_output():
 
 
 def test_evaluating_and_saving_do_not_judge_the_schedule():
-    odd = "TRAIN.EPOCHS 2 DATA.BATCH_SIZE 3 AUG.MIXUP_MODE pair2"
-    assert load_config(["--eval", "--opts", *odd.split()]).EVAL_MODE
+    odd = "TRAIN.EPOCHS 2 DATA.BATCH_SIZE 3 AUG.MIXUP_MODE batch DISTILL.ENABLED False"
+    words = [*odd.split(), "DISTILL.TEACHER_LOGITS_PATH", "s"]
+    assert load_config(["--eval", "--opts", *words]).is_paired
     assert opts("DISTILL.SAVE_TEACHER_LOGITS True TRAIN.EPOCHS 2").TRAIN.EPOCHS == 2
 
 
