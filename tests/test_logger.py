@@ -249,7 +249,8 @@ def test_wandb_gets_the_run_and_its_numbers(tmp_path, monkeypatch):
     (tmp_path / "wandb_id.txt").write_text("known")
     writer = create_metric_writer(tmp_path, 0, "tinyvit", "5m/default", {"SEED": 1}, pytest.fail)
     writer.write(4, 1, {"images_per_second": 3.0}, loss=torch.tensor(0.5), bad=math.inf)
-    writer.close()
+    for _ in range(2):
+        writer.close()
     (_, *options), *calls = wandb.calls
     wanted = {"project": "tinyvit", "name": "5m/default", "config": {"SEED": 1}, "id": "known"}
     assert dict(options).items() >= (wanted | {"resume": "allow", "dir": str(tmp_path)}).items()
@@ -286,18 +287,20 @@ def test_a_wandb_that_fails_is_one_warning(wandb, message, tmp_path, monkeypatch
 
 
 def test_a_report_has_speed_wait_and_the_time_that_is_left(tmp_path, monkeypatch):
-    clock = iter([100.0, 100.0, 110.0])
+    clock = iter([100.0, 100.0, 105.0, 115.0])
     monkeypatch.setattr(logger.time, "perf_counter", lambda: next(clock))
     lines: list[str] = []
     writer = MetricWriter(tmp_path)
     log = logger.TrainingLog(lines.append, writer, epochs=3, images_per_update=8, update=20)
-    log.report(25, 1, 5, 15, {"loss": 2.0}, [0.1, 0.2], 2, waited=1.0, memory_gb=1.5)
+    log.report(25, 1, 5, 15, {"loss": 3.0}, [0.1, 0.2], 0, waited=2.0, memory_gb=1.5)
+    log.report(30, 1, 10, 15, {"loss": 2.0}, [0.1, 0.2], 2, waited=3.0, memory_gb=1.5)
     assert lines == [
-        "epoch 2/3, update 5/15: loss 2, lr 0.2, 2 updates skipped; 4.0 images/s, data wait 10%,"
-        " 1.50 GB, 0:00:50 left"
+        "epoch 2/3, update 5/15: loss 3, lr 0.2; 8.0 images/s, data wait 40%, 1.50 GB, 0:00:25 left",
+        "epoch 2/3, update 10/15: loss 2, lr 0.2, 2 updates skipped; 4.0 images/s, data wait 10%,"
+        " 1.50 GB, 0:00:30 left",
     ]
     numbers = {"loss": 2.0, "lr": 0.2, "lr_min": 0.1, "skipped": 2}
-    assert read(tmp_path) == [{"step": 25, "epoch": 1 + 5 / 15, **numbers}]
+    assert read(tmp_path)[1] == {"step": 30, "epoch": 1 + 10 / 15, **numbers}
 
 
 # Progress
