@@ -130,9 +130,10 @@ def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, _PlainLoader) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{named_by}") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: {reason}{named_by}") from None
+        raise ConfigError(f"{path}: can't be read ({error}){named_by}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -117,7 +117,7 @@ FILES = [
     ("SEED: 1\nSEED: 2", "key SEED stands there twice, keep one"),
     ("TRAIN:\n  EPOCHS: 1\n  EPOCHS: 1", "line 3, column 3"),
     ("- 1", "expected KEY: value lines, found a list"),
-    ("BASE: [absent.yaml]", "absent.yaml: No such file or directory (BASE of"),
+    ("BASE: [absent.yaml]", "absent.yaml: no such file (BASE of"),
     ("BASE: 5", "BASE = 5: expected a list of YAML files"),
     ("BASE: [bad.yaml]", "BASE goes round in a circle: bad.yaml -> bad.yaml"),
     ("BASE: [other.yaml]", "bad.yaml -> other.yaml -> bad.yaml"),
@@ -137,7 +137,8 @@ def test_a_fault_in_a_file_names_the_file(text, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [
-        ("--cfg nowhere.yaml", 1, "nowhere.yaml: No such file"),
+        ("--cfg nowhere.yaml", 1, "nowhere.yaml: no such file"),
+        ("--cfg .", 1, ".: can't be read"),
         ("--opts TRAIN.EPOCHS", 1, "--opts: expected KEY VALUE pairs, got 1 words: TRAIN.EPOCHS"),
         ("--opts TRAIN.EPOCHS=3", 1, "write KEY VALUE, without ="),
         ("--opts TRAIN.EPOCHS 10", 1, "TRAIN.WARMUP_EPOCHS = 20: warm-up is longer than training"),
