@@ -1,5 +1,6 @@
-"""What every program needs around a model: processes and devices, autocast, meters and evaluation."""
+"""What both programs share: the frame they run in, processes and devices, meters, evaluation."""
 
+import logging
 import math
 import os
 import random
@@ -8,14 +9,15 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from enum import IntEnum
 from inspect import signature
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +26,88 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from logger import note_fault
 
-class ElsewhereError(ValueError):
-    """A fault of another process, which reports it."""
+Settings = TypeVar("Settings")
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+class Exit(IntEnum):
+    """How a program ends."""
+
+    DONE = 0
+    DIFFERENT = 1  # a check found differences
+    FAULT = 2  # an error that one line explains
+    STOPPED = 75  # EX_TEMPFAIL: on request; the same command goes on from here
+    INTERRUPTED = 130  # by a second Ctrl-C
+
+
+class Stopped(Exception):
+    """The program was asked to stop; its text says what the user should know."""
+
+
+class PeerError(ValueError):
+    """A fault of another process of the run, which tells it itself."""
+
+
+def run_program(
+    load: Callable[[], Settings], program: Callable[[Settings, "StopRequest"], int]
+) -> int:
+    """Run a program to its exit code; a fault that a user can mend is one line on stderr.
+
+    What `load` reads, the command line, is the same in all processes: rank 0 alone tells its faults.
+    """
+    rank = os.environ.get("RANK", "0")
+    try:
+        settings = load()
+    except ValueError as error:
+        if rank == "0":
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        return Exit.FAULT
+    with StopRequest() as stop:
+        try:
+            return program(settings, stop)
+        except Stopped as stopped:
+            logging.getLogger("tinyvit").info(f"stopped on request: {stopped}")
+            return Exit.STOPPED
+        except KeyboardInterrupt:
+            print("ended without saving: the same command goes on", file=sys.stderr)
+            return Exit.INTERRUPTED
+        except PeerError:
+            # While a run is being stopped, processes that end are no fault.
+            return Exit.STOPPED if stop.received else Exit.FAULT
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            text = one_line(error)
+        except RuntimeError as error:  # of exchanges between processes it is the only type
+            if not (isinstance(error, dist.DistError) or a_peer_is_lost()):
+                raise
+            if stop.received:
+                return Exit.STOPPED
+            text = (
+                "the connection to another process is lost, whose own message tells why"
+                f" ({one_line(error)[:120]})"
+            )
+        print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+        note_fault(logging.getLogger("tinyvit"), text)
+        return Exit.FAULT
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def a_peer_is_lost() -> bool:
+    """Whether another process of the group has ended: nothing can be sent to it any more."""
+    if not dist.is_initialized():
+        return False
+    for rank in set(range(dist.get_world_size())) - {dist.get_rank()}:
+        try:
+            dist.isend(torch.zeros(1), rank)  # never received: one that lives has failed as well
+        except RuntimeError:
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -44,8 +125,9 @@ class Distributed:
         return self.rank == 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all processes, as a new tensor where there are several; of one
-        on the CPU no GPU is waited for.
+        """The sum of `tensor` over all processes, as a new tensor where there are several.
+
+        No GPU is waited for where the tensor is on the CPU.
         """
         if self.world_size == 1:
             return tensor
@@ -55,10 +137,8 @@ class Distributed:
 
     def any_of(self, *flags: bool) -> list[bool]:
         """For each flag whether it is set on any process, the same answer on all."""
-        return [
-            count > 0
-            for count in self.all_reduce_sum(torch.tensor(flags, dtype=torch.float32)).tolist()
-        ]
+        counts = self.all_reduce_sum(torch.tensor(flags, dtype=torch.float32))
+        return [count > 0 for count in counts.tolist()]
 
     def broadcast_object(self, obj: Any) -> Any:
         """Rank 0's `obj`, on every process."""
@@ -76,33 +156,57 @@ class Distributed:
         dist.all_gather_object(objects, obj)
         return objects
 
-    def on_main(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on rank 0, on every process; a ValueError or OSError of rank 0 is
-        an ElsewhereError on the others.
-        """
-        result = fault = None
-        if self.is_main:
-            try:
-                result = function()
-            except (ValueError, OSError) as error:
-                fault = error
-        result, message = self.broadcast_object((result, None if fault is None else str(fault)))
-        if fault is not None:
-            raise fault
-        if message is not None:
-            raise ElsewhereError(message)
-        return result
-
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors on this process's device with rank 0's."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
+    def everywhere(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns here, once it has succeeded on all processes."""
+        result, fault = _attempt(function)
+        texts = self.gather_objects(None if fault is None else one_line(fault))
+        if fault is not None:
+            raise fault
+        for text in texts:
+            if text is not None:
+                raise PeerError(text)
+        return result
+
+    def on_main_alone(self, function: Callable[[], Result]) -> Result | None:
+        """What `function` returns on rank 0, there; None on the others; they fail together."""
+        return self.everywhere(function if self.is_main else _nothing)
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns on rank 0, on every process; they fail together."""
+        return self.broadcast_object(self.on_main_alone(function))
+
+    def main_first(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns here; rank 0 calls it first, the others find the files it made."""
+        if self.is_main:
+            result = self.everywhere(function)
+            self.everywhere(_nothing)
+        else:
+            self.everywhere(_nothing)
+            result = self.everywhere(function)
+        return result
+
     def destroy(self) -> None:
         """Leave the group of processes."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """(result, None) or (None, the error)."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _nothing() -> None:
+    """What a process does while it is another's turn."""
 
 
 def init_distributed(
@@ -355,119 +459,68 @@ def grad_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.Gr
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-@contextmanager
-def sole_user(path: str | Path) -> Iterator[None]:
-    """Let no other process in that asks for the same file, as far as the system has such locks; one
-    that dies lets go.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            import fcntl  # absent on Windows
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which children do not inherit
-        except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"{path.parent} is in use: another process writes to this run; wait for its end, or"
-                " give this one another --tag"
-            ) from None
-        except (ImportError, OSError):
-            pass
-        yield
-
-
-def is_writable(path: str | Path) -> bool:
-    """Whether a file can be written there; folders that it lacks are made."""
-    path = Path(path).absolute()
+def check_writable(option: str, path: str | Path) -> None:
+    """Raise a ValueError unless a file can be written there; folders that it lacks are made."""
+    folder = Path(path).absolute().parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return False
-    return not path.is_dir() and os.access(path.parent, os.W_OK)
+        pass  # what there is instead is told below
+    if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(
+            f"{option} {path}: can't be written there, name a file in a folder of yours"
+        )
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+class Meters:
+    """What updates measure, as means since the last log line and over the epoch.
 
-
-class Measurements:
-    """What updates measure, kept on their device until `collect`; an update whose first column is
-    not finite counts as skipped.
-
-    `state` is plain values: with it a resumed run goes on exactly. `streak` has the images'
-    positions of each of the last updates, as far as these were skipped."""
+    Values stay on their device until `collect`. An update whose gradient norm is not finite counts
+    as skipped. `state` is plain values: with it a resumed run goes on exactly.
+    """
 
     def __init__(
-        self, columns: Sequence[str], world: Distributed, state: dict[str, Any] | None = None
+        self, names: Sequence[str], world: Distributed, state: dict[str, Any] | None = None
     ) -> None:
-        self.columns, self.world = tuple(columns), world
+        """`names` of what is measured begin with "norm"."""
+        self.names = tuple(names)
+        self.world = world
         self.state = state or {"window": [], "epoch": [], "skipped": 0, "skipped_in_a_row": 0}
-        self.streak: list[Tensor] = []
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[Tensor] = []
 
-    def add(self, row: Tensor, positions: Tensor) -> None:
-        """Take one update's columns, and its images; nothing waits for the device."""
-        self._pending.append((row, positions))
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Take what one update has measured; nothing waits for the device."""
+        self._pending.append(torch.stack([values[name].detach() for name in self.names]))
 
-    def collect(self, limit: float = math.inf) -> bool:
-        """Wait for the pending rows, as means over all processes; stops, and tells, when `limit`
-        updates in a row were skipped.
-        """
+    def collect(self) -> None:
+        """Wait for the values of the updates so far, as means over all processes."""
         if not self._pending:
-            return False
-        rows = (
-            self.world.all_reduce_sum(
-                torch.stack([row for row, _ in self._pending]).detach().cpu().double()
-            )
-            / self.world.world_size
-        )
-        pending, self._pending = self._pending, []
-        for row, (_, positions) in zip(rows.tolist(), pending):
+            return
+        rows = torch.stack(self._pending).cpu().double()
+        rows = self.world.all_reduce_sum(rows) / self.world.world_size
+        self._pending = []
+        state = self.state
+        for row in rows.tolist():
             if math.isfinite(row[0]):
-                self.state["window"].append(row)
-                self.state["epoch"] = [
-                    total + value
-                    for total, value in zip(
-                        self.state["epoch"] or [0.0] * (len(row) + 1), (*row, 1.0)
-                    )
-                ]
-                self.state["skipped_in_a_row"] = 0
-                self.streak = []
+                state["window"].append(row)
+                sums = state["epoch"] or [0.0] * (len(row) + 1)  # of each value, and their count
+                state["epoch"] = [total + value for total, value in zip(sums, [*row, 1.0])]
+                state["skipped_in_a_row"] = 0
             else:
-                self.state["skipped"] += 1
-                self.state["skipped_in_a_row"] += 1
-                self.streak.append(positions)
-                if self.state["skipped_in_a_row"] >= limit:
-                    return True
-        return False
+                state["skipped"] += 1
+                state["skipped_in_a_row"] += 1
 
     def take_window(self) -> dict[str, float]:
-        """The means over what was collected since this was last called."""
-        rows, self.state["window"] = self.state["window"], []
-        return {name: sum(column) / len(rows) for name, column in zip(self.columns, zip(*rows))}
+        """The means since this was last called."""
+        rows = self.state["window"]
+        self.state["window"] = []
+        return {name: sum(column) / len(rows) for name, column in zip(self.names, zip(*rows))}
 
     def take_epoch(self) -> dict[str, float]:
         """The means over the epoch, which ends here."""
-        sums, self.state["epoch"] = self.state["epoch"], []
-        return {name: total / sums[-1] for name, total in zip(self.columns, sums)}
-
-
-class Waiting:
-    """An iterator that adds up how long it was waited for."""
-
-    def __init__(self, items: Iterable) -> None:
-        self._items, self.seconds = iter(items), 0.0
-
-    def __iter__(self) -> "Waiting":
-        return self
-
-    def __next__(self) -> Any:
-        start = time.perf_counter()
-        try:
-            return next(self._items)
-        finally:
-            self.seconds += time.perf_counter() - start
+        sums = self.state["epoch"]
+        self.state["epoch"] = []
+        return {name: total / sums[-1] for name, total in zip(self.names, sums)}
 
 
 def peak_memory(device: torch.device) -> float:
@@ -488,109 +541,95 @@ def peak_memory(device: torch.device) -> float:
 
 
 def time_calls(
-    function: Callable[[], Any],
-    device: torch.device,
-    calls: int = 30,
-    warmup: int = 10,
-    limit: float = 60.0,
+    function: Callable[[], Any], device: torch.device, calls: int = 30, limit: float = 60.0
 ) -> list[float]:
-    """Seconds of each of several calls, after some that are not counted; on CUDA by events on the
-    device.
+    """Seconds of each of several calls, after a third as many that are not counted.
 
-    Elsewhere calls end early, after three at least, when warm-up or counting has taken `limit`
-    seconds."""
-    if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-        for _ in range(warmup):
-            function()
-        marks[0].record()
-        for mark in marks[1:]:
-            function()
-            mark.record()
-        marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
+    Warm-up and counting each end early, after three calls at least, when `limit` seconds are over.
+    """
 
     def timed(count: int) -> list[float]:
         seconds: list[float] = []
         while len(seconds) < count and (len(seconds) < 3 or sum(seconds) < limit):
-            start = time.perf_counter()
+            begun = time.perf_counter()
             function()
-            if device.type == "mps":
-                torch.mps.synchronize()
-            seconds.append(time.perf_counter() - start)
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize()
+            seconds.append(time.perf_counter() - begun)
         return seconds
 
-    timed(warmup)
+    timed(calls // 3)
     return timed(calls)
 
 
-def _right(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the label is the highest output, the second highest, ..., as bool [B, k] (or [B, C]
-    with fewer classes).
+def in_step(
+    batches: Iterable[Item], count: int, world: Distributed, stop: StopRequest | None
+) -> Iterator[Item]:
+    """The batches, of which this process has `count`; Stopped as soon as any process must stop.
+
+    All processes agree before each batch, so that none is left waiting for the others.
     """
-    return logits.topk(min(k, logits.shape[1]), dim=1).indices == labels[:, None]
+    most = max(world.gather_objects(count))
+    own = iter(batches)
+    for _ in range(most):
+        if stop and world.any_of(stop.received is not None)[0]:
+            raise Stopped("the same command goes on")
+        yield from islice(own, 1)
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: Iterable,
+    batches: Iterable,
     device: torch.device,
     dtype: torch.dtype | None = None,
     *,
     world: Distributed | None = None,
-    map_outputs: Callable[[Tensor], Tensor] | None = None,
-    map_labels: Callable[[Tensor], Tensor] | None = None,
+    label_map=None,
     num_classes: int = 0,
 ) -> dict[str, Any]:
-    """Loss, accuracies in percent and image count over all processes, each image once; batches
-    begin with (images, labels).
+    """Loss, accuracies in percent and image count over all processes, each image once.
 
-    `map_outputs` brings outputs into the data's numbering of classes, and `map_labels` makes labels
-    negative that no output stands for: such images are left out of the loss and count as wrong.
-    Where no image has a label, only `count` is given. With `num_classes` (the data's) the result
-    also has `class_count` and `class_top1`: each class's images and how many are right."""
+    Batches begin with (images [B, 3, H, W], labels [B]). A `label_map` (models.class_map.LabelMap)
+    brings outputs into the labels' numbering; images whose label no output stands for are left out
+    of the loss and count as wrong. Where no image has a label only `count` is given. With
+    `num_classes` (the labels') the result also has `class_count` and `class_top1`: each class's
+    images, and how many are right.
+    """
     world = world or Distributed(device=device)
     if isinstance(model, DistributedDataParallel):
-        # its forward waits for the other processes, which may have another number of batches
-        model = model.module
-    # running statistics differ between ranks after a step: rank 0's are the ones saved
+        model = model.module  # whose forward does not wait for processes that have fewer batches
+    # Running statistics differ between ranks after a step: rank 0's are the ones saved.
     world.broadcast_tensors(model.buffers())
-    training = model.training
+    wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    sums = torch.zeros(5, dtype=wide, device=device)  # loss, known, images, top-1, top-5
+    by_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, right ones
+    was_training = model.training
     model.eval()
-    sums = torch.zeros(5, dtype=_wide(device), device=device)  # loss, labels, images, top-1, top-5
-    by_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)
     try:
-        for images, labels, *_ in loader:
-            images, labels = (
-                images.to(device, non_blocking=True),
-                labels.to(device, non_blocking=True).long(),
-            )
+        for images, labels, *_ in batches:
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True).long().clamp(min=-1)
             with autocast(device, dtype):
-                logits = model(images)
-            logits = logits.float() if map_outputs is None else map_outputs(logits.float())
-            known = labels if map_labels is None else map_labels(labels)
-            loss = (
-                F.cross_entropy(logits, known.clamp(min=-1), ignore_index=-1, reduction="none")
-                .to(sums.dtype)
-                .sum()
-            )
-            right = _right(logits, known, 5)
-            counts = torch.stack(
-                [(known >= 0).sum(), torch.ones_like(known).sum(), right[:, 0].sum(), right.sum()]
-            )
-            sums += torch.cat([loss[None], counts.to(sums.dtype)])
+                logits = model(images).float()  # [B, C]
+            if label_map is not None:
+                logits = label_map.logits(logits)  # [B, classes of the data]
+                labels = label_map.known(labels)
+            loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+            right = best == labels[:, None]
+            row = [loss, labels >= 0, torch.ones_like(labels), right[:, 0], right.any(1)]
+            sums += torch.stack([values.to(wide).sum() for values in row])
             if num_classes:
-                by_class.index_add_(
-                    1, labels.clamp(min=0), torch.stack([labels >= 0, right[:, 0]]).long()
-                )
+                hits = torch.stack([labels >= 0, right[:, 0]]).long()
+                by_class.index_add_(1, labels.clamp(min=0), hits)
     finally:
-        model.train(training)
-    loss, labelled, count, top1, top5 = world.all_reduce_sum(sums).tolist()
+        model.train(was_training)
+    loss, known, count, top1, top5 = world.all_reduce_sum(sums).tolist()
     result: dict[str, Any] = {"count": int(count)}
-    if labelled:
-        result |= {"loss": loss / labelled, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
-        if num_classes:
-            class_count, class_top1 = world.all_reduce_sum(by_class).cpu().numpy()
-            result |= {"class_count": class_count, "class_top1": class_top1}
+    if not known:
+        return result
+    result |= {"loss": loss / known, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    if num_classes:
+        result["class_count"], result["class_top1"] = world.all_reduce_sum(by_class).cpu().numpy()
     return result

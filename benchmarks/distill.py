@@ -28,7 +28,7 @@ from configs import config_from_args, load_config
 from logger import create_logger
 from models.build import build_model, count_multiply_adds, count_parameters
 from models.checkpoints import save_atomic
-from utils import StopRequest, Waiting, choose_kernels, init_distributed, peak_memory
+from utils import StopRequest, choose_kernels, init_distributed, peak_memory
 
 MODES = ("labels", "stored", "online")
 SHAPES = {  # name -> DEPTHS, NUM_HEADS, WINDOW_SIZES, EMBED_DIMS
@@ -104,13 +104,13 @@ def work(pipe: Connection, words: list[str]) -> None:
     while (epoch := pipe.recv()) is not None:
         main.set_training_mode(run.model, False, False)
         run.progress.epoch, run.progress.step = epoch, 0
-        batches = Waiting(run.epochs.batches(epoch))
-        for _ in range(run.epochs.count(epoch)):
-            run.measured.add(*main.train_step(run, batches))
+        batches = run.loader.batches(epoch)
+        for _ in range(run.loader.count(epoch)):
+            run.meters.add(main.train_step(run, batches))
             run.progress.step += 1
             if run.progress.step % 10 == 0:  # as often as a training speaks
-                run.measured.collect()
-        run.measured.collect()
+                run.meters.collect()
+        run.meters.collect()
         pipe.send(peak_memory(world.device))
 
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import machine, report
 from configs import load_config
-from data.build import resolve, train_epochs
+from data.build import open_run, resolve
 
 IMAGES = 14_197_122
 CLASSES = 21_841
@@ -106,7 +106,7 @@ def start_run(folder: Path) -> dict[str, object]:
     begun = time.perf_counter()
     cfg = resolve(config(folder))
     resolved = time.perf_counter()
-    epochs = train_epochs(cfg, 0, cfg.DATA.BATCH_SIZE, cfg.DATA.BATCH_SIZE)
+    epochs = open_run(cfg).train_loader(cfg.DATA.BATCH_SIZE, 0, cfg.DATA.BATCH_SIZE)
     opened = time.perf_counter()
     batches = epochs.batches(0)
     batch = next(batches)
@@ -129,7 +129,7 @@ def worker_memory(folder: Path, start: str) -> dict[str, object]:
     measured = {}
     for dataset in ("shapes", "imagenet22k"):
         cfg = resolve(config(folder, dataset, start))
-        replay = train_epochs(cfg, 0, cfg.DATA.BATCH_SIZE, 1).dataset
+        replay = open_run(cfg).train_loader(cfg.DATA.BATCH_SIZE).dataset
         rng = np.random.Generator(np.random.PCG64(2))
         loader = DataLoader(
             Measured(replay),

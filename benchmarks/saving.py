@@ -23,7 +23,7 @@ from benchmarks.timing import alternate, machine, report
 from configs import load_config
 from data.augment.pairs import PairMix
 from data.augment.rng import generator, sample_seed
-from data.replay import Sample
+from data.replay import Batch
 from data.store.reader import AsyncAppender, LogitsStoreWriter
 from models.distill import as_teacher, teacher_dtype
 from models.teacher import Teacher
@@ -34,7 +34,7 @@ from utils import StopRequest, init_distributed
 IMAGES = 1 << 20  # in the store; each turn writes some of them
 
 
-def ready_batches(number: int, size: int, pixels: int, num_classes: int) -> list[Sample]:
+def ready_batches(number: int, size: int, pixels: int, num_classes: int) -> list[Batch]:
     """Batches of noise, as a loader gives them: on the CPU, pinned where there is a GPU."""
     rng = generator(0)
     made = []
@@ -42,7 +42,7 @@ def ready_batches(number: int, size: int, pixels: int, num_classes: int) -> list
         positions = np.arange(index * size, (index + 1) * size)
         image = torch.from_numpy(rng.standard_normal((size, 3, pixels, pixels), dtype=np.float32))
         made.append(
-            Sample(
+            Batch(
                 image.pin_memory() if torch.cuda.is_available() else image,
                 torch.from_numpy(rng.integers(0, num_classes, size)),
                 torch.tensor([sample_seed(0, 0, int(position)) for position in positions]),

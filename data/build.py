@@ -1,77 +1,168 @@
-"""A configuration, and what only the data and the store know -> a resolved configuration, and
-loaders over it.
-"""
+"""Everything of a run that lies on disk, opened once: `open_run(cfg)`."""
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
-import os
 import signal
-import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data.augment.decoder import AugmentDecoder, eval_transform, mean_and_std
+from data.augment import AugmentDecoder, PairMix
+from data.augment.decoder import eval_transform, mean_and_std
 from data.identity import adopted_values, check_proof, excess_of
 from data.images.datasets import build_dataset
-from data.replay import ReplayDataset, Sample
+from data.replay import Batch, ReplayDataset
 from data.sampler import EpochBatches, EpochSampler, Wanted
 from data.store.format import ranges
+from data.store.keys import map_positions
 from data.store.original import UpstreamStoreReader
-from data.store.reader import LogitsStoreReader, map_positions, store_epoch
-from data.store.stage import EpochStager
+from data.store.reader import LogitsStoreReader
 
-# an original's store does not say how many there are
-UPSTREAM_CLASSES = {"imagenet": 1000, "imagenet22k": 21841}
-
-
-def resolve(cfg, model_classes: int = 0):
-    """A frozen copy of `cfg` with what data and store know: class count, K, seeds, recipe, fill
-    colour.
-
-    `model_classes` is the class count of a teacher or of weights that are given, where there are
-    such."""
-    return cfg.replace(_resolved_values(cfg, model_classes))
+ORIGINAL_CLASSES = {"imagenet22k": 21841}  # an original's store does not say how many it has
+DEFAULT_TOPK, DEFAULT_TOPK_OF_MANY = 10, 100  # of up to 1,000 classes, and of more
 
 
-def reads_store(cfg) -> bool:
-    """Whether this run trains from a store (rather than writes one, evaluates, or trains without)."""
-    return bool(cfg.DISTILL.TEACHER_LOGITS_PATH) and not (
-        cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.EVAL_MODE or cfg.THROUGHPUT_MODE
-    )
+def open_run(cfg, num_outputs: int = 0) -> RunData:
+    """The images and the store that a configuration names, and what it becomes with what only they
+    know; `num_outputs` is the class count of a teacher or of weights that are given, if any.
+    """
+    images = build_dataset(cfg, "val" if cfg.EVAL_MODE else "train")
+    store = open_store(cfg, images.get_keys(), num_outputs) if reads_store(cfg) else None
+    cfg = cfg.replace(_resolved_values(cfg, images, store, num_outputs))
+    index_of = None
+    if store is not None:
+        index_of = map_positions(store, images.get_keys(), cache=cfg.DATA.INDEX_DIR or None)
+    return RunData(cfg, images, store, index_of)
 
 
-def open_store(cfg, keys) -> LogitsStoreReader | UpstreamStoreReader:
-    """The store a run reads, in our layout or the original's."""
-    root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
-    if (root / "manifest.json").is_file():
-        return LogitsStoreReader(root)
-    if not any(root.glob("logits_top*_epoch*")):
-        raise ValueError(
-            f"DISTILL.TEACHER_LOGITS_PATH = {root}: no store there (neither manifest.json nor"
-            " logits_top*_epoch*/): write one with save_logits.py, or correct the path"
+def resolve(cfg, num_outputs: int = 0):
+    """A frozen copy of `cfg` with what data and store know: class count, K, seeds, recipe, fill."""
+    return open_run(cfg, num_outputs).cfg
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run reads: open, and described by a resolved configuration."""
+
+    cfg: Any
+    images: Any  # what is trained on (with --eval: evaluated): [i] -> (PIL image, label)
+    store: LogitsStoreReader | UpstreamStoreReader | None
+    index_of: (
+        np.ndarray | None
+    )  # of the image at each position of the store, -1: not there; None: i
+
+    @cached_property
+    def decoder(self) -> AugmentDecoder:
+        """(image, seed) -> training tensor."""
+        return AugmentDecoder.from_config(self.cfg)
+
+    @cached_property
+    def mix(self) -> PairMix:
+        """Mixes neighbours of a batch."""
+        return PairMix.from_config(self.cfg)
+
+    @cached_property
+    def validation(self) -> Any:
+        """The images to evaluate on; a ValueError says why there are none."""
+        return self.images if self.cfg.EVAL_MODE else build_dataset(self.cfg, "val")
+
+    def train_loader(
+        self, batch_size: int, rank: int = 0, step_images: int = 1, topk: int = 0
+    ) -> EpochLoader:
+        """One rank's training batches.
+
+        `step_images`: images of an update over all ranks, to a multiple of which an epoch is cut (1
+        keeps every image, for saving). `topk` of the store's columns are read (0: as configured).
+        """
+        cfg = self.cfg
+        replay = ReplayDataset(
+            self.images,
+            self.decoder,
+            self.store,
+            cfg.DATA.SEED,
+            topk=topk or cfg.DISTILL.LOGITS_TOPK,
+            index_of=self.index_of,
         )
-    # of several stores in one folder it names one; else it may be a part of the columns
-    k = cfg.DISTILL.LOGITS_TOPK
-    return UpstreamStoreReader(
-        root,
-        keys,
-        k if any(root.glob(f"logits_top{k}_epoch*")) else None,
-        num_classes=_upstream_classes(cfg),
-        order=cfg.DISTILL.UPSTREAM_ORDER,
-    )
+        sampler = EpochSampler(
+            len(replay),
+            cfg.WORLD_SIZE,
+            rank,
+            cfg.DATA.SEED,
+            paired=cfg.is_paired,
+            step_images=step_images,
+            available=replay.available,
+        )
+        return EpochLoader(cfg, replay, sampler, batch_size, self.store_epoch)
+
+    def val_loader(self, rank: int = 0) -> EpochLoader:
+        """One rank's share of the validation images, each once over all ranks: (images, labels)."""
+        dataset = TransformedDataset(self.validation, eval_transform(self.cfg))
+        sampler = EpochSampler(len(dataset), self.cfg.WORLD_SIZE, rank, shuffle=False)
+        batch_size = self.cfg.TEST.BATCH_SIZE or self.cfg.DATA.BATCH_SIZE
+        return EpochLoader(self.cfg, dataset, sampler, batch_size)
+
+    def store_epoch(self, epoch: int) -> int:
+        """The epoch whose seeds, records, pairs and order serve an epoch of the run."""
+        if self.store is None or not self.cfg.DISTILL.REUSE_EPOCHS:
+            return epoch
+        return epoch % self._num_stored
+
+    @cached_property
+    def _num_stored(self) -> int:
+        count = len(self.store.epochs())
+        if not count:
+            raise ValueError(f"{self.store.root}: no epoch is sealed: run save_logits.py first")
+        return count
+
+    def check_store(self, wanted: Iterable[int] | None = None) -> str:
+        """Everything that can be checked before the first batch, for one process to do.
+
+        `wanted` are the epochs to be read, by default all of the run. Returns a line about the
+        store, "" without one.
+        """
+        store, cfg = self.store, self.cfg
+        if store is None:
+            return ""
+        if wanted is None:
+            wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS)
+        store.check_epochs(sorted({self.store_epoch(epoch) for epoch in wanted}))
+        if isinstance(store, LogitsStoreReader):
+            # A student of another size (DISTILL.OTHER_SIZE) proves the writer's decoder all the same.
+            size = store.manifest["identity"]["image_size"]
+            decoder = AugmentDecoder.from_config(cfg.replace({"DATA.IMG_SIZE": size}))
+            proof = store.manifest["proof"]
+            check_proof(proof, self.images, decoder, str(store.root), self.index_of)
+        return (
+            f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,}"
+            f" images, epochs {ranges(store.epochs())}"
+        )
+
+    def sources(self) -> dict[str, Any]:
+        """Which images a training learns from, and which teacher's records: what must stay the same
+        when it is continued.
+        """
+        found = {"images": len(self.images), "keys_sha256": self.images.get_keys().digest()}
+        if self.store is not None and self.store.manifest["teacher"]:
+            found["teacher"] = self.store.manifest["teacher"]
+        return found
 
 
-class Epochs:
-    """Batches of a data set, epoch by epoch, from loader processes that live as long as this
-    object.
+class EpochLoader:
+    """Batches of a data set, epoch by epoch, from worker processes that live as long as it does.
+
+    A fault in a worker is a ValueError of one line here; `waited` adds up the seconds that an
+    epoch's batches were waited for.
     """
 
     def __init__(
@@ -80,144 +171,84 @@ class Epochs:
         dataset: Dataset,
         sampler: EpochSampler,
         batch_size: int,
-        epoch_of: Callable[[int], int] = int,
-        stager: EpochStager | None = None,
+        store_epoch: Callable[[int], int] = int,
     ) -> None:
-        """`epoch_of` says which epoch of the store (and of its order) serves an epoch of the run."""
-        self.sampler, self._epoch_of = sampler, epoch_of
-        self._stager, self._end = stager, cfg.TRAIN.EPOCHS
+        """`store_epoch` says which epoch of the order serves an epoch of the run."""
+        self.dataset = dataset
+        self.sampler = sampler
+        self.waited = 0.0
+        self._store_epoch = store_epoch
         self._batches = EpochBatches(sampler, batch_size)
-        with _workers_unquestioned():
+        self._workers: list[multiprocessing.Process] = []
+        options: dict[str, Any] = {"num_workers": cfg.DATA.NUM_WORKERS}
+        if cfg.DATA.NUM_WORKERS:
+            options["persistent_workers"] = True
+            options["prefetch_factor"] = cfg.DATA.PREFETCH
+            if cfg.DATA.WORKER_START != "auto":
+                options["multiprocessing_context"] = cfg.DATA.WORKER_START
+        if cfg.DATA.PIN_MEMORY and cfg.DEVICE in ("auto", "cuda"):
+            options["pin_memory"] = torch.cuda.is_available()
+        with _quiet_about_cores():
             self._loader = DataLoader(
-                dataset,
+                _Guarded(dataset),
                 batch_sampler=self._batches,
-                generator=torch.Generator(),
-                **_loader_options(cfg),
+                collate_fn=_collate,
+                generator=torch.Generator(),  # else each epoch draws from the global one
+                **options,
             )
-
-    def batches(self, epoch: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Any]:
-        """The batches of an epoch for this rank, without its first `start` positions; of the rest
-        those that are `wanted`.
-
-        A fault in a loader process is a ValueError of one line here.
-        """
-        if self._stager:
-            self._stager.advance(
-                self._epoch_of(epoch), self._epoch_of(epoch + 1) if epoch + 1 < self._end else None
-            )
-        self._batches.set_epoch(self._epoch_of(epoch), start, wanted)
-        # by loader processes that start here, until they know what to do
-        with _plain_errors(), _workers_unquestioned(), _signals_held():
-            batches = iter(self._loader)
-        return _with_plain_errors(batches) if self._loader.num_workers else batches
 
     def count(self, epoch: int = 0) -> int:
         """Number of batches of a whole epoch for this rank."""
-        return -(-self.sampler.length(self._epoch_of(epoch)) // self._batches.batch_size)
+        return -(-self.sampler.length(self._store_epoch(epoch)) // self._batches.batch_size)
 
-    @property
-    def dataset(self) -> Dataset:
-        return self._loader.dataset
+    def batches(self, epoch: int, start: int = 0, wanted: Wanted | None = None) -> Iterator[Batch]:
+        """The batches of an epoch for this rank, without its first `start` positions; of the rest
+        those that are `wanted`.
+        """
+        self.waited = 0.0
+        self._batches.set_epoch(self._store_epoch(epoch), start, wanted)
+        return self._received(self._started())
 
+    def _started(self) -> Iterator[Any]:
+        """The loader's iterator; where it starts workers, they are remembered."""
+        before = multiprocessing.active_children()
+        with _quiet_about_cores(), _signals_held():
+            iterator = iter(self._loader)
+        started = [child for child in multiprocessing.active_children() if child not in before]
+        if self._loader.num_workers and started:
+            self._workers += started
+            atexit.register(_kill, started)
+        return iterator
 
-def train_epochs(
-    cfg,
-    rank: int,
-    batch_size: int,
-    step_images: int,
-    report: Callable[[str], None] = lambda text: None,
-) -> Epochs:
-    """The training data of one rank; `step_images` are those of an update over all ranks (1 keeps
-    every image, for saving).
-    """
-    dataset = build_dataset(cfg, "train")
-    decoder = AugmentDecoder.from_config(cfg)
-    store, epoch_of, stager = _opened_store(cfg, dataset) if reads_store(cfg) else (None, int, None)
-    local = local_positions(cfg, store, dataset) if store else None
-    replay = ReplayDataset(
-        dataset, decoder, store, cfg.DATA.SEED, topk=cfg.DISTILL.LOGITS_TOPK, local=local
-    )
-    sampler = EpochSampler(
-        len(replay),
-        cfg.WORLD_SIZE,
-        rank,
-        cfg.DATA.SEED,
-        paired=cfg.is_paired,
-        step_images=step_images,
-        available=replay.available,
-    )
-    if sampler.skipped:
-        report(
-            f"{sampler.skipped:,} of the store's {len(replay):,} images are skipped in epoch 0: "
-            "they or their partner are not in the data"
-        )
-    return Epochs(cfg, replay, sampler, batch_size, epoch_of, stager)
-
-
-def check_store(cfg, wanted: Iterable[int] | None = None) -> str:
-    """Everything that can be checked before the first batch, for one process to do; returns a line
-    about the store, "" without one.
-
-    `wanted` are the epochs to be read, by default all of the run.
-    """
-    if not reads_store(cfg):
-        return ""
-    dataset = build_dataset(cfg, "train")
-    store = open_store(cfg, dataset.get_keys())
-    wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS) if wanted is None else wanted
-    epochs = store.epochs()
-    if cfg.DISTILL.REUSE_EPOCHS:
-        wanted = sorted({store_epoch(epoch, len(epochs)) for epoch in wanted})
-    store.check_epochs(wanted)
-    if isinstance(store, LogitsStoreReader):
-        local = local_positions(cfg, store, dataset)
-        # DISTILL.OTHER_SIZE
-        as_written = cfg.replace({"DATA.IMG_SIZE": store.manifest["identity"]["image_size"]})
-        check_proof(
-            store.manifest["proof"],
-            dataset,
-            AugmentDecoder.from_config(as_written),
-            str(store.root),
-            local,
-        )
-    return (
-        f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,} images,"
-        f" epochs {ranges(epochs)}"
-    )
-
-
-def sources_of(cfg) -> dict[str, Any]:
-    """Which images a training learns from, and which teacher's records: what must stay the same
-    when it is continued.
-    """
-    dataset = build_dataset(cfg, "train")
-    keys = dataset.get_keys()
-    found = {"images": len(dataset), "keys_sha256": keys.digest()}
-    store = open_store(cfg, keys) if reads_store(cfg) else None
-    return found | (
-        {"teacher": store.manifest["teacher"]} if store and store.manifest["teacher"] else {}
-    )
-
-
-def val_epochs(cfg, rank: int) -> Epochs:
-    """The validation images of one rank, every image once over all ranks, as (image, label)."""
-    dataset = TransformedDataset(build_dataset(cfg, "val"), eval_transform(cfg))
-    sampler = EpochSampler(len(dataset), cfg.WORLD_SIZE, rank, shuffle=False)
-    return Epochs(cfg, dataset, sampler, cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE)
-
-
-def local_positions(cfg, store, dataset) -> np.ndarray | None:
-    """For each position of the store the data set's index, -1 where it has none; None when they are
-    the same.
-    """
-    return map_positions(store, dataset.get_keys(), cache=cfg.DATA.INDEX_DIR or None)
+    def _received(self, iterator: Iterator[Any]) -> Iterator[Batch]:
+        while True:
+            begun = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                # PyTorch has no type of its own for it; a worker that is gone says so itself.
+                dead = [worker for worker in self._workers if worker.exitcode is not None]
+                if not dead:
+                    raise
+                raise ValueError(
+                    f"a loader process has died (pid {dead[0].pid}, exit code {dead[0].exitcode}):"
+                    " was the memory used up? Try fewer DATA.NUM_WORKERS"
+                ) from error
+            finally:
+                self.waited += time.perf_counter() - begun
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
 
 
 class TransformedDataset(Dataset):
     """(image, label) of a data set, by the (epoch, position) that samplers here deal."""
 
     def __init__(self, dataset, transform: Callable) -> None:
-        self.dataset, self.transform = dataset, transform
+        self.dataset = dataset
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -227,113 +258,33 @@ class TransformedDataset(Dataset):
         return self.transform(image), int(label)
 
 
-def _opened_store(
-    cfg, dataset
-) -> tuple[LogitsStoreReader | UpstreamStoreReader, Callable[[int], int], EpochStager | None]:
-    """The store to read, which of its epochs serves an epoch of the run, and what copies epochs to
-    local disk.
-    """
-    store = open_store(cfg, dataset.get_keys())
-    count = len(store.epochs())
-    stager = (
-        EpochStager(store, cfg.DISTILL.STAGE_DIR)
-        if cfg.DISTILL.STAGE_DIR and isinstance(store, LogitsStoreReader)
-        else None
-    )
-    return (
-        stager.reader if stager else store,
-        (lambda epoch: store_epoch(epoch, count)) if cfg.DISTILL.REUSE_EPOCHS else int,
-        stager,
-    )
+class _Guarded(Dataset):
+    """A data set whose faults travel as values: PyTorch would put a traceback into their text."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: tuple[int, int]) -> Any:
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            return ValueError(str(error))
 
 
-def _resolved_values(cfg, model_classes: int) -> dict[str, Any]:
-    """What `resolve` sets, by key."""
-    if cfg.THROUGHPUT_MODE:
-        return {"MODEL.NUM_CLASSES": model_classes or cfg.MODEL.NUM_CLASSES or 1000}
-    dataset = build_dataset(cfg, "val" if cfg.EVAL_MODE else "train")
-    values: dict[str, Any] = {
-        "MODEL.NUM_CLASSES": model_classes or cfg.MODEL.NUM_CLASSES or dataset.num_classes
-    }
-    if reads_store(cfg):
-        store = open_store(cfg, dataset.get_keys())
-        if isinstance(store, LogitsStoreReader):
-            values |= adopted_values(cfg, store.manifest["identity"], str(store.root))
-        else:
-            topk = cfg.DISTILL.LOGITS_TOPK
-            if topk > store.k:
-                raise ValueError(
-                    f"DISTILL.LOGITS_TOPK = {topk}, but the store {store.root} holds top-{store.k}:"
-                    f" set {store.k} or less"
-                )
-            values |= {
-                "MODEL.NUM_CLASSES": store.num_classes,
-                "DISTILL.LOGITS_TOPK": topk or store.k,
-                "DATA.SEED": 0,
-                "DISTILL.EXCESS": excess_of(cfg, "subtract"),
-            }
-    classes = values["MODEL.NUM_CLASSES"]
-    if classes < 1:
-        raise ValueError(
-            f"DATA.DATASET = {cfg.DATA.DATASET}: no labels tell the number of classes: set"
-            " MODEL.NUM_CLASSES"
-        )
-    if classes < dataset.num_classes:
-        data = cfg.DATA.DATA_PATH or cfg.DATA.DATASET
-        raise ValueError(
-            f"{classes} classes are fewer than the {dataset.num_classes} of the data {data}: "
-            "set MODEL.NUM_CLASSES, or give the data that these weights or this store belong to"
-        )
-    if cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.DISTILL.ONLINE:
-        values["DISTILL.LOGITS_TOPK"] = min(
-            cfg.DISTILL.LOGITS_TOPK or (100 if classes > 1000 else 10), classes
-        )
-    if not list(values.get("AUG.FILL", cfg.AUG.FILL)):
-        values["AUG.FILL"] = [min(255, round(255 * value)) for value in mean_and_std(cfg)[0]]
-    return values
-
-
-def _upstream_classes(cfg) -> int:
-    return cfg.MODEL.NUM_CLASSES or UPSTREAM_CLASSES.get(cfg.DATA.DATASET, 1000)
-
-
-def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches of loader processes, with `_plain_errors`."""
-    with _plain_errors():
-        yield from batches
+def _collate(samples: list[Any]) -> Any:
+    """A batch of samples, or the first fault among them."""
+    for sample in samples:
+        if isinstance(sample, ValueError):
+            return sample
+    return default_collate(samples)
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Raise an error that a loader process met without the traceback that PyTorch puts in its text,
-    and the death of one in words.
-    """
-    try:
-        yield
-    except (ValueError, OSError, EOFError, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        if (
-            len(lines) > 1
-            and "Original Traceback" in str(error)
-            and isinstance(error, (ValueError, OSError))
-        ):
-            raise ValueError(lines[-1].partition(": ")[2]) from error
-        if "DataLoader worker" not in lines[0] and not isinstance(
-            error, (ConnectionError, EOFError)
-        ):
-            raise
-        what = lines[0].rstrip(".")
-        raise ValueError(
-            f"a loader process has died ({what}): was the memory used up? Try fewer"
-            " DATA.NUM_WORKERS"
-        ) from error
-
-
-@contextmanager
-def _workers_unquestioned() -> Iterator[None]:
-    """PyTorch warns of more loader processes than cores each time it makes some; how long training
-    waits for data is told anyway.
-    """
+def _quiet_about_cores() -> Iterator[None]:
+    """PyTorch warns of more workers than cores; how long training waits for data is told anyway."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")
         yield
@@ -341,70 +292,105 @@ def _workers_unquestioned() -> Iterator[None]:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let signals wait, here and in processes that are started meanwhile."""
+    """Start processes that are deaf to signals: they keep the mask of signals they begin with.
+
+    Batch systems and Ctrl-C signal all processes of a job at once, and the main process still needs
+    its batches to come to an orderly end.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # as on Windows
         yield
         return
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    )
+    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _obey_parent_alone(worker: int) -> None:
-    """Make a loader process deaf to signals but its parent's SIGTERM: batch systems and Ctrl-C
-    signal all processes of a job at once, and the parent still needs its batches to come to an
-    orderly end."""
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        # here and in the threads that start from now on
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(
-            target=_end_when_told, args=(multiprocessing.parent_process().pid,), daemon=True
-        ).start()
-    elif hasattr(signal, "pthread_sigmask"):  # as on macOS
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+def _kill(workers: Iterable[multiprocessing.Process]) -> None:
+    """At exit: what is deaf to SIGTERM, which multiprocessing would send, must not be waited for."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
-def _end_when_told(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def reads_store(cfg) -> bool:
+    """Whether this run reads a store (rather than writes one, evaluates, or learns without)."""
+    is_other = cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.EVAL_MODE or cfg.THROUGHPUT_MODE
+    return bool(cfg.DISTILL.TEACHER_LOGITS_PATH) and not is_other
 
 
-def _loader_options(cfg) -> dict[str, Any]:
-    """DataLoader options that follow from the configuration."""
-    options: dict[str, Any] = {
-        "num_workers": cfg.DATA.NUM_WORKERS,
-        "worker_init_fn": _obey_parent_alone,
-    }
-    options["pin_memory"] = (
-        cfg.DATA.PIN_MEMORY and cfg.DEVICE in ("auto", "cuda") and torch.cuda.is_available()
+def open_store(cfg, keys, num_outputs: int = 0) -> LogitsStoreReader | UpstreamStoreReader:
+    """The store a run reads, in our layout or the original's."""
+    root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
+    if (root / "manifest.json").is_file():
+        return LogitsStoreReader(root)
+    if not any(root.glob("logits_top*_epoch*")):
+        raise ValueError(
+            f"DISTILL.TEACHER_LOGITS_PATH = {root}: no store there (neither manifest.json nor"
+            " logits_top*_epoch*/): write one with save_logits.py, or correct the path"
+        )
+    # Of several stores in one folder LOGITS_TOPK names one; else it may be a part of the columns.
+    k = cfg.DISTILL.LOGITS_TOPK
+    is_named = any(root.glob(f"logits_top{k}_epoch*"))
+    classes = num_outputs or cfg.MODEL.NUM_CLASSES or ORIGINAL_CLASSES.get(cfg.DATA.DATASET, 1000)
+    return UpstreamStoreReader(
+        root,
+        keys,
+        k if is_named else None,
+        num_classes=classes,
+        order=cfg.DISTILL.UPSTREAM_ORDER,
     )
-    if cfg.DATA.NUM_WORKERS:
-        start = None if cfg.DATA.WORKER_START == "auto" else cfg.DATA.WORKER_START
-        options |= {
-            "persistent_workers": True,
-            "prefetch_factor": cfg.DATA.PREFETCH,
-            "multiprocessing_context": start,
-        }
-    return options
 
 
-__all__ = [
-    "Epochs",
-    "Sample",
-    "check_store",
-    "local_positions",
-    "open_store",
-    "reads_store",
-    "resolve",
-    "sources_of",
-    "train_epochs",
-    "val_epochs",
-]
+def _resolved_values(cfg, images, store, num_outputs: int) -> dict[str, Any]:
+    """What data and store decide, by key."""
+    classes = num_outputs or cfg.MODEL.NUM_CLASSES or images.num_classes
+    values: dict[str, Any] = {"MODEL.NUM_CLASSES": classes}
+    if isinstance(store, LogitsStoreReader):
+        values |= adopted_values(cfg, store.manifest["identity"], str(store.root))
+    elif store is not None:
+        values |= _values_of_original(cfg, store)
+    classes = values["MODEL.NUM_CLASSES"]
+    data = cfg.DATA.DATA_PATH or cfg.DATA.DATASET
+    if classes < 1:
+        raise ValueError(
+            f"DATA.DATASET = {cfg.DATA.DATASET}: no labels tell the number of classes: set"
+            " MODEL.NUM_CLASSES"
+        )
+    if classes < images.num_classes:
+        raise ValueError(
+            f"{classes} classes are fewer than the {images.num_classes} of the data {data}: set"
+            " MODEL.NUM_CLASSES, or give the data that these weights or this store belong to"
+        )
+    if cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.DISTILL.ONLINE:
+        default = DEFAULT_TOPK_OF_MANY if classes > 1000 else DEFAULT_TOPK
+        values["DISTILL.LOGITS_TOPK"] = min(cfg.DISTILL.LOGITS_TOPK or default, classes)
+    if not list(values.get("AUG.FILL", cfg.AUG.FILL)):
+        mean, _ = mean_and_std(cfg)
+        values["AUG.FILL"] = [min(255, round(255 * value)) for value in mean]
+    return values
+
+
+def _values_of_original(cfg, store: UpstreamStoreReader) -> dict[str, Any]:
+    """What a store of the original's decides, which has no manifest."""
+    topk = cfg.DISTILL.LOGITS_TOPK
+    if topk > store.k:
+        raise ValueError(
+            f"DISTILL.LOGITS_TOPK = {topk}, but the store {store.root} holds top-{store.k}: set"
+            f" {store.k} or less"
+        )
+    if "DATA.SEED" in cfg.EXPLICIT and cfg.DATA.SEED != 0:
+        raise ValueError(
+            f"DATA.SEED = {cfg.DATA.SEED}, but the original wrote the store {store.root} in the"
+            " order of seed 0: leave DATA.SEED out"
+        )
+    return {
+        "MODEL.NUM_CLASSES": store.num_classes,
+        "DISTILL.LOGITS_TOPK": topk or store.k,
+        "DISTILL.EXCESS": excess_of(cfg, "subtract"),
+        "DATA.SEED": 0,
+    }

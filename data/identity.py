@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from data.augment.decoder import AugmentDecoder
+from data.augment import AugmentDecoder
+from data.augment.decoder import SMALL
 from data.augment.rng import generator
 
 PROOF_IMAGES = 64
@@ -42,6 +43,7 @@ class IdentityError(ValueError):
 
 def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
     """The identity of the store that a resolved config writes."""
+    recipe = {key: cfg.value(key) for key in RECIPE_KEYS}
     return {
         "k": cfg.DISTILL.LOGITS_TOPK,
         "num_classes": cfg.MODEL.NUM_CLASSES,
@@ -52,38 +54,28 @@ def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
         "paired": cfg.is_paired,
         "temperature": cfg.DISTILL.TEMPERATURE,
         "image_size": cfg.DATA.IMG_SIZE,
-        "recipe": {
-            **{key: cfg.value(key) for key in RECIPE_KEYS},
-            "ops": AugmentDecoder.from_config(cfg).recipe()["ops"],
-        },
+        "recipe": {**recipe, "ops": AugmentDecoder.from_config(cfg).recipe()["ops"]},
     }
 
 
 def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """The config values that a store decides; one that the user set otherwise is an error naming
-    both and the way out.
+    """The config values that a store decides.
+
+    One that the user set otherwise is an error naming both and the way out.
     """
+    stored = {key: identity["recipe"][key] for key in RECIPE_KEYS}
+    stored["DATA.SEED"] = identity["base_seed"]
+    stored["DATA.IMG_SIZE"] = identity["image_size"]
+    stored["DISTILL.TEMPERATURE"] = identity["temperature"]
+    stored["MODEL.NUM_CLASSES"] = identity["num_classes"]
     own_size = cfg.DATA.IMG_SIZE
-    keeps_size = (
-        cfg.DISTILL.OTHER_SIZE
-        and "DATA.IMG_SIZE" in cfg.EXPLICIT
-        and (own_size <= 32) == (identity["image_size"] <= 32)
-    )
-    stored = {
-        **{key: identity["recipe"][key] for key in RECIPE_KEYS},
-        "DATA.SEED": identity["base_seed"],
-        "DATA.IMG_SIZE": own_size if keeps_size else identity["image_size"],
-        "DISTILL.TEMPERATURE": identity["temperature"],
-        "MODEL.NUM_CLASSES": identity["num_classes"],
-    }
+    draws_alike = (own_size <= SMALL) == (identity["image_size"] <= SMALL)
+    if cfg.DISTILL.OTHER_SIZE and "DATA.IMG_SIZE" in cfg.EXPLICIT and draws_alike:
+        stored["DATA.IMG_SIZE"] = own_size
     for key, theirs in stored.items():
         mine = cfg.value(key)
-        is_given = (
-            key in cfg.EXPLICIT
-            and not (key == "MODEL.NUM_CLASSES" and mine == 0)
-            and not (key == "AUG.FILL" and mine == [])
-        )
-        if is_given and _plain(mine) != _plain(theirs):
+        means_any = (key == "MODEL.NUM_CLASSES" and mine == 0) or (key == "AUG.FILL" and mine == [])
+        if key in cfg.EXPLICIT and not means_any and _plain(mine) != _plain(theirs):
             raise IdentityError(
                 f"{key} = {mine!r}, but the store {root} was written with {theirs!r}:"
                 f" {_way_out(key, theirs)}"
@@ -94,28 +86,21 @@ def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any
             f"DISTILL.LOGITS_TOPK = {topk}, but the store {root} holds top-{k}: set"
             f" DISTILL.LOGITS_TOPK {k} or less"
         )
-    return {
-        **stored,
-        "DISTILL.LOGITS_TOPK": topk or k,
-        "DISTILL.EXCESS": excess_of(cfg, identity.get("excess", "rescale")),
-    }
+    stored["DISTILL.LOGITS_TOPK"] = topk or k
+    stored["DISTILL.EXCESS"] = excess_of(cfg, identity.get("excess", "rescale"))
+    return stored
 
 
 def excess_of(cfg, theirs: str) -> str:
-    """What becomes of probabilities that sum to more than 1: what the store's writer makes of them,
-    unless the user says.
-    """
+    """What becomes of probabilities that sum to over 1: as the store's writer did, or as asked."""
     return theirs if cfg.DISTILL.EXCESS == "auto" else cfg.DISTILL.EXCESS
 
 
 def proof_of(cfg, dataset, decoder: AugmentDecoder) -> dict[str, Any]:
-    """What a reader recomputes before its first batch: digests of the decoder's output and of some
-    of the data's images.
-    """
+    """What a reader recomputes before its first batch: digests of decoded and of some own images."""
     count = min(PROOF_IMAGES, len(dataset))
-    positions = np.sort(
-        generator(cfg.DATA.SEED).choice(len(dataset), count, replace=False)
-    ).tolist()
+    drawn = generator(cfg.DATA.SEED).choice(len(dataset), count, replace=False)
+    positions = np.sort(drawn).tolist()
     return {
         "canary": decoder.canary(),
         "images": {"positions": positions, "sha256": [image_digest(dataset, i) for i in positions]},
@@ -127,7 +112,7 @@ def check_proof(
     dataset,
     decoder: AugmentDecoder,
     root: str,
-    local: np.ndarray | None = None,
+    index_of: np.ndarray | None = None,
 ) -> None:
     """Raise IdentityError unless this machine decodes, and this data holds, what the writer saw."""
     canary = decoder.canary()
@@ -144,7 +129,7 @@ def check_proof(
     replaced = []
     images = proof.get("images", {"positions": [], "sha256": []})
     for position, digest in zip(images["positions"], images["sha256"]):
-        index = position if local is None else int(local[position])
+        index = position if index_of is None else int(index_of[position])
         if index >= 0 and image_digest(dataset, index) != digest:
             replaced.append(keys[index] if keys is not None else str(position))
     if replaced:
@@ -170,11 +155,5 @@ def _way_out(key: str, theirs: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value without the spellings that make no difference: tuples as lists, whole numbers as
-    floats.
-    """
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return (
-        float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-    )
+    """A value as JSON has it, which knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value

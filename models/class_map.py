@@ -1,11 +1,13 @@
 """ImageNet-22k and ImageNet-1k: which class of the one is which of the other, by WordNet id."""
 
 from collections.abc import Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _SUBSETS = {1000: "imagenet-1k", 21841: "imagenet-22k"}
 
@@ -42,37 +44,73 @@ def class_map(num_outputs: int, num_data_classes: int) -> np.ndarray | None:
     )
 
 
-def outputs_of_labels(
-    num_outputs: int, num_labels: int, numbers_own: bool
-) -> tuple[np.ndarray | None, str]:
-    """For each label of the data the output that stands for it, -1 where none does; None with the
-    reason where labels are of no use.
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """Which output of a model stands for each class of the data."""
 
-    With `numbers_own` it is such data that numbers the outputs; else they have a meaning already.
+    outputs: Tensor  # int64 [data classes], -1 where no output stands for the class
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether the data's class number is the output's number already."""
+        return self.outputs.tolist() == list(range(len(self.outputs)))
+
+    def to(self, device: torch.device) -> "LabelMap":
+        """The same map on the device where labels and logits are."""
+        return LabelMap(self.outputs.to(device))
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """The data's labels [B] as outputs [B]; -1 without a label and where no output stands for it."""
+        outputs = self.outputs[labels.clamp(min=0)]
+        return outputs.masked_fill(labels < 0, -1)
+
+    def known(self, labels: Tensor) -> Tensor:
+        """The data's labels [B], -1 where no output stands for the class."""
+        return labels.masked_fill(self.labels(labels) < 0, -1)
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Outputs [B, C] in the data's numbering [B, data classes].
+
+        A class without an output gets its row's minimum, so that it never wins.
+        """
+        if self.is_identity:
+            return logits
+        mapped = logits.index_select(-1, self.outputs.clamp(min=0))
+        return torch.where(self.outputs < 0, logits.amin(-1, keepdim=True), mapped)
+
+
+def find_label_map(
+    num_outputs: int,
+    num_classes: int,
+    *,
+    subset: Sequence[int] | None = None,
+    data_numbers_outputs: bool = False,
+) -> tuple[LabelMap | None, str]:
+    """The map from the data's classes to a model's outputs; None and the reason where none is known.
+
+    With `subset` only these outputs are kept, and numbered anew. `data_numbers_outputs` says that
+    the model learns from this data, so that an output means what the data's number means.
     """
-    if not num_labels:
+    if not num_classes:
         return None, "the data has no labels"
-    mapping = class_map(num_outputs, num_labels)
-    if mapping is None and numbers_own:
-        return np.arange(num_labels), ""
-    return mapping, (
-        ""
-        if mapping is not None
-        else (
-            f"the data has {num_labels} classes and the model {num_outputs}, and nothing says which"
-            " is which: name the model's classes in DATA.CLASS_LIST, so that the data's get"
-            " their ids"
+    outputs = class_map(num_outputs, num_classes)
+    if subset is not None:
+        if outputs is None:
+            outputs = class_map(len(subset), num_classes)
+        else:
+            position = np.full(num_outputs, -1)
+            position[subset] = np.arange(len(subset))
+            outputs = np.where(outputs < 0, -1, position[outputs])
+        num_outputs = len(subset)
+    if outputs is None and data_numbers_outputs:
+        outputs = np.arange(num_classes)
+    if outputs is None:
+        return None, (
+            f"the data has {num_classes} classes and the model {num_outputs}, and nothing says which"
+            " is which: name the model's classes in DATA.CLASS_LIST, so that the data's get their"
+            " ids"
         )
-    )
-
-
-def map_outputs(logits: torch.Tensor, mapping: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Outputs [B, C] in the data's numbering; a class without an output gets its row's minimum, so
-    it never wins.
-    """
-    mapping = torch.as_tensor(mapping, device=logits.device)
-    mapped = logits.index_select(-1, mapping.clamp(min=0))
-    return torch.where(mapping < 0, logits.amin(-1, keepdim=True), mapped)
+    return LabelMap(torch.from_numpy(outputs)), ""
 
 
 def read_class_subset(

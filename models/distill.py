@@ -5,22 +5,17 @@ over the other C - K classes: that is the target, and no loss here builds it as 
 matrix. Losses are computed in float32 (float64 for a float64 student), whatever autocast says, and
 are means over the batch."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional
-
-from models.pretrained import classifier_names
+from yacs.config import CfgNode
 
 _LOW_BITS = 0xFFFFFFFF
 
 
-def encode(
-    logits: torch.Tensor, k: int, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """The `k` largest of softmax(logits / temperature): (int64 classes, float16 probabilities),
     both [B, K], descending.
 
@@ -42,66 +37,7 @@ def encode(
     return indices, probs.gather(-1, indices).half()
 
 
-def as_teacher(model: nn.Module) -> nn.Module:
-    """The model, frozen and in evaluation mode, with a head that computes in float32 whatever
-    autocast says.
-    """
-    model.eval().requires_grad_(False)
-    for name in classifier_names(model):
-        head = model.get_submodule(name)
-        head.forward = partial(_in_float32, head.forward)
-    return model
-
-
-def teacher_dtype(cfg, device: torch.device) -> torch.dtype | None:
-    """The autocast type of a teacher: float16 on CUDA, else None (float32). bfloat16's ties and
-    errors would end up in the records.
-    """
-    return (
-        torch.float16
-        if device.type == "cuda" and cfg.AMP_ENABLE and cfg.AMP_DTYPE != "off"
-        else None
-    )
-
-
-@torch.no_grad()
-def teacher_logits(
-    teacher: nn.Module,
-    images: torch.Tensor,
-    classes: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Float32 outputs [B, C] of a teacher for images [B, 3, H, W], of the given classes alone if
-    `classes` is not None.
-    """
-    with nullcontext() if dtype is None else torch.autocast(images.device.type, dtype):
-        logits = teacher(images.contiguous())
-    logits = logits.float()
-    return logits if classes is None else class_subset(logits, classes)
-
-
-def teacher_targets(
-    teacher: nn.Module,
-    images: torch.Tensor,
-    k: int,
-    temperature: float = 1.0,
-    class_subset: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a store keeps of a teacher's output for images: `encode`'s classes and probabilities,
-    the same whether stored or online.
-    """
-    return encode(teacher_logits(teacher, images, class_subset, dtype), k, temperature)
-
-
-def class_subset(logits: torch.Tensor, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """The outputs of the given classes alone; the softmax of `encode` then renormalises over them."""
-    return logits.index_select(-1, torch.as_tensor(indices, device=logits.device))
-
-
-def densify(
-    indices: torch.Tensor, probs: torch.Tensor, num_classes: int, subtract: bool = False
-) -> torch.Tensor:
+def densify(indices: Tensor, probs: Tensor, num_classes: int, subtract: bool = False) -> Tensor:
     """The whole target [B, C] that K stored probabilities stand for, in float32; `subtract` as of
     `_split`.
     """
@@ -110,8 +46,8 @@ def densify(
 
 
 def sparse_soft_cross_entropy(
-    student_logits: torch.Tensor, indices: torch.Tensor, probs: torch.Tensor, subtract: bool = False
-) -> torch.Tensor:
+    student_logits: Tensor, indices: Tensor, probs: Tensor, subtract: bool = False
+) -> Tensor:
     """Cross entropy of a student [B, C] with `densify`'s targets, which are never built: the mean
     over the batch.
     """
@@ -121,7 +57,7 @@ def sparse_soft_cross_entropy(
     return -(kept + rest.squeeze(-1) * log_probs.sum(-1)).mean()
 
 
-def label_cross_entropy(student_logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def label_cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy with dense targets [B, C]: the mean over the images that have a label, i.e. a
     row that is not all zero.
     """
@@ -129,37 +65,50 @@ def label_cross_entropy(student_logits: torch.Tensor, targets: torch.Tensor) -> 
     return losses.sum() / (targets.amax(-1) > 0).sum().clamp(min=1)
 
 
-def distillation_loss(
-    student_logits: torch.Tensor,
-    indices: torch.Tensor,
-    probs: torch.Tensor,
-    targets: torch.Tensor | None = None,
-    alpha: float = 1.0,
-    temperature: float = 1.0,
-    hard: bool = False,
-    subtract: bool = False,
-) -> torch.Tensor:
-    """(1 - alpha) * cross entropy with dense label targets + alpha * temperature^2 * cross entropy
-    with the teacher at that temperature.
+@dataclass(frozen=True)
+class DistillLoss:
+    """What a student pays for its logits: `alpha` of it to the teacher, the rest to the labels."""
 
-    With `hard` the teacher's part is the cross entropy with its top-1 class instead, which has no
-    temperature."""
-    if alpha < 1 and targets is None:
-        raise ValueError(
-            f"DISTILL.ALPHA {alpha} asks for labels, but this data has none that fit: set"
-            " DISTILL.ALPHA 1"
-        )
-    if hard:
-        teacher = functional.cross_entropy(_at_least_float32(student_logits), indices[:, 0].long())
-    else:
-        student = _at_least_float32(student_logits) / temperature
-        teacher = temperature**2 * sparse_soft_cross_entropy(student, indices, probs, subtract)
-    if alpha == 1:
-        return teacher
-    return (1 - alpha) * label_cross_entropy(student_logits, targets) + alpha * teacher
+    alpha: float = 1.0
+    temperature: float = 1.0
+    hard: bool = False  # learn the teacher's top-1 class instead, which has no temperature
+    subtract: bool = False  # as of `_split`
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "DistillLoss":
+        """The loss that DISTILL describes."""
+        settings = cfg.DISTILL
+        is_subtracted = settings.EXCESS == "subtract"
+        return cls(settings.ALPHA, settings.TEMPERATURE, settings.HARD, is_subtracted)
+
+    def __call__(
+        self, student_logits: Tensor, indices: Tensor, probs: Tensor, targets: Tensor | None = None
+    ) -> Tensor:
+        """The loss of logits [B, C], given the teacher's record [B, K] and label targets [B, C].
+
+        (1 - alpha) * cross entropy with the labels
+        + alpha * temperature^2 * cross entropy with the teacher at that temperature.
+        """
+        if self.hard:
+            logits = _at_least_float32(student_logits)
+            teacher = functional.cross_entropy(logits, indices[:, 0].long())
+        else:
+            logits = _at_least_float32(student_logits) / self.temperature
+            soft = sparse_soft_cross_entropy(logits, indices, probs, self.subtract)
+            teacher = self.temperature**2 * soft
+        if self.alpha == 1:
+            return teacher
+        if targets is None:
+            raise ValueError(
+                f"DISTILL.ALPHA {self.alpha} asks for labels, but this data has none that fit: set"
+                " DISTILL.ALPHA 1"
+            )
+        return (1 - self.alpha) * label_cross_entropy(
+            student_logits, targets
+        ) + self.alpha * teacher
 
 
-def share_right(targets: torch.Tensor, answers: torch.Tensor, smoothing: float) -> torch.Tensor:
+def share_right(targets: Tensor, answers: Tensor, smoothing: float) -> Tensor:
     """Percent of the images that show the class answered [B], given their smoothed targets [B, C];
     of a mixed image, the part that does.
     """
@@ -167,9 +116,7 @@ def share_right(targets: torch.Tensor, answers: torch.Tensor, smoothing: float) 
     return 100 * (shown.clamp(min=0) / (1 - smoothing)).mean()
 
 
-def _split(
-    probs: torch.Tensor, num_classes: int, subtract: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Tensor]:
     """Stored probabilities, and what each other class gets [B, 1], so that all sum to 1.
 
     Float16 may have rounded a row's sum up beyond 1: it is scaled back; or, with `subtract`, the
@@ -182,10 +129,5 @@ def _split(
     return probs / total.clamp(min=1), rest
 
 
-def _in_float32(forward, features: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(features.device.type, enabled=False):
-        return forward(features.float())
-
-
-def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

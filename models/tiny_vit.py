@@ -4,8 +4,8 @@ of the official checkpoints.
 Between modules a map is [B, C, H, W] in channels-last memory, so that blocks see it as [B, H, W, C]
 without a copy."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,8 @@ from timm.models import get_pretrained_cfg, register_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+from models.update import frozen_statistics
 
 __all__ = [
     "TinyViT",
@@ -302,23 +304,8 @@ def _recompute_options(block: nn.Module) -> dict[str, Callable]:
     return (
         {}
         if torch.compiler.is_compiling()
-        else {"context_fn": lambda: (nullcontext(), _statistics_kept(block))}
+        else {"context_fn": lambda: (nullcontext(), frozen_statistics(block))}
     )
-
-
-@contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    norms = [
-        module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class TinyViT(nn.Module):

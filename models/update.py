@@ -72,18 +72,22 @@ def restore_unless(is_good: Tensor, tensors: Iterable[Tensor], saved: Iterable[T
 
 
 @contextmanager
-def kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give tensors back what they hold now: running statistics, which a recomputed forward pass
-    would move a second time.
-    """
-    saved = [(tensor, tensor.clone()) for tensor in tensors]
-    yield
-    with torch.no_grad():
-        for tensor, before in saved:
-            tensor.copy_(before)
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Leave running statistics alone: a forward pass that is recomputed must not count twice."""
+    norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked = count
 
 
-class Average:
+class EMA:
     """An exponential moving average of a model's weights and buffers, as a model of its own."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "logger": set(),
     "lr_scheduler": {"configs"},
-    "utils": set(),
+    "utils": {"logger"},
     "hubconf": {"models"},
     "main": BELOW,
     "save_logits": BELOW,

@@ -1,7 +1,6 @@
 """Processes, devices, meters and evaluation: on real gloo processes."""
 
 import json
-import math
 import os
 import random
 import signal
@@ -19,12 +18,12 @@ from torch import nn
 
 import utils
 from configs.defaults import get_defaults
+from models.class_map import LabelMap
 from tests.support.helpers import free_port, run_ranks, torchrun
 from utils import (
     Distributed,
-    Measurements,
+    Meters,
     StopRequest,
-    Waiting,
     amp_dtype,
     autocast,
     choose_device,
@@ -113,7 +112,7 @@ def test_processes_exchange_tensors_and_objects(world_size):
             "any": [True, False, True],
             "on main": 0,
             "fault": (
-                "ElsewhereError" if rank else "ValueError",
+                "PeerError" if rank else "ValueError",
                 "invalid literal for int() with base 10: 'not 0'",
             ),
         }
@@ -415,87 +414,106 @@ def test_autocast_and_scaler_follow_the_type():
         assert grad_scaler(CPU, dtype).scale(torch.ones(())).item() == scale
 
 
+# ---- the frame
+
+
+def ending(program, load=lambda: None) -> int:
+    return utils.run_program(load, lambda settings, stop: program(stop))
+
+
+def raised(error):
+    def program(stop):
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (torch.OutOfMemoryError("CUDA is full"), 2, "error: CUDA is full\n"),
+        (utils.PeerError("told elsewhere"), 2, ""),
+        (utils.Stopped("the same command goes on"), 75, ""),
+        (KeyboardInterrupt(), 130, "ended without saving: the same command goes on\n"),
+    ],
+)
+def test_how_a_program_ends(error, code, told, capsys):
+    assert ending(raised(error)) == code
+    assert capsys.readouterr().err == told
+
+
+def test_a_fault_of_the_program_itself_is_raised_whatever_its_words():
+    with pytest.raises(RuntimeError, match="Connection"):
+        ending(raised(RuntimeError("Connection of two layers is wrong")))
+    with pytest.raises(KeyError):
+        ending(raised(KeyError("x")))
+
+
+def test_a_fault_after_a_signal_stays_a_fault(capsys):
+    def program(stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError(28, "No space left on device")
+
+    assert ending(program) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
 # ---- meters and evaluation
 
 
-def test_measurements_are_means_in_float64_over_windows_and_epochs():
+def filled(meters: Meters, rows: torch.Tensor) -> Meters:
+    """The meters with rows of values added and collected."""
+    for row in rows:
+        meters.add(dict(zip(meters.names, row)))
+    meters.collect()
+    return meters
+
+
+def test_meters_are_means_in_float64_over_windows_and_epochs():
     rows = torch.rand(7, 3)
-    rows[2, 0], rows[3, 0] = float("nan"), float("inf")
+    rows[2, 0], rows[3, 0] = float("nan"), float("inf")  # skipped
     good = [row.tolist() for i, row in enumerate(rows) if i not in (2, 3)]
     mean = {name: sum(row[i] for row in good) / 5 for i, name in enumerate("abc")}
     part = {name: (good[0][i] + good[1][i]) / 2 for i, name in enumerate("abc")}
-    measured = Measurements("abc", Distributed())
-    assert not measured.collect(1) and measured.take_window() == {} and measured.take_epoch() == {}
-    for number, row in enumerate(rows[:4]):
-        measured.add(row.requires_grad_(), torch.tensor([number]))
-    assert not measured.collect(3) and torch.cat(measured.streak).tolist() == [2, 3]
-    assert measured.take_window() == pytest.approx(part, rel=1e-14)
+    meters = Meters("abc", Distributed())
+    meters.collect()
+    assert meters.take_window() == {} and meters.take_epoch() == {}
+    filled(meters, rows[:4].requires_grad_())
+    assert meters.state["skipped_in_a_row"] == 2
+    assert meters.take_window() == pytest.approx(part, rel=1e-14)
     # as through a checkpoint
-    again = Measurements("abc", Distributed(), json.loads(json.dumps(measured.state)))
-    for row in rows[4:]:
-        again.add(row, torch.tensor([0]))
-    assert (
-        not again.collect(1)
-        and again.state["skipped"] == 2
-        and again.state["skipped_in_a_row"] == 0
-    )
+    again = filled(Meters("abc", Distributed(), json.loads(json.dumps(meters.state))), rows[4:])
+    assert again.state["skipped"] == 2 and again.state["skipped_in_a_row"] == 0
     assert again.take_epoch() == pytest.approx(mean, rel=1e-14)
-    assert (
-        list(again.take_window()) == list("abc")
-        and again.take_window() == {}
-        and again.take_epoch() == {}
-    )
-    big = Measurements("a", Distributed())
-    big.add(torch.tensor([16777216.0]), torch.tensor([0]))
-    big.add(torch.tensor([1.0]), torch.tensor([1]))
-    big.collect()
+    assert list(again.take_window()) == list("abc")
+    assert again.take_window() == {} and again.take_epoch() == {}
+    big = filled(Meters("a", Distributed()), torch.tensor([[16777216.0], [1.0]]))
     assert big.take_window()["a"] * 2 == 16777217  # float32 would lose the last one
 
 
-def test_measurements_stop_at_so_many_updates_without_effect_in_a_row():
-    measured = Measurements("a", Distributed())
-    for number, value in enumerate([1.0, math.nan, 1.0, math.nan]):
-        measured.add(torch.tensor([value]), torch.tensor([number, 10 * number]))
-    assert not measured.collect(2) and torch.cat(measured.streak).tolist() == [3, 30]
-    for number, value in enumerate([math.inf, 1.0], 4):
-        measured.add(torch.tensor([value]), torch.tensor([number]))
-    assert (
-        measured.collect(2)
-        and torch.cat(measured.streak).tolist() == [3, 30, 4]
-        and measured.state["skipped"] == 3
-    )
-
-
-def test_measurements_do_not_wait_for_the_device_before_they_are_collected(monkeypatch):
-    measured = Measurements("a", Distributed())
+def test_meters_do_not_wait_for_the_device_before_they_are_collected(monkeypatch):
+    meters = Meters("a", Distributed())
 
     def waits(*args):
         raise AssertionError("the device was waited for")
 
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    measured.add(torch.ones(1), torch.zeros(1))
+    meters.add({"a": torch.ones(())})
     with pytest.raises(AssertionError, match="waited for"):
-        measured.collect()
-
-
-def test_waiting_counts_the_time_until_an_item_is_there(monkeypatch):
-    clock = iter([1.0, 3.0, 10.0, 10.5, 20.0, 20.25])
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
-    items = Waiting("ab")
-    assert list(items) == ["a", "b"] and items.seconds == 2.75
+        meters.collect()
 
 
 def test_calls_are_timed_after_a_warm_up_and_end_early_on_a_slow_machine(monkeypatch):
     calls = []
     clock = iter(range(1000))
     monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock))
-    assert (
-        time_calls(lambda: calls.append(1), CPU, calls=6, warmup=2) == [1.0] * 6 and len(calls) == 8
-    )
+    assert time_calls(lambda: calls.append(1), CPU, calls=6) == [1.0] * 6 and len(calls) == 8
     calls.clear()
     assert (
-        time_calls(lambda: calls.append(1), CPU, calls=30, warmup=10, limit=4.0) == [1.0] * 4
+        time_calls(lambda: calls.append(1), CPU, calls=30, limit=4.0) == [1.0] * 4
         and len(calls) == 8
     )
     assert 0 < peak_memory(CPU) < 1000
@@ -566,58 +584,46 @@ def test_evaluate_without_labels_gives_the_count_alone():
     }
 
 
+class Look(LabelMap):
+    """A map that changes nothing, and notes what it is given."""
+
+    def logits(self, logits):
+        seen.append((logits.dtype, logits.requires_grad))
+        if len(seen) > 100:
+            raise KeyError("stop")
+        return logits
+
+
+seen: list = []
+
+
 def test_evaluate_restores_the_mode_after_an_error_and_builds_no_graph():
     model, images, labels = evaluation()
     model.train()
-    seen = []
-
-    def look(logits):
-        seen.append(logits.requires_grad)
-        raise KeyError("stop")
-
+    seen[:] = [None] * 100
     with pytest.raises(KeyError):
-        evaluate(model, batches(images, labels, 8), CPU, map_outputs=look)
-    assert model.training and seen == [False]
+        evaluate(model, batches(images, labels, 8), CPU, label_map=Look(torch.arange(7)))
+    assert model.training and seen[100:] == [(torch.float32, False)]
 
 
 def test_evaluate_maps_outputs_and_labels():
     model, images, labels = evaluation()
-    places = torch.tensor([3, -1, 0, 6])  # output that stands for each of the data's 4 classes
+    places = LabelMap(torch.tensor([3, -1, 0, 6]))  # the output of each of the data's 4 classes
     labels %= 4
-
-    def map_outputs(logits):
-        return torch.where(places < 0, logits.amin(1, keepdim=True), logits[:, places.clamp(min=0)])
-
-    def map_labels(labels):
-        return torch.where(places[labels] < 0, -1, labels)
-
-    found = evaluate(
-        model,
-        batches(images, labels, 8),
-        CPU,
-        map_outputs=map_outputs,
-        map_labels=map_labels,
-        num_classes=4,
-    )
+    found = evaluate(model, batches(images, labels, 8), CPU, label_map=places, num_classes=4)
     wrapped = nn.Sequential(model, nn.Module())
-    wrapped[1].forward = map_outputs
-    expected = naive(wrapped, images, map_labels(labels), classes=4)
-    expected["class_count"] = [int((labels == c).sum()) for c in range(4)]
-    assert_results(found, expected)
-    assert found["class_top1"][1] == 0 and found["class_count"][1] > 0
+    wrapped[1].forward = places.logits
+    assert_results(found, naive(wrapped, images, places.known(labels), classes=4))
+    assert found["class_top1"][1] == 0 and found["class_count"][1] == 0
 
 
 def test_evaluate_runs_under_autocast_and_counts_in_float32():
     model, images, labels = evaluation()
-    kinds = set()
-
-    def look(logits):
-        kinds.add(logits.dtype)
-        return logits
-
-    rough = evaluate(model, batches(images, labels, 8), CPU, torch.bfloat16, map_outputs=look)
+    seen.clear()
+    look = Look(torch.arange(7))
+    rough = evaluate(model, batches(images, labels, 8), CPU, torch.bfloat16, label_map=look)
     exact = evaluate(model, batches(images, labels, 8), CPU)
-    assert kinds == {torch.float32} and rough["loss"] != exact["loss"]
+    assert {kind for kind, _ in seen} == {torch.float32} and rough["loss"] != exact["loss"]
     assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)
 
 
@@ -641,11 +647,9 @@ def evaluate_part(counts):
     part = slice(start, start + counts[world.rank])
     loader = batches(images[part], labels[part], 4) if counts[world.rank] else []
     result = evaluate(model, loader, world.device, world=world, num_classes=7)
-    measured = Measurements("ab", world)
-    measured.add(torch.tensor([1.0, world.rank]), torch.tensor([0]))
-    measured.collect()
+    meters = filled(Meters("ab", world), torch.tensor([[1.0, world.rank]]))
     world.destroy()
-    return result, measured.take_window()
+    return result, meters.take_window()
 
 
 @pytest.mark.parametrize("counts", [(41, 0), (14, 20, 7)])

@@ -23,7 +23,7 @@ from yacs.config import CfgNode
 
 from configs import load_config
 from data.augment.rng import sample_seed
-from data.build import resolve, val_epochs
+from data.build import open_run, resolve
 from data.images.datasets import build_dataset
 from tools.predict import load_model
 from tools.replay_sheet import main as replay_sheet
@@ -187,7 +187,7 @@ class Demo:
         """Counts [true class, answer] over the validation images, and the classes' names."""
         cfg = self._config(RECIPES[role], "--eval")
         model, _, _ = load_model(str(self.run_folder(role) / "checkpoints" / "last.pth"))
-        epochs = val_epochs(cfg, 0)
+        epochs = open_run(cfg).val_loader()
         names = epochs.dataset.dataset.class_names
         matrix = np.zeros((len(names), len(names)), int)
         with torch.inference_mode():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configs import load_config
-from data.build import val_epochs
+from data.build import open_run
 from logger import progress
 from models.pretrained import load_weights, zoo_url
 from models.tiny_vit import TinyViT
@@ -64,7 +64,7 @@ def measure(entry: Published, weights: str, args: argparse.Namespace) -> float:
         str(model.img_size == 224),
     ]
     cfg = load_config(["--eval", "--device", args.device, "--opts", *opts])
-    device, epochs = choose_device(args.device), val_epochs(cfg, 0)
+    device, epochs = choose_device(args.device), open_run(cfg).val_loader()
     batches = progress(epochs.batches(0), total=epochs.count(), description=entry.file)
     return evaluate(model.to(device).eval(), batches, device, amp_dtype(cfg, device))["top1"]
 

@@ -14,7 +14,7 @@ import torch
 from configs import load_config
 from data.augment.pairs import PairMix
 from data.augment.rng import sample_seed
-from data.build import check_store, open_store, resolve, train_epochs
+from data.build import open_run, open_store, resolve
 from data.images import shapes
 from data.images.datasets import build_dataset
 from data.store.reader import LogitsStoreReader
@@ -77,7 +77,7 @@ def unresolved(root: Path, *opts: object):
 
 def student(root: Path, *opts: object):
     cfg = resolve(unresolved(root, *opts))
-    check_store(cfg)
+    open_run(cfg).check_store()
     return cfg
 
 
@@ -85,7 +85,7 @@ def trained_on(cfg, epoch: int, step_images: int = BATCH) -> dict[int, tuple]:
     """What a student gets in an epoch: by position (key, label, seed, classes, probabilities,
     position of the partner, mixed image).
     """
-    data = train_epochs(cfg, 0, BATCH, step_images)
+    data = open_run(cfg).train_loader(BATCH, 0, step_images)
     dataset, mix, got = data.dataset, PairMix.from_config(cfg), {}
     keys = dataset.dataset.get_keys()
     for batch in data.batches(epoch):
@@ -209,7 +209,7 @@ def test_a_tenth_of_the_data(tmp_path):
     )
     assert_right_targets(tmp_path / "single", got, 0)
     cfg, said = student(tmp_path / "pairs", *tenth), []
-    skipped = train_epochs(cfg, 0, 2, 1, report=said.append).sampler.skipped
+    skipped = open_run(cfg).train_loader(2).sampler.skipped
     assert skipped > 110
     assert said == [
         f"{skipped} of the store's 121 images are skipped in epoch 0: they or their partner are not"
@@ -243,7 +243,7 @@ def test_epochs_differ(store):
 
 def test_workers_map_the_store_themselves(store):
     """Persistent loader processes go from one epoch to the next and read the right records of each."""
-    data = train_epochs(student(store, "DATA.NUM_WORKERS", 2), 0, BATCH, BATCH)
+    data = open_run(student(store, "DATA.NUM_WORKERS", 2)).train_loader(BATCH, 0, BATCH)
     reader = LogitsStoreReader(store)
     for epoch in (0, 1, 0):
         records = reader.open_epoch(epoch)
@@ -458,7 +458,7 @@ def test_an_image_that_was_removed_is_skipped(photographed, tmp_path):
     store, images = changed(photographed, tmp_path)
     (images / "train/star/000001.png").unlink()
     cfg = student(store, "DATA.DATASET", "imagenet", "DATA.DATA_PATH", images, "TRAIN.EPOCHS", 1)
-    assert train_epochs(cfg, 0, 2, 1).sampler.skipped == 2
+    assert open_run(cfg).train_loader(2).sampler.skipped == 2
 
 
 def test_an_image_that_was_renamed(photographed, tmp_path):

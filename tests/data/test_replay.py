@@ -17,9 +17,9 @@ from configs import load_config
 from data.augment.decoder import AugmentDecoder
 from data.augment.pairs import PairMix
 from data.augment.rng import sample_seed
-from data.build import Epochs, resolve, train_epochs, val_epochs
+from data.build import EpochLoader, open_run, resolve
 from data.images.datasets import build_dataset
-from data.replay import ReplayDataset, Sample
+from data.replay import Batch, ReplayDataset
 from data.store.reader import record_dtype
 
 IMAGES = 43  # odd, so that one image is its own partner
@@ -51,7 +51,7 @@ def sha(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def pass_over(epochs: Epochs, epoch: int, start: int = 0) -> list[list[tuple[int, int, str]]]:
+def pass_over(epochs: EpochLoader, epoch: int, start: int = 0) -> list[list[tuple[int, int, str]]]:
     """(position, seed, digest of the image) of every sample, batch by batch."""
     return [
         [
@@ -65,7 +65,7 @@ def pass_over(epochs: Epochs, epoch: int, start: int = 0) -> list[list[tuple[int
 @pytest.fixture(scope="module")
 def reference() -> list:
     cfg = config("DATA.NUM_WORKERS", 0)
-    return [pass_over(train_epochs(cfg, 0, 4, 1), epoch) for epoch in range(2)]
+    return [pass_over(open_run(cfg).train_loader(4), epoch) for epoch in range(2)]
 
 
 def test_an_epoch_holds_every_image_and_the_odd_one_twice(reference):
@@ -85,7 +85,9 @@ def test_an_epoch_holds_every_image_and_the_odd_one_twice(reference):
     ("workers", "start"), [(1, "fork"), (2, "fork"), (4, "fork"), (2, "spawn")]
 )
 def test_workers_change_nothing_and_see_the_epoch(workers, start, reference):
-    epochs = train_epochs(config("DATA.NUM_WORKERS", workers, "DATA.WORKER_START", start), 0, 4, 1)
+    epochs = open_run(config("DATA.NUM_WORKERS", workers, "DATA.WORKER_START", start)).train_loader(
+        4
+    )
     # the same workers serve both epochs
     assert [pass_over(epochs, epoch) for epoch in range(2)] == reference
 
@@ -94,11 +96,8 @@ def steps(world: int, batch: int, accumulation: int, epoch: int) -> list[set]:
     """For each step the set of its pairs of (position, seed, digest), whoever computes them."""
     per_rank = []
     for rank in range(world):
-        epochs = train_epochs(
-            config("DATA.NUM_WORKERS", 0, world_size=world),
-            rank,
-            batch,
-            world * batch * accumulation,
+        epochs = open_run(config("DATA.NUM_WORKERS", 0, world_size=world)).train_loader(
+            batch, rank, world * batch * accumulation
         )
         batches = pass_over(epochs, epoch)
         per_rank.append(
@@ -126,7 +125,7 @@ def test_four_ranks_see_what_one_does():
 
 
 def test_fast_forward_continues_where_the_epoch_was_left(reference):
-    epochs = train_epochs(config("DATA.NUM_WORKERS", 2), 0, 4, 1)
+    epochs = open_run(config("DATA.NUM_WORKERS", 2)).train_loader(4)
     assert pass_over(epochs, 0, start=20) == reference[0][5:]
     assert pass_over(epochs, 1) == reference[1]
 
@@ -134,8 +133,8 @@ def test_fast_forward_continues_where_the_epoch_was_left(reference):
 def test_a_fresh_process_finds_the_same_bits(root, reference):
     code = """
 import json
-from tests.data.test_replay import config, pass_over, train_epochs
-print(json.dumps(pass_over(train_epochs(config("DATA.NUM_WORKERS", 0), 0, 4, 1), 1)[:3]))
+from tests.data.test_replay import config, open_run, pass_over
+print(json.dumps(pass_over(open_run(config("DATA.NUM_WORKERS", 0)).train_loader(4), 1)[:3]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
@@ -147,7 +146,7 @@ print(json.dumps(pass_over(train_epochs(config("DATA.NUM_WORKERS", 0), 0, 4, 1),
 
 def test_another_base_seed_gives_other_images():
     first = [
-        pass_over(train_epochs(config("DATA.NUM_WORKERS", 0, "DATA.SEED", seed), 0, 4, 1), 0)[0]
+        pass_over(open_run(config("DATA.NUM_WORKERS", 0, "DATA.SEED", seed)).train_loader(4), 0)[0]
         for seed in (0, 1)
     ]
     assert not {digest for *_, digest in first[0]} & {digest for *_, digest in first[1]}
@@ -156,11 +155,11 @@ def test_another_base_seed_gives_other_images():
 def test_validation_deals_every_image_once():
     seen = []
     for rank in range(3):
-        epochs = val_epochs(config("DATA.NUM_WORKERS", 0, world_size=3), rank)
+        epochs = open_run(config("DATA.NUM_WORKERS", 0, world_size=3)).val_loader(rank)
         seen += [sha(image) for images, _ in epochs.batches(0) for image in images]
     alone = [
         sha(image)
-        for images, _ in val_epochs(config("DATA.NUM_WORKERS", 0), 0).batches(0)
+        for images, _ in open_run(config("DATA.NUM_WORKERS", 0)).val_loader().batches(0)
         for image in images
     ]
     assert len(alone) == 13 and sorted(seen) == sorted(alone)
@@ -191,7 +190,7 @@ def test_stored_seeds_and_records_are_used():
     cfg = config()
     images, decoder = build_dataset(cfg, "train"), AugmentDecoder.from_config(cfg)
     sample = ReplayDataset(images, decoder, OneEpochStore(IMAGES))[7]
-    assert isinstance(sample, Sample) and sample.seed == 1007 and sample.position == 7
+    assert isinstance(sample, Batch) and sample.seed == 1007 and sample.position == 7
     assert (
         torch.equal(sample.image, decoder.decode(images[7][0], 1007))
         and sample.label == images[7][1]
@@ -221,7 +220,7 @@ def test_a_part_of_the_data_is_found_by_the_stores_positions():
     images, decoder = build_dataset(cfg, "train"), AugmentDecoder.from_config(cfg)
     local = np.full(IMAGES + 5, -1)
     local[5:] = np.arange(IMAGES)  # the store has five images more, at its beginning
-    replay = ReplayDataset(images, decoder, OneEpochStore(IMAGES + 5), local=local)
+    replay = ReplayDataset(images, decoder, OneEpochStore(IMAGES + 5), index_of=local)
     assert replay.available.sum() == IMAGES and len(replay) == IMAGES + 5
     assert torch.equal(replay[12].image, decoder.decode(images[7][0], 1012))
 

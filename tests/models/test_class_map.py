@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from models.class_map import (
+    LabelMap,
     class_map,
+    find_label_map,
     imagenet_wnids,
     map_22k_to_1k,
-    map_outputs,
     read_class_subset,
 )
 
@@ -47,16 +48,48 @@ def test_equal_numberings_map_to_themselves_and_others_not_at_all():
     assert class_map(21841, 100) is None
 
 
-def test_absent_outputs_get_the_rows_minimum():
+@pytest.mark.parametrize(
+    ("outputs", "classes", "options", "expected"),
+    [
+        (10, 10, {}, list(range(10))),
+        (10, 10, {"subset": [4, 2, 9]}, [-1, -1, 1, -1, 0, -1, -1, -1, -1, 2]),
+        (12, 3, {"subset": [4, 2, 9]}, [0, 1, 2]),
+        (12, 10, {"data_numbers_outputs": True}, list(range(10))),
+        (12, 10, {}, "the data has 10 classes and the model 12"),
+        (12, 10, {"subset": [4, 2, 9]}, "the data has 10 classes and the model 3"),
+        (12, 0, {"data_numbers_outputs": True}, "the data has no labels"),
+    ],
+)
+def test_where_the_datas_classes_stand_among_the_outputs(outputs, classes, options, expected):
+    label_map, reason = find_label_map(outputs, classes, **options)
+    if label_map is None:
+        assert reason.startswith(expected)
+    else:
+        assert label_map.outputs.tolist() == expected and reason == ""
+
+
+def test_labels_and_logits_follow_the_map():
+    label_map = LabelMap(torch.tensor([2, -1, 0]))
+    labels = torch.tensor([0, 1, 2, -1])
+    assert not label_map.is_identity
+    assert label_map.labels(labels).tolist() == [2, -1, 0, -1]
+    assert label_map.known(labels).tolist() == [0, -1, 2, -1]
     logits = torch.tensor([[3.0, -1.0, 2.0], [0.5, 7.0, 4.0]], requires_grad=True)
-    mapped = map_outputs(logits, np.array([2, -1, 0]))
-    assert mapped.tolist() == [[2.0, -1.0, 3.0], [4.0, 0.5, 0.5]]
-    assert torch.equal(mapped, map_outputs(logits, torch.tensor([2, -1, 0])))
-    # all below zero
-    teacher = -torch.rand(4, 21841, generator=torch.Generator().manual_seed(0)) - 5
-    in_1k = map_outputs(teacher, map_22k_to_1k())
-    assert torch.equal(in_1k[:, ABSENT], teacher.amin(1))
+    # an absent class gets its row's minimum
+    assert label_map.logits(logits).tolist() == [[2.0, -1.0, 3.0], [4.0, 0.5, 0.5]]
+
+
+def test_an_absent_class_never_wins():
+    logits = -torch.rand(4, 21841, generator=torch.Generator().manual_seed(0)) - 5  # all negative
+    in_1k = find_label_map(21841, 1000)[0].logits(logits)
+    assert torch.equal(in_1k[:, ABSENT], logits.amin(1))
     assert (in_1k.argmax(1) != ABSENT).all()
+
+
+def test_a_model_with_more_outputs_than_classes_keeps_them_all():
+    label_map, _ = find_label_map(12, 10, data_numbers_outputs=True)
+    logits = torch.randn(2, 12)
+    assert label_map.is_identity and torch.equal(label_map.logits(logits), logits)
 
 
 def test_unknown_numbering():

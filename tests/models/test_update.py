@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.update import (
-    Average,
+    EMA,
     guarded_step,
     restore_unless,
     running_statistics,
@@ -124,7 +124,7 @@ def test_what_stays_as_it_is_in_training():
 
 def test_the_average_against_a_naive_one_and_untouched_by_bad_updates():
     model = small_model()
-    average = Average(model, decay=0.6)
+    average = EMA(model, decay=0.6)
     naive = {name: value.double() for name, value in deepcopy(model).state_dict().items()}
     for update in range(8):
         flag = update % 3 != 2

@@ -377,6 +377,16 @@ def test_without_auto_resume_earlier_checkpoints_move_aside(tmp_path):
         assert run(tmp_path, *SHORT, "TRAIN.AUTO_RESUME", False) == 0
         assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 3]
         assert len(list(folder(tmp_path).glob("checkpoints_before_*/last.pth"))) == number - 1
+    kept = folder(tmp_path) / "checkpoints_before_2"
+    assert len((kept / "metrics.jsonl").read_text().splitlines()) == 4
+    assert (kept / "config.yaml").is_file()
+
+
+def test_what_is_loaded_is_not_called_left_out(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    own = folder(tmp_path) / "checkpoints" / "last.pth"
+    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9, flags=["--resume", own]) == 0
+    assert f"continuing from {own}" in log_of(tmp_path) and "not loaded" not in log_of(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(trained, tmp_path, capsys):
@@ -538,10 +548,7 @@ def test_another_process_keeps_off_a_run_in_use(tmp_path, capsys):
             time.sleep(0.05)
             assert job.ranks[0].exitcode is None, job.text()
         line = fault(capsys, tmp_path, *SHORT)
-        assert (
-            f"{folder(tmp_path)} is in use: another process writes to this run" in line
-            and "--tag" in line
-        )
+        assert f"{folder(tmp_path)}/lock: in use by process" in line and "--tag" in line
     assert run(tmp_path, *SHORT) == 0  # when that process is dead
 
 
@@ -581,30 +588,26 @@ def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
 
 def test_a_loss_or_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     forward, step, snapshots = main.forward, main.train_step, []
-    monkeypatch.setattr(
-        main,
-        "forward",
-        lambda run, batch, epoch, index: broken(
-            forward(run, batch, epoch, index), run.progress.update
-        ),
-    )
 
-    def broken(result, update):
-        loss, accuracies = result
+    def broken(run, batch, index):
+        values, update = forward(run, batch, index), run.progress.update
+        loss = values["loss"]
         if update == 1:
-            return loss * torch.nan, accuracies
+            return values | {"loss": loss * torch.nan}
         if update == 2:
-            return loss + torch.inf, accuracies
+            return values | {"loss": loss + torch.inf}
         if update == 3:  # a finite loss with a gradient that is not
             loss.register_hook(lambda gradient: gradient * torch.inf)
-        return loss, accuracies
+        return values
+
+    monkeypatch.setattr(main, "forward", broken)
 
     def watched(run, batches):
         result = step(run, batches)
         states = (
             run.model.state_dict(),
             run.optimizer.state_dict()["state"],
-            run.average.model.state_dict(),
+            run.ema.model.state_dict(),
         )
         snapshots.append(json.loads(json.dumps(states, default=lambda tensor: tensor.tolist())))
         return result
@@ -626,11 +629,11 @@ def test_a_loss_or_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypat
 def test_too_many_in_a_row_end_the_run_with_the_images_names(every, tmp_path, monkeypatch, capsys):
     forward, seen = main.forward, []
 
-    def broken(run, batch, epoch, index):
-        loss, accuracies = forward(run, batch, epoch, index)
-        keys = run.epochs.dataset.dataset.get_keys()
+    def broken(run, batch, index):
+        values = forward(run, batch, index)
+        keys = run.loader.dataset.dataset.get_keys()
         seen.append([keys[position] for position in batch.position.tolist()])
-        return loss * (1.0 if index in (0, 2) else torch.nan), accuracies
+        return values | {"loss": values["loss"] * (1.0 if index in (0, 2) else torch.nan)}
 
     monkeypatch.setattr(main, "forward", broken)
     opts = ["TRAIN.EPOCHS", 2, "TRAIN.MAX_BAD_STEPS", 2, "PRINT_FREQ", every]
@@ -1210,10 +1213,13 @@ def draw_train(root: Path) -> Path:
     return root
 
 
-def test_other_ranks_name_themselves(tmp_path, capsys, monkeypatch):
+def test_a_fault_of_the_command_line_is_told_by_one_rank(tmp_path, capsys, monkeypatch):
     for key, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(key, value)
-    assert fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH", 16).endswith(" (rank 2)")
+    assert run(tmp_path, "TRAIN.GLOBAL_BATCH", 16) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "TRAIN.GLOBAL_BATCH 16" in fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH", 16)
 
 
 BROKEN = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs import dump, load_config
-from data.build import resolve, train_epochs
+from data.build import open_run, resolve
 from models.build import build_model
 from tests.support import saving
 from tests.support.training import (
@@ -154,7 +154,7 @@ def steps_of(cfg_words: list[str], world: int, batch: int, passes: int) -> list[
     steps: list[list] = []
     for rank in range(world):
         cfg = resolve(load_config(cfg_words, world))
-        epochs = train_epochs(cfg, rank, batch, world * batch * passes)
+        epochs = open_run(cfg).train_loader(batch, rank, world * batch * passes)
         for index, sample in enumerate(epochs.batches(0)):
             if index % passes == 0 and rank == 0:
                 steps.append([])

@@ -16,7 +16,7 @@ import save_logits
 from configs import load_config
 from data.augment.pairs import PairMix
 from data.augment.rng import sample_seed
-from data.build import resolve, train_epochs
+from data.build import open_run, resolve
 from data.images import shapes
 from data.store.reader import LogitsStoreReader
 from models.build import build_model
@@ -125,7 +125,7 @@ def test_a_stored_answer_is_the_teachers_for_that_mixed_image(four):
         LogitsStoreReader(four).open_epoch(1),
     )
     seen = []
-    for batch in train_epochs(cfg, 0, 8, 1).batches(1):
+    for batch in open_run(cfg).train_loader(8).batches(1):
         images, _ = mix(batch.image, None, batch.seed)
         indices, probs = encode(teacher(images), 10)
         rows = records[batch.position.numpy()]
@@ -141,7 +141,7 @@ def test_online_is_the_same_thing(four):
     """
     cfg = resolve(load_config(command(four, "TRAIN.WARMUP_EPOCHS", 0, flags=())))
     teacher, mix = as_teacher(Glance(10)), PairMix.from_config(cfg)
-    for batch in train_epochs(cfg, 0, 8, 8).batches(0):
+    for batch in open_run(cfg).train_loader(8, 0, 8).batches(0):
         indices, probs = teacher_targets(
             teacher,
             mix(batch.image, None, batch.seed)[0],

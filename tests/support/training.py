@@ -176,7 +176,7 @@ def recorded(step: Callable, folder: str, rank: int) -> Callable:
 
         def watched():
             for batch in batches:
-                keys = run.epochs.dataset.dataset.get_keys()
+                keys = run.loader.dataset.dataset.get_keys()
                 names = [keys[position] for position in batch.position.tolist()]
                 partners = [names[i ^ 1] if run.cfg.is_paired else "" for i in range(len(names))]
                 records = zip(batch.indices.tolist(), batch.probs.tolist())

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from data.augment.decoder import eval_transform
-from data.build import val_epochs
+from data.build import open_run
 from models.pretrained import to_timm
 from models.tiny_vit import VARIANTS, TinyViT
 from tests.support import training
@@ -142,7 +142,7 @@ def test_predict_takes_all_from_a_trainings_own_checkpoint(tmp_path):
         40,
         "half",
     )
-    assert len(names) == 10 and names == val_epochs(cfg, 0).dataset.dataset.class_names
+    assert len(names) == 10 and names == open_run(cfg).val_loader().dataset.dataset.class_names
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8))
     image.save(tmp_path / "noise.png")
     ((path, classes),) = predict.predict([tmp_path / "noise.png"], str(checkpoint), topk=1)

@@ -1,0 +1,104 @@
+"""What a run opens: everything once; and what its loader does with faults in its workers."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs import load_config
+from data.build import open_run
+from tests.support import saving, training
+
+COUNTED = """
+from pathlib import Path
+from PIL import Image
+
+class Drawn:
+    class_names = ["dark", "light"]
+    def __init__(self, count): self.targets = [i % 2 for i in range(count)]
+    def __len__(self): return len(self.targets)
+    def __getitem__(self, i): return Image.new("RGB", (48, 40), (255 * (i % 2), i, 0)), i % 2
+
+def drawn(cfg, split):
+    with open(cfg.DATA.DATA_PATH, "a") as file:
+        file.write(split + "\\n")
+    return Drawn(24)
+"""
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch) -> Path:
+    """The file in which a user's function notes for which split it was called."""
+    (tmp_path / "theirs.py").write_text(COUNTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("theirs", None)
+    return tmp_path / "calls.txt"
+
+
+def test_a_training_opens_everything_once(calls, tmp_path):
+    flags = ["--data-path", calls]
+    assert training.run(tmp_path, "DATA.DATASET", "theirs:drawn", flags=flags) == 0
+    assert sorted(calls.read_text().split()) == ["train", "val"]
+
+
+def test_saving_and_reading_a_store_open_everything_once(calls, tmp_path):
+    opts = ["DATA.DATASET", "theirs:drawn", "DATA.DATA_PATH", calls, "TRAIN.EPOCHS", 2]
+    store = tmp_path / "store"
+    assert saving.run(store, *opts) == 0
+    assert sorted(calls.read_text().split()) == ["train", "val"]
+    calls.unlink()
+    opened = []
+    from data.store.reader import LogitsStoreReader
+
+    init = LogitsStoreReader.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LogitsStoreReader,
+            "__init__",
+            lambda self, root: (opened.append(1), init(self, root))[1],
+        )
+        opts += ["DISTILL.TEACHER_LOGITS_PATH", store]
+        assert training.run(tmp_path, *opts) == 0
+    assert sorted(calls.read_text().split()) == ["train", "val"]
+    assert len(opened) == 1
+
+
+class Faulty:
+    """A data set whose third image can't be read."""
+
+    class_names = ("a", "b")
+    num_classes = 2
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise ValueError("image 2: broken\nin two lines")
+        return Image.new("RGB", (40, 40)), 0
+
+
+def faulty(cfg, split):
+    return Faulty()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_in_a_worker_keeps_all_of_its_text(workers, tmp_path):
+    opts = ["DATA.DATASET", "tests.data.test_build:faulty", "DATA.NUM_WORKERS", str(workers)]
+    opts += ["DATA.INDEX_DIR", str(tmp_path), "DATA.IMG_SIZE", "40"]
+    loader = open_run(load_config(["--opts", *opts])).train_loader(2)
+    with pytest.raises(ValueError, match=r"^image 2: broken\nin two lines$"):
+        list(loader.batches(0))
+    assert loader.waited > 0
+
+
+def test_a_worker_that_dies_is_told_by_its_number(tmp_path):
+    opts = ["DATA.DATASET", "shapes", "DATA.NUM_WORKERS", "1", "DATA.INDEX_DIR", str(tmp_path)]
+    loader = open_run(load_config(["--opts", *opts])).train_loader(64)
+    batches = loader.batches(0)
+    next(batches)
+    worker = loader._workers[0]
+    worker.kill()
+    with pytest.raises(ValueError, match=f"a loader process has died .pid {worker.pid}"):
+        list(batches)
