@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
+import multiprocessing.util
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +219,8 @@ class EpochLoader:
         started = [child for child in multiprocessing.active_children() if child not in before]
         if self._loader.num_workers and started:
             self._workers += started
-            atexit.register(_kill, started)
+            # Runs before multiprocessing asks them to end and waits, which would be for ever.
+            multiprocessing.util.Finalize(None, _kill, (started,), exitpriority=1)
         return iterator
 
     def _received(self, iterator: Iterator[Any]) -> Iterator[Batch]:
@@ -228,7 +231,9 @@ class EpochLoader:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # PyTorch has no type of its own for it; a worker that is gone says so itself.
+                # PyTorch has no type of its own for a lost worker, so the workers are looked at: one
+                # that has just been killed may take a moment to be gone.
+                wait([worker.sentinel for worker in self._workers], timeout=1.0)
                 dead = [worker for worker in self._workers if worker.exitcode is not None]
                 if not dead:
                     raise
@@ -295,23 +300,25 @@ def _signals_held() -> Iterator[None]:
     """Start processes that are deaf to signals: they keep the mask of signals they begin with.
 
     Batch systems and Ctrl-C signal all processes of a job at once, and the main process still needs
-    its batches to come to an orderly end.
+    its batches to come to an orderly end. PyTorch's handler for a worker's death, which would raise
+    in the middle of whatever is done then, gives way: who waits for a batch notices.
     """
     if not hasattr(signal, "pthread_sigmask"):  # as on Windows
         yield
         return
     asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _kill(workers: Iterable[multiprocessing.Process]) -> None:
-    """At exit: what is deaf to SIGTERM, which multiprocessing would send, must not be waited for."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises
+    """End what is deaf to the SIGTERM that multiprocessing sends when this process exits."""
     for worker in workers:
         if worker.is_alive():
             worker.kill()

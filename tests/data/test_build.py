@@ -45,7 +45,7 @@ def test_a_training_opens_everything_once(calls, tmp_path):
 def test_saving_and_reading_a_store_open_everything_once(calls, tmp_path):
     opts = ["DATA.DATASET", "theirs:drawn", "DATA.DATA_PATH", calls, "TRAIN.EPOCHS", 2]
     store = tmp_path / "store"
-    assert saving.run(store, *opts) == 0
+    assert saving.run(store, *opts, flags=()) == 0
     assert sorted(calls.read_text().split()) == ["train", "val"]
     calls.unlink()
     opened = []

@@ -93,7 +93,7 @@ def trained_on(cfg, epoch: int, step_images: int = BATCH) -> dict[int, tuple]:
         positions = batch.position.tolist()
         partners = [positions[row ^ 1] for row in range(len(positions))]
         for row, position in enumerate(positions):
-            key = keys[position if dataset.local is None else int(dataset.local[position])]
+            key = keys[dataset.index(position)]
             got[position] = (
                 key,
                 int(batch.label[row]),
@@ -208,13 +208,8 @@ def test_a_tenth_of_the_data(tmp_path):
         and len(got) == 10
     )
     assert_right_targets(tmp_path / "single", got, 0)
-    cfg, said = student(tmp_path / "pairs", *tenth), []
-    skipped = open_run(cfg).train_loader(2).sampler.skipped
-    assert skipped > 110
-    assert said == [
-        f"{skipped} of the store's 121 images are skipped in epoch 0: they or their partner are not"
-        " in the data"
-    ]
+    cfg = student(tmp_path / "pairs", *tenth)
+    assert open_run(cfg).train_loader(2).sampler.skipped > 110
 
 
 def test_a_list_of_images_to_leave_out(store, tmp_path):
