@@ -21,14 +21,14 @@ import torch
 
 from benchmarks.timing import alternate, machine, report
 from configs import load_config
-from data.augment.pairs import PairMix
 from data.augment.rng import generator, sample_seed
+from data.build import RunData
 from data.replay import Batch
-from data.store.reader import AsyncAppender, LogitsStoreWriter
-from models.distill import as_teacher, teacher_dtype
-from models.teacher import Teacher
+from data.store import LogitsStoreWriter
+from models.class_map import LabelMap
+from models.teacher import Teacher, teacher_dtype
 from models.tiny_vit import TinyViT
-from save_logits import Group, Run, Tally, answers
+from save_logits import Run, Tally, answers, one_late
 from utils import StopRequest, init_distributed
 
 IMAGES = 1 << 20  # in the store; each turn writes some of them
@@ -72,17 +72,12 @@ def main() -> None:
     world = init_distributed("auto")
     cfg = load_config(["--opts", "AUG.MIXUP_MODE", "pair2"])
     cfg = cfg.replace({"MODEL.NUM_CLASSES": args.classes, "DISTILL.LOGITS_TOPK": args.topk})
-    model = as_teacher(TinyViT.from_config(args.model, num_classes=args.classes)).to(world.device)
-    teacher = Teacher("teacher", model, args.classes, None, teacher_dtype(cfg, world.device))
-    run = Run(
-        cfg,
-        Group(world),
-        StopRequest(),
-        logging.getLogger("saving"),
-        teacher,
-        PairMix.from_config(cfg),
-        np.arange(args.classes),
-    )
+    model = TinyViT.from_config(args.model, num_classes=args.classes)
+    dtype = teacher_dtype(cfg, world.device)
+    teacher = Teacher("teacher", model, args.classes, dtype=dtype).to(world.device)
+    labels = LabelMap(torch.arange(args.classes)).to(world.device)
+    data = RunData(cfg, None, None, None)
+    run = Run(cfg, world, StopRequest(), logging.getLogger("saving"), data, teacher, labels)
     batches = ready_batches(args.batches, args.batch_size, cfg.DATA.IMG_SIZE, args.classes)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -92,22 +87,15 @@ def main() -> None:
         )
         writer.begin_epoch(0)
 
-        in_thread: list[float] = []
-
-        class Watched:
-            """The writer, and after each batch the processor time that the writing thread has used
-            in this turn.
-            """
-
-            def append(self, positions: np.ndarray, records: np.ndarray) -> None:
-                writer.append(positions, records)
-                in_thread[-1] = time.thread_time()
+        in_appending: list[float] = []  # processor seconds of each turn
 
         def with_writing() -> None:
-            in_thread.append(0.0)
-            with AsyncAppender(Watched()) as appender:
-                for positions, records in run.until_stopped(answers(run, batches, Tally())):
-                    appender.append(positions, records)
+            in_appending.append(0.0)
+            for positions, ready in one_late(answers(run, batches, Tally())):
+                records = ready()
+                begun = time.process_time()
+                writer.append(positions, records)
+                in_appending[-1] += time.process_time() - begun
 
         def without_writing() -> None:
             ((_, records),) = deque(answers(run, batches, Tally()), maxlen=1)
@@ -140,7 +128,7 @@ def main() -> None:
             "seconds_per_turn": seconds,
             "processor_seconds_per_turn": {
                 **busy,
-                "writing thread alone": statistics.median(in_thread),
+                "appending alone": statistics.median(in_appending),
             },
             "saving_adds": (
                 f"{seconds['saving']['median'] / seconds['without writing']['median'] - 1:+.2%}"

@@ -81,6 +81,7 @@ TOOLS = {
     "tools.logits histogram": ("logits.png: written", "logits.png"),
     "tools.logits convert": ("1 epochs of 24 images", "converted/epoch_0000.npy"),
     "tools.verify_zoo": ("0 of 8 checkpoints agree within 0.1 points", ""),
+    "tools.size": ("product", ""),
 }
 
 
@@ -150,7 +151,7 @@ def test_no_command_is_missed(page):
         ("python main.py --throughput --opts DATA.UNKNOWN 1", "DATA.UNKNOWN = '1': unknown key"),
         (
             "python main.py --cfg configs/unknown.yaml --throughput",
-            "configs/unknown.yaml: no such file",
+            "configs/unknown.yaml: No such file",
         ),
         (
             "python main.py --data-path ./ImageNet --eval --resume ./checkpoints/unknown.pth",
