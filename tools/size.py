@@ -34,9 +34,10 @@ def measure(text: str) -> Counter:
     return Counter(tokens=len(tokens), lines=len(lines), wide=wide, comments=comments)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     """Print a row for each folder, and one for the product."""
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else ".")
+    argv = sys.argv[1:] if argv is None else argv
+    root = Path(argv[0] if argv else ".")
     listed = subprocess.run(
         ["git", "-C", root, "ls-files", "*.py"], capture_output=True, text=True, check=True
     )
@@ -50,7 +51,8 @@ def main() -> None:
     for room, size in [*sorted(sizes.items()), ("product", product)]:
         numbers = [size[name] for name in ("tokens", "lines", "wide", "comments")]
         print("{:8,}{:8,}{:6,}{:10,}  ".format(*numbers) + room)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
