@@ -6,7 +6,6 @@ python -m tools.size [FOLDER]
 
 import ast
 import io
-import subprocess
 import sys
 import tokenize
 from collections import Counter
@@ -37,15 +36,16 @@ def measure(text: str) -> Counter:
 def main(argv: list[str] | None = None) -> int:
     """Print a row for each folder, and one for the product."""
     argv = sys.argv[1:] if argv is None else argv
-    root = Path(argv[0] if argv else ".")
-    listed = subprocess.run(
-        ["git", "-C", root, "ls-files", "*.py"], capture_output=True, text=True, check=True
-    )
+    root = Path(argv[0]) if argv else Path(__file__).resolve().parents[1]
     sizes: dict[str, Counter] = {}
-    for name in listed.stdout.split():
-        folder = str(Path(name).parent) if "/" in name else "programs"
-        room = folder.split("/")[0] if folder.startswith(ASIDE) else folder
-        sizes.setdefault(room, Counter()).update(measure((root / name).read_text()))
+    for path in sorted(root.rglob("*.py")):
+        *folders, _ = path.relative_to(root).parts
+        if any(folder.startswith(".") for folder in folders):
+            continue
+        room = "/".join(folders) or "programs"
+        if room.startswith(ASIDE):
+            room = folders[0]
+        sizes.setdefault(room, Counter()).update(measure(path.read_text(encoding="utf-8")))
     product = sum((size for room, size in sizes.items() if room not in ASIDE), Counter())
     print(f"{'tokens':>8}{'lines':>8}{'wide':>6}{'comments':>10}")
     for room, size in [*sorted(sizes.items()), ("product", product)]:

@@ -4,7 +4,7 @@
 A record of a values file is an int32 seed, K int16 indices and K float16 values: the same bytes as
 ours. A key is an image's name, or its position in the data set as decimal text. An index from
 position to row, over all ranks one behind the other, is built once for each epoch with numpy and
-cached beside it or in a cache folder; so loader processes parse nothing. A key that stands more
+kept in a cache folder; so loader processes parse nothing. A key that stands more
 than once counts where it stands first in rank order: so files that an earlier run with more ranks
 left behind are never read for what the later run wrote too."""
 
@@ -237,27 +237,17 @@ class UpstreamStoreReader:
 
     def _rows(self, folder: Path, values: list[np.ndarray]) -> np.ndarray:
         """Row of each image, int64 [N], -1 where there is none: from the cache, or built."""
-        name = f"index-{self._fingerprint(folder)}.npy"
-        # what is marked read-only stays as it is, also where root could write
-        is_open = folder.stat().st_mode & 0o222
-        places = (
-            [self.cache / name]
-            if self.cache
-            else [*([folder / name] if is_open else []), default_cache() / name]
-        )
-        for path in places:
-            try:
-                return np.load(path, mmap_mode="r")
-            except (OSError, ValueError):
-                pass
+        path = (self.cache or default_cache()) / f"index-{self._fingerprint(folder)}.npy"
+        try:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError):
+            pass
         rows = self._built_rows(folder, values)
-        for path in places:
-            try:
-                save_array(path, rows)
-                return np.load(path, mmap_mode="r")
-            except OSError:
-                pass
-        return rows
+        try:
+            save_array(path, rows)
+            return np.load(path, mmap_mode="r")
+        except OSError:
+            return rows
 
     def _fingerprint(self, folder: Path) -> str:
         """Changes with the listing, the order and the files of an epoch."""
