@@ -3,34 +3,16 @@
 import argparse
 from typing import Any
 
-# (flag, key that it sets, type, placeholder, what it is)
+# (flag and what follows it, key that it sets, type, what it is)
 VALUES = (
-    ("--batch-size", "DATA.BATCH_SIZE", int, "N", "images per process and forward pass"),
-    ("--data-path", "DATA.DATA_PATH", str, "PATH", "the data set"),
-    (
-        "--pretrained",
-        "MODEL.PRETRAINED",
-        str,
-        "WEIGHTS",
-        "weights to start from: path, URL or zoo name",
-    ),
-    (
-        "--resume",
-        "MODEL.RESUME",
-        str,
-        "CHECKPOINT",
-        "checkpoint to continue from, or to evaluate",
-    ),
-    ("--accumulation-steps", "TRAIN.ACCUMULATION_STEPS", int, "N", "forward passes per update"),
-    ("--output", "OUTPUT", str, "FOLDER", "runs go to FOLDER/MODEL.NAME/TAG"),
-    ("--tag", "TAG", str, "NAME", "name of this run"),
-    (
-        "--device",
-        "DEVICE",
-        str,
-        "{auto,cuda,mps,cpu}",
-        "where to run; auto takes cuda if there is any",
-    ),
+    ("--batch-size N", "DATA.BATCH_SIZE", int, "images per process and forward pass"),
+    ("--data-path PATH", "DATA.DATA_PATH", str, "the data set"),
+    ("--pretrained WEIGHTS", "MODEL.PRETRAINED", str, "weights to start from: path, URL, zoo name"),
+    ("--resume CHECKPOINT", "MODEL.RESUME", str, "checkpoint to continue from, or to evaluate"),
+    ("--accumulation-steps N", "TRAIN.ACCUMULATION_STEPS", int, "forward passes per update"),
+    ("--output FOLDER", "OUTPUT", str, "runs go to FOLDER/MODEL.NAME/TAG"),
+    ("--tag NAME", "TAG", str, "name of this run"),
+    ("--device auto|cuda|mps|cpu", "DEVICE", str, "where to run; auto takes cuda if there is any"),
 )
 # (flag and its other spelling, key that it sets, the value, what that does)
 SWITCHES = (
@@ -63,12 +45,13 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         default=[],
         help="set any key of configs/defaults.py, e.g. --opts TRAIN.EPOCHS 10",
     )
-    for flag, key, kind, placeholder, text in VALUES:
+    for words, key, kind, text in VALUES:
+        flag, placeholder = words.split()
         parser.add_argument(
             flag,
+            metavar=placeholder,
             dest=key,
             type=kind,
-            metavar=placeholder,
             default=argparse.SUPPRESS,
             help=f"{text} ({key})",
         )

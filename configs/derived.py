@@ -62,7 +62,9 @@ def batch_plan(cfg: Config) -> BatchPlan:
     unit = 2 if cfg.is_paired else 1  # images that stay together
     if total % (world * unit):
         fitting = [str(size) for size in range(1, total // unit + 1) if total % (size * unit) == 0]
-        shown = ", ".join([*fitting[:12], *(["..."] if len(fitting) > 12 else [])])
+        shown = ", ".join(fitting[:12])
+        if len(fitting) > 12:
+            shown += ", ..."
         pairs = " in whole pairs" if cfg.is_paired else ""
         raise ConfigError(
             f"TRAIN.GLOBAL_BATCH = {total}: cannot be split over {world} processes{pairs}: use"
