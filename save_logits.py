@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -212,7 +211,7 @@ def save(run: Run, skip_eval: bool) -> int:
         proof, name = manifest["proof"], f"{root} (rank 0)"
         world.everywhere(lambda: check_proof(proof, data.images, data.decoder, name))
     with open_writer(world, root, manifest, keys) as writer:
-        world.on_main(lambda: [len(writer.missing(epoch)) for epoch in wanted])  # clears up
+        world.on_main(lambda: writer.clean_up(wanted))
         pending = world.on_main(lambda: [e for e in wanted if not writer.is_sealed(e)])
         if not pending:
             log.info(f"{root}: epochs {ranges(wanted)} are complete, nothing is left to do")
@@ -248,8 +247,14 @@ def open_writer(
     world: Distributed, root: Path, manifest: dict[str, Any], keys: Keys
 ) -> LogitsStoreWriter:
     """The store's writer: rank 0 makes the store or finds it, the others join it there."""
-    job = world.on_main(lambda: secrets.token_hex(8))
-    return world.main_first(lambda: LogitsStoreWriter(root, manifest, keys, job=job))
+
+    writer = world.on_main_alone(lambda: LogitsStoreWriter(root, manifest, keys))
+    digest = world.on_main(lambda: writer.digest)
+
+    def joined() -> LogitsStoreWriter:
+        return writer if world.is_main else LogitsStoreWriter.join(root, digest)
+
+    return world.everywhere(joined)
 
 
 def begin(writer: LogitsStoreWriter, epoch: int) -> np.ndarray | None:

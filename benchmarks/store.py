@@ -1,5 +1,4 @@
-"""Reading a logits store against reading the original's layout the original's way, and staging
-through a slow copy.
+"""Reading a logits store against reading the original's layout the original's way.
 
     python -m benchmarks.store                                    # 1.28 M images, K = 10 and 100
     python -m benchmarks.store --images 5000000 --topk 10 100     # a few minutes and 9 GB of disk
@@ -15,23 +14,21 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.timing import alternate, machine, report
+from data.store import LogitsStoreReader, LogitsStoreWriter, record_dtype
+from data.store.format import pack_records
 from data.store.keys import Keys
-from data.store.reader import LogitsStoreReader, LogitsStoreWriter, pack_records, record_dtype
-from data.store.stage import EpochStager
 
 CLASSES = 21841
 RANKS = 8
 EPOCHS = 2
 BLOCK = 1 << 16
 READS = 20_000  # records of one turn
-STAGED_EPOCHS = 5
 
 
 class OriginalReader:
@@ -97,10 +94,10 @@ def blocks(images: int, k: int, epoch: int) -> Iterator[tuple[np.ndarray, np.nda
         )
 
 
-def write_ours(root: Path, keys: Keys, k: int, epochs: int = EPOCHS) -> None:
+def write_ours(root: Path, keys: Keys, k: int) -> None:
     """A sealed store."""
     with LogitsStoreWriter(root, {"identity": {"k": k, "num_classes": CLASSES}}, keys) as writer:
-        for epoch in range(epochs):
+        for epoch in range(EPOCHS):
             writer.begin_epoch(epoch)
             for positions, records in blocks(len(keys), k, epoch):
                 writer.append(positions, records)
@@ -228,17 +225,8 @@ def memories(folder: Path, images: int, k: int) -> dict[str, object]:
     """What a loader process of each side grows by."""
     sides: dict[str, dict[str, float]] = {}
     for side in ("ours", "original"):
-        options = [
-            "--worker",
-            side,
-            "--folder",
-            str(folder),
-            "--images",
-            str(images),
-            "--topk",
-            str(k),
-        ]
-        command = [sys.executable, "-m", "benchmarks.store", *options]
+        options = f"--worker {side} --images {images} --topk {k} --folder".split()
+        command = [sys.executable, "-m", "benchmarks.store", *options, str(folder)]
         sides[side] = json.loads(
             subprocess.run(command, capture_output=True, text=True, check=True).stdout
         )
@@ -250,67 +238,20 @@ def memories(folder: Path, images: int, k: int) -> dict[str, object]:
     }
 
 
-def staging(folder: Path, images: int, k: int) -> dict[str, object]:
-    """Seconds that a run waits at the start of each epoch while copies take two thirds of an
-    epoch's time.
-    """
-    write_ours(
-        folder / "slow",
-        Keys.of([key_text(position) for position in range(images)]),
-        k,
-        STAGED_EPOCHS,
-    )
-    store = LogitsStoreReader(folder / "slow")
-    size = len(store) * store.dtype.itemsize
-    compute, copy = 3.0, 2.0
-    stager = EpochStager(
-        store, folder / "local", on_chunk=lambda chunk: time.sleep(copy * chunk / size)
-    )
-    waited = []
-    for epoch in range(STAGED_EPOCHS):
-        start = time.perf_counter()
-        stager.advance(epoch, epoch + 1 if epoch + 1 < STAGED_EPOCHS else None)
-        waited.append(round(time.perf_counter() - start, 4))
-        stager.reader.open_epoch(epoch)
-        time.sleep(compute)
-    return {
-        "images": images,
-        "k": k,
-        "epoch_seconds": compute,
-        "copy_seconds_at_least": copy,
-        "waited_seconds_per_epoch": waited,
-    }
-
-
 def main() -> None:
     """Measure and print the report."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.store", description=__doc__, formatter_class=formatter
     )
-    parser.add_argument(
-        "--images",
-        type=int,
-        nargs="+",
-        default=[1_281_167],
-        help="sizes of data sets (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--topk",
-        type=int,
-        nargs="+",
-        default=[10, 100],
-        help="probabilities per image (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=9, help="turns of each side (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="where to write the stores (default: a temporary folder)"
-    )
-    parser.add_argument(
-        "--no-staging", action="store_true", help="leave out the slow copy, which takes 20 s"
-    )
+    text = "sizes of data sets (default: %(default)s)"
+    parser.add_argument("--images", type=int, nargs="+", default=[1_281_167], help=text)
+    text = "probabilities per image (default: %(default)s)"
+    parser.add_argument("--topk", type=int, nargs="+", default=[10, 100], help=text)
+    text = "turns of each side (default: %(default)s)"
+    parser.add_argument("--repeats", type=int, default=9, help=text)
+    text = "where to write the stores (default: a temporary folder)"
+    parser.add_argument("--folder", type=Path, help=text)
     parser.add_argument("--worker", choices=["ours", "original"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -326,9 +267,6 @@ def main() -> None:
         for k in args.topk:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
                 result["sizes"].append(compare(Path(folder), images, k, args.repeats))
-    if not args.no_staging:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            result["staging"] = staging(Path(folder), args.images[0], args.topk[0])
     report(result)
 
 

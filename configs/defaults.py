@@ -146,8 +146,6 @@ _C.DISTILL.HARD = False
 _C.DISTILL.EXCESS = "auto"
 # epoch e of a longer run is the store's epoch e modulo its number of epochs
 _C.DISTILL.REUSE_EPOCHS = False
-# local folder to which the next epoch of a slow store is copied in the background
-_C.DISTILL.STAGE_DIR = ""
 # allow a student of another image size than the store's
 _C.DISTILL.OTHER_SIZE = False
 # order of positions in an original's store: folder | tar

@@ -1,40 +1,37 @@
-"""Logits stores from outside: what one holds, whether it is whole, how large it will be, and
-converting and merging them.
-"""
+"""Logits stores from outside: what one holds, whether it is whole, converting and merging them."""
 
 import argparse
-import secrets
-import shutil
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from data.store.files import FileLock
+from data.store.files import StoreError, atomic_file, lock_holder, sole_user, write_atomic
 from data.store.format import (
+    block_digests,
     data_path,
-    identity_digest,
+    disk_need,
+    encoded,
+    epoch_bytes,
     lock_path,
     parts_path,
     ranges,
+    record_dtype,
     seal_path,
     size_text,
 )
 from data.store.keys import Keys
 from data.store.original import UpstreamStoreReader
 from data.store.parts import part_files, read_blocks
-from data.store.reader import (
-    LogitsStoreReader,
-    LogitsStoreWriter,
-    StoreError,
-    disk_need,
-    epoch_bytes,
-    record_dtype,
-)
+from data.store.reader import LogitsStoreReader
+from data.store.writer import LogitsStoreWriter
 
 BATCH_RECORDS = 1 << 14
+COPIED_BYTES = 1 << 23  # at once
 SAMPLED_RECORDS = 100_000
 NAME_BYTES = 16  # of an original's key and its end of line: n00007846_10001
 
@@ -59,18 +56,14 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub.add_argument
 
-    add = command(
-        "info", info, "what a store is: sizes, recipe, teacher and its accuracy per epoch"
-    )
+    text = "what a store is: sizes, recipe, teacher and its accuracy per epoch"
+    add = command("info", info, text)
     add("store", type=Path, help="folder of the store, in our layout or the original's")
 
-    add = command(
-        "verify",
-        verify,
-        "read a store in full and check it against its checksums; exit code 1 on damage",
-    )
+    text = "read a store in full and check it against its checksums; exit code 1 on damage"
+    add = command("verify", verify, text)
     add("store", type=Path, help="folder of the store")
-    add("--epochs", type=int, metavar="E", help="also require the epochs 0 to E - 1")
+    add("--epochs", type=int, default=0, metavar="E", help="also require the epochs 0 to E - 1")
 
     add = command("estimate", estimate, "the disk space that a store will take")
     add("--images", type=int, required=True, metavar="N", help="images of the data set")
@@ -82,54 +75,27 @@ def parser() -> argparse.ArgumentParser:
     add = command("convert", convert, "turn a store in the original's layout into one of ours")
     add("source", type=Path, help="folder that holds logits_top*_epoch*")
     add("target", type=Path, help="folder of the new store")
-    add(
-        "--cfg",
-        required=True,
-        metavar="FILE",
-        help="the teacher's recipe, which the source was saved with (its mean is the fill colour)",
-    )
-    add(
-        "--opts",
-        nargs="*",
-        default=[],
-        metavar="KEY VALUE",
-        help="set any configuration key, e.g. DISTILL.UPSTREAM_ORDER tar",
-    )
-    add(
-        "--data-path",
-        metavar="PATH",
-        help="the data set, which tells the keys and is sampled for the proof",
-    )
-    add(
-        "--keys",
-        type=Path,
-        metavar="FILE",
-        help="the keys, one a line in the order of the data set, instead of the data set itself",
-    )
+    text = "the teacher's recipe, which the source was saved with (its mean is the fill colour)"
+    add("--cfg", required=True, metavar="FILE", help=text)
+    text = "set any configuration key, e.g. DISTILL.UPSTREAM_ORDER tar"
+    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help=text)
+    text = "the data set, which tells the keys and is sampled for the proof"
+    add("--data-path", metavar="PATH", help=text)
+    text = "the keys, one a line in the order of the data set, instead of the data set itself"
+    add("--keys", type=Path, metavar="FILE", help=text)
     add("--teacher", default="unknown", metavar="NAME", help="name of the teacher for the manifest")
 
-    add = command(
-        "merge",
-        merge,
-        "gather the epochs of stores of one identity, e.g. written on several machines",
-    )
+    text = "gather the epochs of stores of one identity, e.g. written on several machines"
+    add = command("merge", merge, text)
     add("target", type=Path, help="folder to merge into; made if it is not there")
     add("sources", type=Path, nargs="+", help="stores to copy from")
 
-    add = command(
-        "histogram",
-        histogram,
-        "draw confidence, entropy and the mass outside the top K, to choose K",
-    )
+    text = "draw confidence, entropy and the mass outside the top K, to choose K"
+    add = command("histogram", histogram, text)
     add("store", type=Path, help="folder of the store")
     add("--epoch", type=int, metavar="E", help="epoch to look at; default: the first sealed one")
-    add(
-        "--output",
-        type=Path,
-        default=Path("logits.png"),
-        metavar="PNG",
-        help="picture to write (default: %(default)s)",
-    )
+    text = "picture to write (default: %(default)s)"
+    add("--output", type=Path, default=Path("logits.png"), metavar="PNG", help=text)
     return top
 
 
@@ -137,14 +103,11 @@ def info(args: argparse.Namespace) -> int:
     if not (args.store / "manifest.json").exists() and any(args.store.glob("logits_top*_epoch*")):
         return _info_original(args.store)
     reader = LogitsStoreReader(args.store)
-    identity, teacher, epochs = (
-        reader.manifest["identity"],
-        reader.manifest["teacher"],
-        reader.epochs(),
-    )
+    manifest = reader.manifest
+    epochs = reader.epochs()
     size = epoch_bytes(len(reader), reader.k, reader.num_classes)
     print(
-        f"{args.store}: format {reader.manifest['format']}, top-{reader.k} of"
+        f"{args.store}: format {manifest['format']}, top-{reader.k} of"
         f" {reader.num_classes:,} classes, {len(reader):,} images"
     )
     print(
@@ -152,63 +115,42 @@ def info(args: argparse.Namespace) -> int:
         f" {size_text(size * len(epochs))} in sealed epochs"
     )
     print(f"  keys: {reader.keys[0]} ... {reader.keys[-1]} (sha256 {reader.keys_digest[:16]})")
-    for name, section in (
-        ("identity", identity),
-        ("teacher", teacher),
-        ("written with", reader.manifest["info"]),
-    ):
-        print(f"  {name}:")
-        _print_tree(
-            {
-                key: section[key]
-                for key in section
-                if key not in ("k", "num_classes", "num_images", "keys_sha256")
-            },
-            "    ",
-        )
+    told = ("k", "num_classes", "num_images", "keys_sha256")
+    identity = {key: value for key, value in manifest["identity"].items() if key not in told}
+    tree = {"identity": identity, "teacher": manifest["teacher"], "written with": manifest["info"]}
+    _print_tree(tree, "  ")
     print(f"  sealed epochs: {ranges(epochs)}")
     for epoch in epochs:
-        accuracy = reader.seal(epoch)["teacher"]
+        accuracy = [f"{name} {value}" for name, value in reader.seal(epoch)["teacher"].items()]
         if accuracy:
-            print(
-                f"    epoch {epoch}: teacher "
-                + ", ".join(f"{name} {value}" for name, value in accuracy.items())
-            )
-    for folder in sorted(args.store.glob("epoch_*.parts")):
-        _print_unfinished(reader, int(folder.stem.removeprefix("epoch_")))
+            print(f"    epoch {epoch}: teacher {', '.join(accuracy)}")
+    for epoch in _unfinished(args.store):
+        _print_unfinished(reader, epoch)
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
     reader = LogitsStoreReader(args.store)
     epochs = reader.epochs()
-    faults = (
-        [f"{args.store}: epochs {ranges(lacking)} are missing"]
-        if (lacking := set(range(args.epochs or 0)) - set(epochs))
-        else []
-    )
-    with tqdm(
-        total=epoch_bytes(len(reader), reader.k, reader.num_classes) * len(epochs),
-        unit="B",
-        unit_scale=True,
-        disable=None,
-    ) as bar:
-        for epoch in [None, *epochs]:
+    faults = []
+    lacking = set(range(args.epochs)) - set(epochs)
+    if lacking:
+        faults.append(f"{args.store}: epochs {ranges(lacking)} are missing")
+    try:
+        reader.check_keys()
+    except StoreError as error:
+        faults.append(str(error))
+    with _bar(reader, epochs) as bar:
+        for epoch in epochs:
             try:
-                if epoch is None:
-                    reader.check_keys()
-                else:
-                    faults += reader.damaged_blocks(epoch, bar.update)
+                faults += reader.damaged_blocks(epoch, bar.update)
             except StoreError as error:
                 faults.append(str(error))
     for fault in faults:
         print(fault)
-    unfinished = [
-        int(folder.stem.removeprefix("epoch_")) for folder in args.store.glob("epoch_*.parts")
-    ]
     print(
         f"{args.store}: {len(epochs)} sealed epochs ({ranges(epochs)}), unfinished:"
-        f" {ranges(unfinished)}: {len(faults)} faults"
+        f" {ranges(_unfinished(args.store))}: {len(faults)} faults"
     )
     return 1 if faults else 0
 
@@ -219,24 +161,21 @@ def estimate(args: argparse.Namespace) -> int:
             f"top-{args.topk} of {args.classes} classes, {args.images} images, {args.epochs}"
             " epochs: give numbers from 1 up, K at most C"
         )
-    record, size = (
-        record_dtype(args.topk, args.classes).itemsize,
-        epoch_bytes(args.images, args.topk, args.classes),
-    )
-    need = disk_need(args.images, args.topk, args.classes, args.epochs)
+    record = record_dtype(args.topk, args.classes).itemsize
+    size = epoch_bytes(args.images, args.topk, args.classes)
     print(
         f"{args.images:,} images, top-{args.topk} of {args.classes:,} classes: {record} bytes a"
         " record"
     )
-    print(f"  an epoch:           {size:>20,} bytes ({size_text(size)})")
-    print(
-        f"  {f'{args.epochs} epochs:':<19} {size * args.epochs:>20,} bytes"
-        f" ({size_text(size * args.epochs)})"
-    )
-    print(f"  most while writing: {need:>20,} bytes ({size_text(need)})")
+    rows = {
+        "an epoch": size,
+        f"{args.epochs} epochs": size * args.epochs,
+        "most while writing": disk_need(args.images, args.topk, args.classes, args.epochs),
+    }
+    for name, total in rows.items():
+        print(f"  {name + ':':<19} {total:>20,} bytes ({size_text(total)})")
     if args.original:
-        record = 4 + 4 * args.topk
-        total = args.images * (record + NAME_BYTES) * args.epochs
+        total = args.images * (4 + 4 * args.topk + NAME_BYTES) * args.epochs
         print(
             f"  the original's:     {total:>20,} bytes ({size_text(total)}), with keys of"
             f" {NAME_BYTES} bytes as text in every epoch"
@@ -251,18 +190,11 @@ def convert(args: argparse.Namespace) -> int:
     from data.identity import excess_of, identity_of, proof_of
     from data.images.datasets import build_dataset
 
-    data = ["--data-path", args.data_path] if args.data_path else []
-    cfg = load_config(
-        [
-            "--cfg",
-            args.cfg,
-            *data,
-            "--opts",
-            *args.opts,
-            "DISTILL.TEACHER_LOGITS_PATH",
-            str(args.source),
-        ]
-    )
+    words = ["--cfg", args.cfg]
+    if args.data_path:
+        words += ["--data-path", args.data_path]
+    words += ["--opts", *args.opts, "DISTILL.TEACHER_LOGITS_PATH", str(args.source)]
+    cfg = load_config(words)
     dataset = None
     if args.keys:
         keys: Keys = Keys.read(args.keys)
@@ -288,18 +220,15 @@ def convert(args: argparse.Namespace) -> int:
         {"DISTILL.LOGITS_TOPK": source.k, "DATA.SEED": 0, "AUG.FILL": list(fill_color(cfg))}
     )
     decoder = AugmentDecoder.from_config(cfg)
-    no_images = {"positions": [], "sha256": []}
+    if dataset is None:
+        proof = {"canary": decoder.canary(), "images": {"positions": [], "sha256": []}}
+    else:
+        proof = proof_of(cfg, dataset, decoder)
+    identity = identity_of(cfg, len(keys), keys.digest())
     manifest = {
-        "identity": {
-            **identity_of(cfg, len(keys), keys.digest()),
-            "excess": excess_of(cfg, "subtract"),
-        },
+        "identity": {**identity, "excess": excess_of(cfg, "subtract")},
         "teacher": {"name": args.teacher, "weights_sha256": "unknown", "dtype": "unknown"},
-        "proof": (
-            proof_of(cfg, dataset, decoder)
-            if dataset is not None
-            else {"canary": decoder.canary(), "images": no_images}
-        ),
+        "proof": proof,
         "info": {"converted_from": str(args.source)},
     }
     with (
@@ -329,8 +258,9 @@ def convert(args: argparse.Namespace) -> int:
 def merge(args: argparse.Namespace) -> int:
     readers = [LogitsStoreReader(source) for source in args.sources]
     for reader in readers:
-        # makes the target, or checks that it is the same store
-        writer = LogitsStoreWriter(args.target, reader.manifest, reader.keys)
+        # makes the target, with the first one's manifest as it is, or checks that it is the same
+        manifest = json.loads((reader.root / "manifest.json").read_bytes())
+        writer = LogitsStoreWriter(args.target, manifest, reader.keys)
     target = LogitsStoreReader(args.target)
     origin = dict.fromkeys(target.epochs(), target)
     for reader in readers:
@@ -343,11 +273,10 @@ def merge(args: argparse.Namespace) -> int:
                     f" {data_path(Path(), epoch)} and {seal_path(Path(), epoch)} away"
                 )
     copied = [epoch for epoch, reader in sorted(origin.items()) if reader is not target]
-    size = epoch_bytes(len(target), target.k, target.num_classes)
     writer.check_disk(copied)
-    with tqdm(total=size * len(copied), unit="B", unit_scale=True, disable=None) as bar:
+    with _bar(target, copied) as bar:
         for epoch in copied:
-            _copy_epoch(origin[epoch], args.target, epoch, bar.update)
+            _copy_epoch(origin[epoch], target, epoch, bar.update)
     print(
         f"{args.target}: {len(copied)} epochs copied ({ranges(copied)}), sealed now:"
         f" {ranges(target.epochs())}"
@@ -374,15 +303,15 @@ def histogram(args: argparse.Namespace) -> int:
 
 
 def entropy(probs: np.ndarray, num_classes: int) -> np.ndarray:
-    """Bits of each distribution [n] that probabilities [n, K] stand for, the rest being spread
-    evenly over the other classes.
+    """Bits of each distribution [n] that probabilities [n, K] stand for.
+
+    The rest of each is spread evenly over the other classes.
     """
     others = num_classes - probs.shape[1]
     share = np.clip(1 - probs.sum(axis=1), 0, None) / max(others, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.nansum(probs * np.log2(probs), axis=1) - others * np.nan_to_num(
-            share * np.log2(share)
-        )
+        rest = others * np.nan_to_num(share * np.log2(share))
+        return -np.nansum(probs * np.log2(probs), axis=1) - rest
 
 
 def _draw(probs: np.ndarray, reader: LogitsStoreReader, title: str, output: Path) -> None:
@@ -390,26 +319,19 @@ def _draw(probs: np.ndarray, reader: LogitsStoreReader, title: str, output: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kept, bits = probs.cumsum(axis=1), entropy(probs, reader.num_classes)
     figure = Figure(figsize=(15, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     confidence_axes, entropy_axes, mass_axes = figure.subplots(1, 3)
-    _histogram(
-        confidence_axes, probs[:, 0], np.linspace(0, 1, 51), "teacher's top-1 probability", "C0"
-    )
-    _histogram(
-        entropy_axes,
-        bits,
-        np.linspace(0, max(bits.max(), 1e-3), 51),
-        "entropy of the stored distribution (bits)",
-        "C1",
-    )
+    _histogram(confidence_axes, probs[:, 0], 1.0, "teacher's top-1 probability", "C0")
+    bits = entropy(probs, reader.num_classes)
+    highest = max(bits.max(), 1e-3)
+    _histogram(entropy_axes, bits, highest, "entropy of the stored distribution (bits)", "C1")
+    kept = probs.cumsum(axis=1)
     for column in sorted({1, 2, 5, 10, 20, 50, 100, reader.k} & set(range(1, reader.k + 1))):
         mass = np.sort(np.clip(1 - kept[:, column - 1], 0, None))
-        mass_axes.plot(
-            np.linspace(0, 100, len(mass)), mass, label=f"top-{column}: mean {mass.mean():.4f}"
-        )
+        percent = np.linspace(0, 100, len(mass))
+        mass_axes.plot(percent, mass, label=f"top-{column}: mean {mass.mean():.4f}")
     mass_axes.set(
         xlabel="images, sorted (%)",
         ylabel="probability mass outside the top K",
@@ -422,48 +344,61 @@ def _draw(probs: np.ndarray, reader: LogitsStoreReader, title: str, output: Path
     figure.savefig(output, dpi=110)
 
 
-def _histogram(axes, values: np.ndarray, bins: np.ndarray, label: str, color: str) -> None:
-    axes.hist(
-        values, bins, weights=np.full(len(values), 100 / len(values)), color=color, alpha=0.75
-    )
+def _histogram(axes, values: np.ndarray, highest: float, label: str, color: str) -> None:
+    percent = np.full(len(values), 100 / len(values))
+    axes.hist(values, np.linspace(0, highest, 51), weights=percent, color=color, alpha=0.75)
     for name, value, style in (("mean", values.mean(), "-"), ("median", np.median(values), "--")):
-        axes.axvline(
-            value, color="black", linestyle=style, linewidth=1, label=f"{name} {value:.3f}"
-        )
-    axes.set(xlabel=label, ylabel="images per bin (%)", xlim=(bins[0], bins[-1]))
+        text = f"{name} {value:.3f}"
+        axes.axvline(value, color="black", linestyle=style, linewidth=1, label=text)
+    axes.set(xlabel=label, ylabel="images per bin (%)", xlim=(0, highest))
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def _copy_epoch(
-    source: LogitsStoreReader, target: Path, epoch: int, progress: Callable[[int], None]
+    source: LogitsStoreReader,
+    target: LogitsStoreReader,
+    epoch: int,
+    progress: Callable[[int], None],
 ) -> None:
-    lock = FileLock(lock_path(target, epoch))
-    lock.acquire()
-    temporary = data_path(target, epoch).with_name(
-        f"{data_path(target, epoch).name}.tmp-{secrets.token_hex(4)}"
-    )
-    try:
-        if damaged := list(source.damaged_blocks(epoch, progress)):
-            raise StoreError(f"{damaged[0]}; nothing of it was copied")
-        shutil.copyfile(data_path(source.root, epoch), temporary)
-        temporary.replace(data_path(target, epoch))
-        shutil.copyfile(seal_path(source.root, epoch), temporary)
-        temporary.replace(seal_path(target, epoch))
-    finally:
-        temporary.unlink(missing_ok=True)
-        lock.release()
+    """Copy a sealed epoch; what arrived is read back and checked before it gets its name."""
+    seal = source.seal(epoch)
+    source.open_epoch(epoch)  # which also judges the seal
+    with sole_user(lock_path(target.root, epoch), "wait for it or stop it"):
+        path = data_path(target.root, epoch)
+        with open(data_path(source.root, epoch), "rb") as reading, atomic_file(path) as writing:
+            while chunk := reading.read(COPIED_BYTES):
+                writing.write(chunk)
+                progress(len(chunk))
+            writing.flush()
+            digests = list(block_digests(np.load(writing.name, mmap_mode="r")))
+            if digests != seal["sha256"]:
+                damaged = next(source.damaged_blocks(epoch), f"{path}: the copy is damaged")
+                raise StoreError(f"{damaged}; nothing of it was copied")
+        # as the target's manifest may have been written in an earlier version's terms
+        seal["identity_sha256"] = target.identity_sha256
+        write_atomic(seal_path(target.root, epoch), encoded(seal))
+
+
+def _bar(reader: LogitsStoreReader, epochs: list[int]) -> tqdm:
+    total = epoch_bytes(len(reader), reader.k, reader.num_classes) * len(epochs)
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+
+def _unfinished(root: Path) -> list[int]:
+    """The epochs that have parts."""
+    return sorted(int(path.stem.removeprefix("epoch_")) for path in root.glob("epoch_*.parts"))
 
 
 def _print_unfinished(reader: LogitsStoreReader, epoch: int) -> None:
-    identity = bytes.fromhex(identity_digest(reader.manifest))
+    identity = bytes.fromhex(reader.identity_sha256)
     parts = part_files(parts_path(reader.root, epoch))
     is_there = np.zeros(len(reader), bool)
     for path in parts:
         for block in read_blocks(path, epoch, reader.dtype, identity, len(reader)):
             is_there[block.positions] = True
-    holder = FileLock(lock_path(reader.root, epoch)).holder()
-    at_work = f", process {holder.pid} on {holder.host} holds its lock" if holder else ""
+    holder = lock_holder(lock_path(reader.root, epoch))
+    at_work = f", {holder} holds its lock" if holder else ""
     print(
         f"  unfinished epoch {epoch}: {is_there.mean():.1%} of the images in {len(parts)}"
         f" parts{at_work}"
@@ -493,7 +428,7 @@ def _info_original(root: Path) -> int:
     return 0
 
 
-def _print_tree(tree: dict, indent: str) -> None:
+def _print_tree(tree: dict[str, Any], indent: str) -> None:
     for key, value in tree.items():
         if isinstance(value, dict):
             print(f"{indent}{key}:")

@@ -13,6 +13,7 @@ import numpy as np
 from data.store.files import StoreError
 
 FORMAT = 1
+RECIPE_VERSION = 2  # of identity.recipe: 1, without a number, also had the reprs of the operations
 SEAL_RECORDS = 1 << 16  # records under one checksum
 SHOWN = 5
 
@@ -33,7 +34,9 @@ def pack_records(
 ) -> np.ndarray:
     """Seeds [n], class indices [n, k] and descending probabilities [n, k] as n records."""
     records = np.empty(len(seeds), record_dtype(np.shape(indices)[1], num_classes))
-    records["seed"], records["index"], records["prob"] = seeds, indices, probs
+    records["seed"] = seeds
+    records["index"] = indices
+    records["prob"] = probs
     return records
 
 
@@ -43,8 +46,9 @@ def epoch_bytes(num_images: int, k: int, num_classes: int) -> int:
 
 
 def disk_need(num_images: int, k: int, num_classes: int, epochs: int) -> int:
-    """The most that writing so many epochs occupies at any time: parts and sealed file of the last
-    one exist together.
+    """The most bytes that writing so many epochs occupies at any time.
+
+    The parts of the last one, with a position of 8 bytes a record, exist beside its sealed file.
     """
     size = epoch_bytes(num_images, k, num_classes)
     return epochs * size + (size + num_images * 8 if epochs else 0)
@@ -52,38 +56,33 @@ def disk_need(num_images: int, k: int, num_classes: int, epochs: int) -> int:
 
 def size_text(size: int) -> str:
     """A number of bytes for people."""
-    unit, scale = next(
-        (
-            (unit, scale)
-            for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
-            if size >= scale
-        ),
-        ("kB", 1e3),
-    )
-    return f"{size / scale:.2f} {unit}"
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size / 1e3:.2f} kB"
 
 
 def block_digests(records: np.ndarray) -> Iterator[str]:
     """The sha256 of each SEAL_RECORDS records, in hex."""
     for low in range(0, len(records), SEAL_RECORDS):
-        yield hashlib.sha256(raw_bytes(np.asarray(records[low : low + SEAL_RECORDS]))).hexdigest()
+        block = np.asarray(records[low : low + SEAL_RECORDS])
+        yield hashlib.sha256(block.view(np.uint8)).hexdigest()
 
 
 def normalised(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest as it would be read back from its file (tuples become lists), with all sections
-    present.
-    """
+    """The manifest as its file gives it back (tuples become lists), with all its sections."""
     plain = json.loads(json.dumps(manifest, default=lambda value: value.item()))  # numpy's scalars
     return {"format": FORMAT, "identity": {}, "teacher": {}, "proof": {}, "info": {}} | plain
 
 
-def encoded(manifest: Mapping[str, Any]) -> bytes:
-    """The bytes of manifest.json."""
-    return (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()
+def encoded(content: Mapping[str, Any], **options: Any) -> bytes:
+    """The bytes of a manifest's or seal's file."""
+    text = json.dumps(content, indent=1, default=lambda value: value.item(), **options)
+    return (text + "\n").encode()
 
 
 def decoded(data: bytes, name: str) -> dict[str, Any]:
-    """The manifest in a file's bytes; a newer format or nonsense is a StoreError."""
+    """The manifest in a file's bytes, translated; a newer format or nonsense is a StoreError."""
     try:
         manifest = normalised(json.loads(data))
         version, identity = int(manifest["format"]), manifest["identity"]
@@ -102,62 +101,65 @@ def decoded(data: bytes, name: str) -> dict[str, Any]:
             f"{name}: the store has format {version}, this program knows format {FORMAT}: update"
             " the program"
         )
-    return manifest
+    return translated(manifest, name)
 
 
-def identity_digest(manifest: Mapping[str, Any]) -> str:
-    """The sha256 of all that must be equal for epochs to belong to one store: format, identity and
-    teacher.
+def translated(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A manifest in today's terms; what is on disk stays as it is, for the digests in its seals.
+
+    Recipes used to hold the reprs of their operations, which follow from the other values.
     """
+    recipe = dict(manifest["identity"].get("recipe", {}))
+    if recipe.pop("ops", None) is not None:
+        recipe.setdefault("version", RECIPE_VERSION)
+    if recipe.get("version", 0) > RECIPE_VERSION:
+        raise StoreError(
+            f"{name}: the recipe has version {recipe['version']}, this program knows version"
+            f" {RECIPE_VERSION}: update the program"
+        )
+    if not recipe:
+        return dict(manifest)
+    return {**manifest, "identity": {**manifest["identity"], "recipe": recipe}}
+
+
+def identity_digest(data: bytes) -> str:
+    """The sha256 of all in manifest.json that epochs of one store have in common, in hex.
+
+    That is format, identity and teacher, as they stand in the file's bytes.
+    """
+    manifest = normalised(json.loads(data))
     parts = {key: manifest[key] for key in ("format", "identity", "teacher")}
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
-
-
-def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted name, stored value, given value) of all leaves of two nested dictionaries that
-    differ; None stands for an absent one.
-    """
-    a, b = dict(_leaves(stored)), dict(_leaves(given))
-    names = (
-        name
-        for name in sorted(a.keys() | b.keys())
-        if name not in a or name not in b or a[name] != b[name]
-    )
-    return [(name, a.get(name), b.get(name)) for name in names]
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], name: str) -> None:
-    """For writers and merging: raise StoreError unless format, identity and teacher are equal, and
-    so is what both proofs tell.
+    """Raise StoreError unless two (translated) manifests are of one store, and so are their proofs.
+
+    For writers and merging: format, identity and teacher must be equal.
     """
-    parts = ("format", "identity", "teacher")
-    found = differences(
-        {part: stored[part] for part in parts}, {part: given[part] for part in parts}
-    )
+    theirs = dict(_leaves({key: stored[key] for key in ("format", "identity", "teacher")}))
+    mine = dict(_leaves({key: given[key] for key in ("format", "identity", "teacher")}))
+    found = [
+        f"{key} is {_shown(theirs.get(key))} there and {_shown(mine.get(key))} here"
+        for key in sorted(theirs.keys() | mine.keys())
+        if (key in theirs, theirs.get(key)) != (key in mine, mine.get(key))
+    ]
     if found:
-        what = "; ".join(
-            f"{key} is {_shown(theirs)} there and {_shown(mine)} here"
-            for key, theirs, mine in found[:SHOWN]
-        )
         more = ", ..." if len(found) > SHOWN else ""
         raise StoreError(
-            f"{name} is another store: {what}{more}: use the same settings and teacher, or another"
-            " folder"
+            f"{name} is another store: {'; '.join(found[:SHOWN])}{more}: use the same settings and"
+            " teacher, or another folder"
         )
-    canary, mine = stored["proof"].get("canary", {}), given["proof"].get("canary", {})
-    drifted = sorted(key for key in canary.keys() & mine.keys() if canary[key] != mine[key])
+    drifted = _changed(stored["proof"].get("canary", {}), given["proof"].get("canary", {}))
     if drifted:
         raise StoreError(
             f"{name}: this machine does not augment as the store's writer did ({', '.join(drifted)}"
             " of the canary differ): install the versions of Pillow and numpy that `python -m"
             " tools.logits info` shows for the store"
         )
-    images, mine = _image_digests(stored), _image_digests(given)
-    replaced = sorted(
-        position for position in images.keys() & mine.keys() if images[position] != mine[position]
-    )
+    images = _image_digests(stored)
+    replaced = _changed(images, _image_digests(given))
     if replaced:
         raise StoreError(
             f"{name}: {len(replaced)} of {len(images)} sampled images differ from those the store"
@@ -191,11 +193,6 @@ def again(epoch: int) -> str:
     return f"delete epoch_{epoch:04d}.npy and .json and save that epoch again"
 
 
-def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, not copied."""
-    return memoryview(array.view(np.uint8)) if array.dtype != np.uint8 else memoryview(array)
-
-
 def ranges(numbers: Iterable[int]) -> str:
     """{0, 1, 2, 5} as "0-2, 5"."""
     parts: list[list[int]] = []
@@ -207,12 +204,18 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts) or "none"
 
 
+def _changed(stored: Mapping, given: Mapping) -> list:
+    """The keys of both under which they hold different values."""
+    return sorted(key for key in stored.keys() & given.keys() if stored[key] != given[key])
+
+
 def _image_digests(manifest: Mapping[str, Any]) -> dict[int, str]:
     images = manifest["proof"].get("images", {})
     return dict(zip(images.get("positions", []), images.get("sha256", [])))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all that is no dictionary."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
@@ -221,5 +224,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None else value if isinstance(value, str) else json.dumps(value)
+    if value is None:
+        return "nothing"
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

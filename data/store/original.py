@@ -4,9 +4,10 @@
 A record of a values file is an int32 seed, K int16 indices and K float16 values: the same bytes as
 ours. A key is an image's name, or its position in the data set as decimal text. An index from
 position to row, over all ranks one behind the other, is built once for each epoch with numpy and
-kept in a cache folder; so loader processes parse nothing. A key that stands more
-than once counts where it stands first in rank order: so files that an earlier run with more ranks
-left behind are never read for what the later run wrote too."""
+kept in a cache folder; so loader processes parse nothing. A key that stands more than once counts
+where it stands first in rank order: so files that an earlier run with more ranks left behind are
+never read for what the later run wrote too.
+"""
 
 import hashlib
 import re
@@ -19,22 +20,27 @@ import numpy as np
 
 from data.store.files import StoreError
 from data.store.format import ranges, record_dtype
-from data.store.keys import NEWLINE, Keys, default_cache, locate, save_array
+from data.store.keys import Keys, default_cache, locate, save_array
 
 MOST_CLASSES = 1 << 15  # int16 can't name more
-PROBED_RECORDS = 1000
+MOST_DIGITS = 18  # of a position, which then fits int64
+PROBED_RECORDS = 1000  # of each rank, for classes that can't be
 
 
 class UpstreamEpoch:
-    """The records of one epoch by position of the image, as LogitsStoreReader's: `epoch[5]`,
-    `epoch[[3, 1]]`, `epoch[10:20]`.
+    """The records of one epoch by position of the image, as LogitsStoreReader's.
+
+    So `epoch[5]`, `epoch[[3, 1]]` and `epoch[10:20]`.
     """
 
     def __init__(
         self, folder: Path, rows: np.ndarray, values: list[np.ndarray], keys: Sequence[str] | None
     ) -> None:
-        self.folder, self.dtype = folder, values[0].dtype
-        self._rows, self._values, self._keys = rows, values, keys
+        self.folder = folder
+        self.dtype = values[0].dtype
+        self._rows = rows  # int64 [N]: over all ranks, one behind the other; -1 for none
+        self._values = values  # of each rank
+        self._keys = keys
         # row of each rank's first record
         self._starts = np.cumsum([0] + [len(value) for value in values])
 
@@ -67,7 +73,8 @@ class UpstreamStoreReader:
     `keys` are those of the whole data set, in the order of its folders; `order` says what a
     position in the store counts: the images in that order ("folder") or in timm's natural order of
     a tar's members ("tar"). Pickles without the keys: `check_epochs` builds the indices that other
-    processes then find."""
+    processes then find.
+    """
 
     def __init__(
         self,
@@ -86,17 +93,19 @@ class UpstreamStoreReader:
                 f"{root}: the original's layout names {MOST_CLASSES:,} classes at most, not"
                 f" {num_classes:,}: correct MODEL.NUM_CLASSES"
             )
-        self.root, self.num_classes, self.order = Path(root), num_classes, order
+        self.root = Path(root)
+        self.num_classes = num_classes
+        self.order = order
         self.cache = Path(cache) if cache else None
         self.k = k or self._only_k()
         self.dtype = record_dtype(self.k, num_classes)
-        self._keys: Keys | Sequence[str] | None = keys
-        self._num_images = len(keys)
-        self.keys_digest: str = keys.digest() if hasattr(keys, "digest") else self.keys.digest()
+        self._keys: Keys | None = Keys.of(keys)
+        self._num_images = len(self._keys)
+        self.keys_digest = self._keys.digest()
         identity = {
             "k": self.k,
             "num_classes": num_classes,
-            "num_images": len(keys),
+            "num_images": len(self),
             "keys_sha256": self.keys_digest,
             "shuffle_seed": 0,
         }
@@ -122,7 +131,6 @@ class UpstreamStoreReader:
                 f"{self.root}: its index is not in place: call check_epochs before the reader goes"
                 " to other processes"
             )
-        self._keys = Keys.of(self._keys)
         return self._keys
 
     def epochs(self) -> list[int]:
@@ -140,10 +148,12 @@ class UpstreamStoreReader:
         return UpstreamEpoch(folder, self._rows(folder, values), values, self._keys)
 
     def check_epochs(self, epochs: Iterable[int]) -> None:
-        """Before a run's first batch: raise StoreError unless all these epochs are there and hold
-        every image; builds their indices.
+        """Before a run's first batch: raise StoreError unless all these epochs can be read.
+
+        They must be there and hold every image. Builds their indices.
         """
-        wanted, found = set(epochs), set(self.epochs())
+        wanted = set(epochs)
+        found = set(self.epochs())
         if wanted - found:
             raise StoreError(
                 f"{self.root}: epochs {ranges(wanted - found)} with top-{self.k} are missing"
@@ -172,12 +182,14 @@ class UpstreamStoreReader:
                 )
 
     def redundant_ranks(self, epoch: int) -> list[int]:
-        """Ranks whose every key also stands in a lower rank's file: left behind by an earlier run
-        with more ranks, most likely.
+        """Ranks whose every key also stands in a lower rank's file.
+
+        An earlier run with more ranks has left them behind, most likely.
         """
         folder = self._folder(epoch)
         lists = [Keys.read(_keys_path(folder, rank)) for rank in self._ranks(folder)]
-        first = locate(merged := _joined(lists), merged)
+        merged = _joined(lists)
+        first = locate(merged, merged)
         starts = np.cumsum([0] + [len(keys) for keys in lists])
         return [
             rank
@@ -223,7 +235,7 @@ class UpstreamStoreReader:
         return ranks
 
     def _values(self, folder: Path) -> list[np.ndarray]:
-        values = []
+        values: list[np.ndarray] = []
         for rank in self._ranks(folder):
             path = _values_path(folder, rank)
             size = path.stat().st_size
@@ -255,9 +267,8 @@ class UpstreamStoreReader:
             (path.name, path.stat().st_size, path.stat().st_mtime_ns)
             for path in sorted(folder.glob("rank*"))
         ]
-        return hashlib.sha256(
-            repr((self.keys_digest, self.order, str(folder.resolve()), files)).encode()
-        ).hexdigest()[:32]
+        found = repr((self.keys_digest, self.order, str(folder.resolve()), files))
+        return hashlib.sha256(found.encode()).hexdigest()[:32]
 
     def _built_rows(self, folder: Path, values: list[np.ndarray]) -> np.ndarray:
         lists = []
@@ -293,8 +304,9 @@ class UpstreamStoreReader:
 
 
 def natural_order(keys: Sequence[str]) -> np.ndarray:
-    """Positions of the keys sorted as timm sorts a tar's members: case folded, runs of digits by
-    value ('_1009' before '_10026').
+    """Positions of the keys sorted as timm sorts a tar's members.
+
+    That is case folded, runs of digits by value ('_1009' before '_10026').
     """
     parts = [
         [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", key.lower())]
@@ -304,21 +316,15 @@ def natural_order(keys: Sequence[str]) -> np.ndarray:
 
 
 def _decimals(keys: Keys) -> np.ndarray:
-    """The number that each key spells, -1 for other texts."""
+    """The number that each key spells in decimal digits: int64, -1 for other texts."""
     numbers = np.full(len(keys), -1, np.int64)
-    starts, digits = keys.starts(), keys.blob - np.uint8(ord("0"))  # wraps around for lesser bytes
-    if not len(keys) or not (digits[starts] <= 9).any():
-        return numbers
-    lengths = keys.ends - starts
-    is_number = (
-        np.logical_and.reduceat((digits <= 9) | (keys.blob == NEWLINE), starts)
-        & (lengths > 0)
-        & (lengths <= 18)
-    )
-    # of ten; -1 at the end of a line
-    power = np.repeat(keys.ends, lengths + 1) - np.arange(len(digits)) - 1
-    terms = np.where(digits <= 9, digits, 0) * 10 ** np.clip(power, 0, 18)
-    return np.where(is_number, np.add.reduceat(terms, starts), numbers)
+    lengths = keys.lengths()
+    for length in range(1, MOST_DIGITS + 1):
+        rows = np.flatnonzero(lengths == length)
+        texts = keys.lines(rows, length).astype(f"S{length}")  # without the newline
+        is_number = np.char.isdigit(texts)
+        numbers[rows[is_number]] = texts[is_number].astype(np.int64)
+    return numbers
 
 
 def _joined(lists: list[Keys]) -> Keys:

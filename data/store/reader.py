@@ -3,18 +3,19 @@ probabilities.
 
 A folder of `manifest.json` (what the store is), `keys.txt` (line i names the image of record i)
 and, for each sealed epoch, `epoch_0000.npy` (N records) and `epoch_0000.json` (its seal, written
-last). An epoch being written is a folder of parts."""
+last). An epoch being written is a folder of parts.
+"""
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.store.files import LockedError, StoreError, check_token, remove_token, write_token
+from data.store.files import StoreError
 from data.store.format import (
     FORMAT,
     SEAL_RECORDS,
@@ -22,79 +23,41 @@ from data.store.format import (
     block_digests,
     data_path,
     decoded,
-    disk_need,
-    epoch_bytes,
     identity_digest,
-    pack_records,
     ranges,
     record_dtype,
     seal_path,
 )
-from data.store.keys import Keys, map_positions
-from data.store.parts import AsyncAppender
-from data.store.writer import LogitsStoreWriter
-
-__all__ = [
-    "AsyncAppender",
-    "LockedError",
-    "LogitsStoreReader",
-    "LogitsStoreWriter",
-    "StoreError",
-    "check_token",
-    "disk_need",
-    "epoch_bytes",
-    "map_positions",
-    "pack_records",
-    "record_dtype",
-    "remove_token",
-    "store_epoch",
-    "write_token",
-]
-
-
-def store_epoch(epoch: int, num_epochs: int) -> int:
-    """The sealed epoch that serves `epoch` of a longer run, in seeds, records, pairs and order
-    (DISTILL.REUSE_EPOCHS).
-    """
-    if num_epochs < 1:
-        raise StoreError("the store has no sealed epoch: run save_logits.py first")
-    return epoch % num_epochs
+from data.store.keys import Keys
 
 
 class LogitsStoreReader:
-    """A store to read: holds no more than its manifest, and pickles as its path.
+    """A store to read: holds no more than its manifest, and pickles as its path."""
 
-    `stage` is a folder with copies of some epochs, which are preferred; an EpochStager keeps it.
-    """
-
-    def __init__(self, root: Path | str, stage: Path | str | None = None) -> None:
-        self.root, self.stage = Path(root), Path(stage) if stage else None
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
         path = self.root / "manifest.json"
         try:
             data = path.read_bytes()
         except OSError as error:
-            original = any(self.root.glob("logits_top*_epoch*"))
-            way_out = (
-                "it has the original's layout: read it with UpstreamStoreReader"
-                if original
-                else "correct the path"
-            )
+            way_out = "correct the path"
+            if any(self.root.glob("logits_top*_epoch*")):
+                way_out = "it has the original's layout: read it with UpstreamStoreReader"
             raise StoreError(
                 f"{self.root} is no logits store: {path.name} can't be read ({error.strerror});"
                 f" {way_out}"
             ) from error
         self.manifest: dict[str, Any] = decoded(data, str(path))
+        self.identity_sha256 = identity_digest(data)  # which seals and parts name
         identity = self.manifest["identity"]
-        self.k, self.num_classes, self._num_images = (
-            int(identity["k"]),
-            int(identity["num_classes"]),
-            int(identity["num_images"]),
-        )
+        self.k = int(identity["k"])
+        self.num_classes = int(identity["num_classes"])
+        self._num_images = int(identity["num_images"])
         self.dtype = record_dtype(self.k, self.num_classes)
         self._keys: Keys | None = None
 
     def __reduce__(self):
-        return type(self), (self.root, self.stage)
+        return type(self), (self.root,)
 
     def __len__(self) -> int:
         """Number of images, which is that of an epoch's records."""
@@ -114,11 +77,6 @@ class LogitsStoreReader:
         return self._keys
 
     @property
-    def keys_blob(self) -> np.ndarray:
-        """The bytes of keys.txt, mapped."""
-        return self.keys.blob
-
-    @property
     def keys_digest(self) -> str:
         """The sha256 of keys.txt, as the manifest tells it."""
         return self.manifest["identity"]["keys_sha256"]
@@ -126,17 +84,13 @@ class LogitsStoreReader:
     def epochs(self) -> list[int]:
         """The sealed epochs."""
         found = (re.fullmatch(r"epoch_(\d{4,})\.json", name) for name in os.listdir(self.root))
-        return sorted(
-            int(match[1])
-            for match in found
-            if match and data_path(self.root, int(match[1])).exists()
-        )
+        numbers = sorted(int(match[1]) for match in found if match)
+        return [epoch for epoch in numbers if data_path(self.root, epoch).exists()]
 
     def open_epoch(self, epoch: int) -> np.memmap:
         """The records of a sealed epoch, mapped: `records[position]["seed" | "index" | "prob"]`."""
-        root = self.stage if self.stage and seal_path(self.stage, epoch).exists() else self.root
-        path = data_path(root, epoch)
-        self._check_seal(epoch, self.seal(epoch))
+        path = data_path(self.root, epoch)
+        self._check_seal(epoch)
         try:
             records = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as error:
@@ -174,10 +128,12 @@ class LogitsStoreReader:
             raise StoreError(f"{path}: can't be understood ({error!r}): {again(epoch)}") from None
 
     def check_epochs(self, epochs: Iterable[int]) -> None:
-        """Before a run's first batch: raise StoreError unless all these epochs are sealed, of the
-        right size and of this store.
+        """Before a run's first batch: raise StoreError unless all these epochs can be read.
+
+        They must be sealed, of the right size and of this store.
         """
-        wanted, sealed = set(epochs), set(self.epochs())
+        wanted = set(epochs)
+        sealed = set(self.epochs())
         if wanted - sealed:
             raise StoreError(
                 f"{self.root}: epochs {ranges(wanted - sealed)} are missing (sealed:"
@@ -198,12 +154,15 @@ class LogitsStoreReader:
     def damaged_blocks(
         self, epoch: int, progress: Callable[[int], None] = lambda size: None
     ) -> Iterator[str]:
-        """One line for each block of an epoch whose bytes are not the sealed ones; `progress` is
-        told the bytes read.
+        """One line for each block of an epoch whose bytes are not the sealed ones.
+
+        `progress` is told the bytes read.
         """
-        records, digests = self.open_epoch(epoch), self.seal(epoch)["sha256"]
+        records = self.open_epoch(epoch)
+        digests = self.seal(epoch)["sha256"]
         for number, digest in enumerate(block_digests(records)):
-            low, high = number * SEAL_RECORDS, min((number + 1) * SEAL_RECORDS, len(records))
+            low = number * SEAL_RECORDS
+            high = min(low + SEAL_RECORDS, len(records))
             if digest != digests[number]:
                 yield (
                     f"{records.filename}: block {number} is damaged (records {low:,} to"
@@ -211,19 +170,21 @@ class LogitsStoreReader:
                 )
             progress((high - low) * self.dtype.itemsize)
 
-    def _check_seal(self, epoch: int, seal: Mapping[str, Any]) -> None:
+    def _check_seal(self, epoch: int) -> None:
+        seal = self.seal(epoch)
         path = seal_path(self.root, epoch)
         if seal.get("format", 0) > FORMAT:
             raise StoreError(
                 f"{path}: has format {seal['format']}, this program knows format {FORMAT}: update"
                 " the program"
             )
-        if seal.get("identity_sha256") != identity_digest(self.manifest):
+        if seal.get("identity_sha256") != self.identity_sha256:
             raise StoreError(
                 f"{path}: the epoch was sealed under another manifest: restore manifest.json, or"
                 f" {again(epoch)}"
             )
-        if seal.get("records") != len(self) or len(seal["sha256"]) != -(-len(self) // SEAL_RECORDS):
+        blocks = -(-len(self) // SEAL_RECORDS)
+        if seal.get("records") != len(self) or len(seal["sha256"]) != blocks:
             raise StoreError(
                 f"{path}: seals {seal.get('records')} records, the manifest says {len(self):,}:"
                 f" {again(epoch)}"

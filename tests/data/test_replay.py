@@ -20,7 +20,7 @@ from data.augment.rng import sample_seed
 from data.build import EpochLoader, open_run, resolve
 from data.images.datasets import build_dataset
 from data.replay import Batch, ReplayDataset
-from data.store.reader import record_dtype
+from data.store import record_dtype
 
 IMAGES = 43  # odd, so that one image is its own partner
 OPTS = [

@@ -16,7 +16,7 @@ import torch
 import save_logits
 from data.augment.rng import sample_seed
 from data.images import shapes
-from data.store.reader import LogitsStoreReader, LogitsStoreWriter
+from data.store import LogitsStoreReader, LogitsStoreWriter
 from tests.support.mounts import READ_ONLY, alone, mount_small, needs_mounts
 from tests.support.saving import IMAGES, Job, command, finish, run, sealed_bytes, wait_for
 
@@ -242,7 +242,7 @@ def test_a_second_job_keeps_off_an_epoch(store, tmp_path, undisturbed):
     with Job(arguments, env=waiting) as first:
         wait_for(lambda: parts_size(store) > 0, first)
         second = finish(arguments)
-        second.expect([2], "is at work here", f"process {first.ranks[0].pid} on")
+        second.expect([2], "epoch_0000.lock: in use by", f"process {first.ranks[0].pid} on")
         third = finish([*arguments, "TRAIN.START_EPOCH", "1"])  # another epoch may be shared out
         third.expect([0])
         gate.touch()
@@ -260,12 +260,12 @@ def test_ranks_that_do_not_see_the_same_folder(tmp_path):
         folder.mkdir()
     arguments = command("store", *SCRIPTED, "OUTPUT", tmp_path / "output")
     impatient = (
-        "import functools, save_logits; save_logits.check_token ="
-        " functools.partial(save_logits.check_token, attempts=2)"
+        "import functools, save_logits; join = save_logits.LogitsStoreWriter.join;"
+        " save_logits.LogitsStoreWriter.join = functools.partial(join, attempts=2)"
     )
     ended = finish(arguments, 2, folders=folders, prepare=impatient)
     ended.expect([2, 2], "error: store: the store's folder is not shared by all nodes")
-    assert not list(tmp_path.glob("?/store/*"))
+    assert not list(tmp_path.glob("b/store/*")) and not list(tmp_path.glob("a/store/epoch*"))
 
 
 def test_a_rank_on_a_machine_that_augments_otherwise(store):

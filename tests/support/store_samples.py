@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.store.reader import LogitsStoreReader, LogitsStoreWriter, pack_records
+from data.store import LogitsStoreReader, LogitsStoreWriter
+from data.store.format import pack_records
 
 K, CLASSES, IMAGES = 5, 1000, 301
 KEYS = [f"class {i // 30:02d}/it's image {i:05d}.jpg" for i in range(IMAGES)]

@@ -217,7 +217,7 @@ def test_a_subset_takes_the_same_share_of_each_class(tmp_path, fraction):
     found = listed(keys, labels, tmp_path)
     part = subset(found, fraction)
     assert np.bincount(part.labels).tolist() == wanted
-    ranks = Keys.of(keys).hashes(listing_module.SUBSET_SALT)
+    ranks = listing_module.subset_ranks(Keys.of(keys))
     ranked = [sorted(np.flatnonzero(np.equal(labels, c)), key=ranks.__getitem__) for c in range(3)]
     expected = sorted(i for rows, count in zip(ranked, wanted) for i in rows[:count])
     assert list(part.keys) == [keys[i] for i in expected]
@@ -306,7 +306,7 @@ def test_a_selection_is_made_once_and_anew_where_it_is_damaged(tmp_path, monkeyp
     first = part("c1/0007.jpg\n")
     expected = list(first.keys)
     with monkeypatch.context() as patch:
-        patch.setattr(Keys, "hashes", lambda *args: pytest.fail("computed again"))
+        patch.setattr(listing_module, "subset_ranks", lambda keys: pytest.fail("computed again"))
         assert list(part("\r\nc1/0007.jpg").keys) == expected  # the same choice
     assert list(part("c1/0008.jpg\n").keys) != expected
     for file in first.folder.glob("rows-*.npy"):

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.store.reader import LogitsStoreReader, LogitsStoreWriter
+from data.store import LogitsStoreReader, LogitsStoreWriter
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGES = 2400
 KEYS = [f"class {i % 7}/image {i:05d}.jpg" for i in range(IMAGES)]
 
 # A job: begins or resumes epoch 0 with a world size, writes the batches that are not whole, seals.
-# It tells each step in a line and waits
-# for one, so that it is not killed long after the moment that was chosen.
+# It tells each step in a line and waits for one, so that it is not killed long after the moment that
+# was chosen.
 JOB = """
 import sys
 import numpy as np
-from data.store.reader import LogitsStoreWriter
+from data.store import LogitsStoreWriter
 from tests.support.store_samples import batches, manifest, records_of
 from tests.data.store.test_crash import IMAGES, KEYS, fast_records
 
@@ -51,7 +51,7 @@ tell("sealed")
 
 def fast_records(epoch: int, positions: np.ndarray) -> np.ndarray:
     """Records of any number of images without a generator for each."""
-    from data.store.reader import pack_records
+    from data.store.format import pack_records
     from tests.support.store_samples import CLASSES, K
 
     seeds = (positions.astype(np.int64) * 2654435761 + epoch) % 2**31
@@ -162,7 +162,8 @@ FULL_DISK = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from data.store.reader import LogitsStoreReader, LogitsStoreWriter, StoreError
+from data.store import LogitsStoreReader, LogitsStoreWriter
+from data.store.files import StoreError
 from tests.support.store_samples import batches, manifest
 from tests.data.store.test_crash import IMAGES, KEYS, fast_records
 
@@ -219,7 +220,8 @@ READ_ONLY = """
 import subprocess, sys
 from pathlib import Path
 import numpy as np
-from data.store.reader import LogitsStoreReader, LogitsStoreWriter, StoreError, write_token
+from data.store import LogitsStoreReader, LogitsStoreWriter
+from data.store.files import StoreError
 from tests.support.store_samples import manifest
 from tests.data.store.test_crash import IMAGES, KEYS, fast_records
 
@@ -229,6 +231,7 @@ with LogitsStoreWriter(root, manifest(), KEYS) as writer:
     for epoch in range(2):
         writer.begin_epoch(epoch)
         writer.append(np.arange(IMAGES), fast_records(epoch, np.arange(IMAGES)))
+        writer.end_epoch()
     writer.seal(0)
 subprocess.run(["mount", "-o", "remount,bind,ro", mount], check=True)
 reader = LogitsStoreReader(root)
@@ -237,7 +240,7 @@ np.testing.assert_array_equal(reader.open_epoch(0), fast_records(0, np.arange(IM
 writer = LogitsStoreWriter(root, manifest(), KEYS)
 other = lambda: LogitsStoreWriter(Path(mount) / "new", manifest(), KEYS)
 begin = lambda: writer.begin_epoch(1)
-for call in (other, begin, lambda: writer.begin_epoch(1, 1), lambda: writer.seal(1), lambda: write_token(root, "a")):
+for call in (other, begin, lambda: writer.begin_epoch(1, 1), lambda: writer.seal(1)):
     try:
         call()
     except StoreError as error:

@@ -1,13 +1,14 @@
 """Keys as one blob of lines, looked up exactly, and how a run's listing is mapped to a store's."""
 
 import hashlib
+import re
 
 import numpy as np
 import pytest
 
 from data.store import keys as store_keys
 from data.store.files import StoreError
-from data.store.keys import Keys, check_unique, compare_listings, locate, map_positions
+from data.store.keys import Keys, check_unique, difference, locate, map_positions
 from tests.support.store_samples import KEYS, write_store
 
 ODD_KEYS = [
@@ -88,81 +89,43 @@ def test_faulty_lists_are_told(tmp_path):
     check_unique(Keys.of(KEYS))
 
 
-def few_hashes(bits: int):
-    """Keys.hashes with so few different values that most keys collide; another salt gives other
-    collisions.
-    """
-    true_hashes = Keys.hashes
-    return lambda self, salt: (true_hashes(self, salt) >> np.uint64(3)) & np.uint64(2**bits - 1)
-
-
-@pytest.mark.parametrize("bits", [None, 7])
 @pytest.mark.usefixtures("short_chunks")
-def test_locating_equals_a_dictionary(rng, monkeypatch, bits):
-    # few letters: many near misses and repetitions
-    texts = ["".join(rng.choice(list("ab/"), rng.integers(0, 9))) for _ in range(30)]
-    stored = [texts[i] for i in rng.integers(0, 20, 50)]
-    wanted = [texts[i] for i in rng.integers(0, 30, 60)]
-    if bits is not None:
-        monkeypatch.setattr(Keys, "hashes", few_hashes(bits))
-        monkeypatch.setattr(store_keys, "SALTS", tuple(range(40)))
+def test_locating_equals_a_dictionary(rng):
+    # few letters: many near misses and repetitions; bytes that numpy's strings drop at their end
+    letters = list("ab/\0")
+    texts = ["".join(rng.choice(letters, rng.integers(0, 9))) for _ in range(60)] + ODD_KEYS
+    stored = [texts[i] for i in rng.integers(0, 50, 90)] + ODD_KEYS[2:]
+    wanted = [texts[i] for i in rng.permutation(len(texts))]
     first: dict[str, int] = {}
     for position, text in enumerate(stored):
         first.setdefault(text, position)
     found = locate(Keys.of(stored), Keys.of(wanted))
     assert found.dtype == np.int64 and found.tolist() == [first.get(text, -1) for text in wanted]
-    assert -1 in found and len(set(found.tolist())) > 10
+    assert -1 in found and len(set(found.tolist())) > 30
 
 
-def test_hashes_spread():
-    keys = Keys.of([f"n{i // 1000:08d}_{i}" for i in range(50_000)])
-    hashes = keys.hashes(1)
-    assert len(np.unique(hashes)) == len(keys) and not (hashes == keys.hashes(2)).any()
-    for bit in range(64):
-        assert 0.45 < ((hashes >> np.uint64(bit)) & np.uint64(1)).mean() < 0.55, bit
+NAMES = [f"cat/{i}.jpg" for i in range(6)] + [f"dog/{i}.jpg" for i in range(10, 16)]
 
 
-def differences(store: list[str], listing: list[str]) -> str:
-    return compare_listings(Keys.of(store), Keys.of(listing)).describe()
-
-
-def test_differences_are_told_apart():
-    names = [f"cat/{i}.jpg" for i in range(6)] + [f"dog/{i}.jpg" for i in range(10, 16)]
-    assert differences(names, names) == "no difference"
-    assert differences(names, [*names, "dog/99.jpg"]) == "1 added: 'dog/99.jpg'"
-    assert differences(names, names[:3] + names[4:]) == "1 removed: 'cat/3.jpg'"
-    assert (
-        differences(names, names[:3] + ["cat/3a.jpg"] + names[4:])
-        == "1 renamed (it seems): 'cat/3.jpg' -> 'cat/3a.jpg'"
-    )
-    assert (
-        differences(names, names[1:6] + names[6:] + ["pets/0.jpg"])
-        == "1 renamed (it seems): 'cat/0.jpg' -> 'pets/0.jpg'"
-    )
-    assert differences(names, names[::-1]) == "reordered: the same images in another order"
-    assert (
-        differences(names, [*names[:1:-1], "new/a.jpg"])
-        == "1 added: 'new/a.jpg'; 2 removed: 'cat/0.jpg', 'cat/1.jpg'; the order of the others is"
-        " another"
-    )
-    many = differences(names, [f"cat/{i}.jpg" for i in range(20, 40)] + names[:5])
-    assert (
-        many.startswith("20 added: 'cat/20.jpg', 'cat/21.jpg'")
-        and "'cat/24.jpg', ...; 7 removed: 'cat/5.jpg', 'dog/10.jpg'" in many
-    )
-    assert (
-        differences(names, ["x/y.jpg"])
-        == "no image of this data set is in the store (the first: 'x/y.jpg', the store's:"
-        " 'cat/0.jpg')"
-    )
-
-
-def test_a_mass_of_differences_is_not_paired(monkeypatch):
-    monkeypatch.setattr(store_keys, "PAIRED_RENAMES", 1)
-    assert (
-        differences(["a/1", "a/2", "a/3"], ["a/1", "a/4", "a/5"])
-        == "2 added: 'a/4', 'a/5'; 2 removed: 'a/2', 'a/3'"
-    )
+@pytest.mark.parametrize(
+    ("listing", "told"),
+    [
+        (NAMES, "no difference"),
+        ([*NAMES, "dog/99.jpg"], "1 added: 'dog/99.jpg'"),
+        (NAMES[:3] + NAMES[4:], "1 removed: 'cat/3.jpg'"),
+        (NAMES[::-1], "reordered: .*"),
+        (
+            [*NAMES[:1:-1], "new/a.jpg"],
+            "1 added: 'new/a.jpg'; 2 removed: 'cat/0.jpg', 'cat/1.jpg'; reordered: .*",
+        ),
+        (
+            [f"cat/{i}.jpg" for i in range(20, 40)] + NAMES[:5],
+            "20 added: 'cat/20.jpg', .*'cat/24.jpg', ...; 7 removed: 'cat/5.jpg', 'dog/10.jpg'.*",
+        ),
+    ],
+)
+def test_differences_are_told_apart(listing, told):
+    assert re.fullmatch(told, difference(Keys.of(NAMES), Keys.of(listing)))
 
 
 @pytest.fixture
@@ -172,12 +135,6 @@ def store(tmp_path):
 
 def test_the_same_listing_needs_no_map(store, tmp_path):
     assert map_positions(store, KEYS, tmp_path / "cache") is None
-
-    class Listed:
-        def digest(self):
-            return Keys.of(KEYS).digest()
-
-    assert map_positions(store, Listed()) is None
     assert not (tmp_path / "cache").exists()
 
 
@@ -216,11 +173,7 @@ def test_images_that_the_store_lacks_are_an_error(store, tmp_path):
         ),
     ):
         map_positions(store, [*KEYS, "new.jpg"], tmp_path)
-    with pytest.raises(
-        StoreError, match=r"1 renamed \(it seems\): .*image 00000.jpg.* -> 'class 00/renamed.jpg'"
-    ):
-        map_positions(store, ["class 00/renamed.jpg", *KEYS[1:]], tmp_path)
-    with pytest.raises(StoreError, match="no image of this data set is in the store"):
+    with pytest.raises(StoreError, match=r"1 added: 'other.jpg'; 301 removed: .*00000.jpg"):
         map_positions(store, ["other.jpg"], tmp_path)
     with pytest.raises(StoreError, match="stands twice, at positions 0 and 2"):
         map_positions(store, [KEYS[4], KEYS[5], KEYS[4]], tmp_path)

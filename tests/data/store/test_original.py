@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from data.store import original as upstream_store
-from data.store.keys import Keys
+from data.store.files import StoreError
+from data.store.format import record_dtype
+from data.store.keys import Keys, map_positions
 from data.store.original import UpstreamStoreReader, natural_order
-from data.store.reader import StoreError, map_positions, record_dtype
 
 
 @pytest.fixture(autouse=True)

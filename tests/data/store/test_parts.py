@@ -1,31 +1,21 @@
-"""Parts: what a crash leaves of them, and the thread that feeds them."""
+"""Parts: what a crash leaves of them, and when they are durable."""
 
 import errno
 import os
 import struct
-import threading
 import zlib
 
 import numpy as np
 import pytest
 
+from data.store import parts as store_parts
 from data.store.files import StoreError
 from data.store.format import record_dtype
-from data.store.parts import SYNC_SECONDS, AsyncAppender, PartWriter, part_files, read_blocks
+from data.store.parts import PartWriter, part_files, read_blocks
 
 DTYPE = record_dtype(2, 1000)
 IDENTITY = bytes(range(32))
 IMAGES = 100
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def some(*positions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,13 +68,7 @@ def test_blocks_come_back_in_order(folder):
 
 def test_parts_are_sorted_by_rank_then_age(folder):
     names = [written(folder, rank=rank).path.name for rank in (10, 2, 0, 2, 12345)]
-    assert [path.name for path in part_files(folder)] == [
-        names[2],
-        names[1],
-        names[3],
-        names[0],
-        names[4],
-    ]
+    assert [path.name for path in part_files(folder)] == [names[i] for i in (2, 1, 3, 0, 4)]
 
 
 def test_a_torn_tail_is_cut_wherever_it_was_torn(folder):
@@ -144,12 +128,15 @@ def test_after_a_failed_write_the_part_goes_on(folder, monkeypatch):
     assert positions_in(writer.path) == [[1, 2], [5, 6]]
 
 
+def failing(*arguments):
+    raise OSError(errno.EIO, "Input/output error")
+
+
 def test_if_a_failed_write_can_not_be_undone_nothing_more_is_appended(folder, monkeypatch):
     writer = PartWriter(folder, 4, 0, DTYPE, IDENTITY)
-    fail = lambda *arguments: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", fail)
-        patch.setattr(os, "ftruncate", fail)
+        patch.setattr(os, "write", failing)
+        patch.setattr(os, "ftruncate", failing)
         with pytest.raises(StoreError, match="Input/output error"):
             writer.append(*some(1))
     for call in (lambda: writer.append(*some(2)), writer.close):
@@ -164,140 +151,27 @@ def test_a_folder_that_can_not_be_made_is_an_error(tmp_path):
         PartWriter(tmp_path / "file", 4, 0, DTYPE, IDENTITY)
 
 
-@pytest.fixture
-def synced(monkeypatch):
-    """The handles that were synced."""
-    handles: list[int] = []
-    monkeypatch.setattr(os, "fsync", handles.append)
-    return handles
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [1, 2, 3]), (1e9, [0, 0, 1])])
+def test_appending_syncs_when_it_is_due_and_closing_always(folder, monkeypatch, seconds, expected):
+    monkeypatch.setattr(store_parts, "SYNC_SECONDS", seconds)
+    writer = PartWriter(folder, 4, 0, DTYPE, IDENTITY)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    counts = []
+    for call in (lambda: writer.append(*some(1)), lambda: writer.append(*some(2)), writer.close):
+        call()
+        counts.append(len(synced))
+    assert counts == expected
 
 
-def test_appending_syncs_when_it_is_due(folder, synced):
-    clock = Clock()
-    writer = PartWriter(folder, 4, 0, DTYPE, IDENTITY, clock)
-    synced.clear()
-    for now, expected in (
-        (1, 0),
-        (SYNC_SECONDS - 1, 0),
-        (SYNC_SECONDS, 1),
-        (SYNC_SECONDS + 5, 1),
-        (2 * SYNC_SECONDS + 5, 2),
-    ):
-        clock.now = now
-        writer.append(*some(1))
-        assert len(synced) == expected, now
-    writer.append(*some(2))
-    writer.close()
-    assert len(synced) == 3
-
-
-def test_ticking_syncs_also_while_nothing_is_appended(folder, synced):
-    clock = Clock()
-    writer = PartWriter(folder, 4, 0, DTYPE, IDENTITY, clock)
-    synced.clear()
-    writer.append(*some(1))
-    writer.tick()
-    assert len(synced) == 0
-    clock.now = SYNC_SECONDS / 2
-    writer.tick()
-    assert len(synced) == 1
-    clock.now = 10 * SYNC_SECONDS
-    writer.tick()  # nothing new to sync
-    assert len(synced) == 1
-    writer.close()
-    writer.tick()
-    assert len(synced) == 1
-
-
-def test_a_sync_that_fails_in_the_background_surfaces_and_stays(folder, monkeypatch):
-    clock = Clock()
-    writer = PartWriter(folder, 4, 0, DTYPE, IDENTITY, clock)
-    writer.append(*some(1))
-    clock.now = SYNC_SECONDS
+def test_a_sync_that_fails_stays_an_error(folder, monkeypatch):
+    """A second sync would succeed although the data is gone."""
+    monkeypatch.setattr(store_parts, "SYNC_SECONDS", 0.0)
+    writer = PartWriter(folder, 4, 0, DTYPE, IDENTITY)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            os,
-            "fsync",
-            lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")),
-        )
-        writer.tick()
-    for call in (lambda: writer.append(*some(2)), lambda: writer.append(*some(3)), writer.close):
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(StoreError, match="Input/output error"):
+            writer.append(*some(1))
+    for call in (lambda: writer.append(*some(2)), writer.close):
         with pytest.raises(StoreError, match="Input/output error"):
             call()
-
-
-class Slow:
-    """An appender that waits for a test, then notes or fails."""
-
-    def __init__(self, fail_at: int = -1) -> None:
-        self.go, self.seen, self.fail_at = threading.Event(), [], fail_at
-
-    def append(self, positions, records) -> None:
-        assert self.go.wait(30)
-        if len(self.seen) == self.fail_at:
-            raise StoreError("the disk is full")
-        self.seen.append((positions, records))
-
-
-def test_batches_are_written_in_order_by_another_thread():
-    slow = Slow()
-    slow.go.set()
-    with AsyncAppender(slow, depth=2) as appender:
-        for i in range(20):
-            appender.append(
-                i, (lambda i=i: ("made", i, threading.current_thread().name)) if i % 2 else i
-            )
-        appender.flush()
-        assert [positions for positions, _ in slow.seen] == list(range(20))
-    assert slow.seen[4][1] == 4 and slow.seen[5][1] == ("made", 5, "store-append")
-
-
-def test_at_most_depth_batches_wait():
-    slow = Slow()
-    appender = AsyncAppender(slow, depth=2)
-    appender.append(0, 0)
-    handed_over: list[int] = []
-
-    def feed() -> None:
-        for i in range(1, 6):
-            appender.append(i, i)
-            handed_over.append(i)
-
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    while len(handed_over) < 2:
-        pass
-    feeder.join(0.2)
-    assert feeder.is_alive() and len(handed_over) <= 3  # one with the thread, two in the queue
-    slow.go.set()
-    feeder.join()
-    appender.close()
-    assert len(slow.seen) == 6
-
-
-def test_an_error_in_the_thread_stops_the_caller_at_once():
-    slow = Slow(fail_at=1)
-    appender = AsyncAppender(slow, depth=1)
-    slow.go.set()
-    with pytest.raises(StoreError, match="the disk is full"):
-        for i in range(1000):  # the queue never blocks, although nothing is written any more
-            appender.append(i, i)
-    for call in (appender.flush, appender.close, appender.close):
-        with pytest.raises(StoreError, match="the disk is full"):
-            call()
-    assert len(slow.seen) == 1
-
-
-def test_an_error_is_not_hidden_by_leaving_and_hides_none():
-    slow = Slow(fail_at=0)
-    slow.go.set()
-    with (
-        pytest.raises(StoreError, match="the disk is full"),
-        AsyncAppender(slow, depth=4) as appender,
-    ):
-        appender.append(0, 0)
-    slow = Slow(fail_at=0)
-    slow.go.set()
-    with pytest.raises(KeyError), AsyncAppender(slow, depth=4) as appender:
-        appender.append(0, 0)
-        raise KeyError("the error under way")

@@ -7,26 +7,25 @@ import os
 import pickle
 import shutil
 import struct
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.store import LogitsStoreReader, LogitsStoreWriter, record_dtype
 from data.store import format as store_format
+from data.store import reader as store_reader
 from data.store import writer as store_writer
-from data.store.files import FileLock, this_process
-from data.store.reader import (
-    LockedError,
-    LogitsStoreReader,
-    LogitsStoreWriter,
-    StoreError,
+from data.store.files import LockedError, StoreError
+from data.store.format import (
     disk_need,
     epoch_bytes,
+    identity_digest,
     pack_records,
-    record_dtype,
-    store_epoch,
 )
+from tests.support.helpers import ROOT
 from tests.support.store_samples import (
     CLASSES,
     IMAGES,
@@ -176,8 +175,8 @@ def test_an_epoch_alone_equals_one_after_others(root, reference):
 
 @pytest.mark.parametrize("stretch", [1, 100, 301, 302])
 def test_sealing_in_several_passes(root, reference, monkeypatch, stretch):
-    monkeypatch.setattr(store_format, "SEAL_RECORDS", 1)
-    monkeypatch.setattr(store_writer, "SEAL_RECORDS", 1)
+    for module in (store_format, store_writer):
+        monkeypatch.setattr(module, "SEAL_RECORDS", 1)
     monkeypatch.setattr(store_writer, "ASSEMBLE_BYTES", stretch * record_dtype(K, CLASSES).itemsize)
     write_store(root, world=2)
     assert (root / "epoch_0000.npy").read_bytes() == reference[0]
@@ -280,93 +279,119 @@ def test_a_crash_while_sealing(root, reference, monkeypatch, at):
     assert {path.name for path in root.iterdir()} == kept
 
 
-def test_sealing_in_the_background(root, reference):
+def test_what_a_crash_left_beside_a_sealed_epoch_is_cleared(root):
+    write_store(root)
+    parts = root / "epoch_0000.parts"
+    parts.mkdir()
+    (parts / "0000-00.part").write_bytes(b"whatever")
     with writer_of(root) as writer:
-        for epoch in range(3):
-            writer.begin_epoch(epoch)
-            writer.append(EVERYONE, records_of(epoch, EVERYONE))
-            writer.seal_in_background(epoch, {"top1": epoch})
-    assert [(root / f"epoch_{epoch:04d}.npy").read_bytes() for epoch in range(3)] == reference
-    assert not list(root.glob("*.lock")) and LogitsStoreReader(root).seal(2)["teacher"] == {
-        "top1": 2
-    }
+        assert writer.missing(0).tolist() == [] and list(parts.iterdir())  # asking removes nothing
+        writer.clean_up(range(2))
+    assert not parts.exists() and LogitsStoreReader(root).epochs() == [0]
 
 
-@pytest.mark.parametrize("where", ["append", "begin", "seal", "close"])
-def test_an_error_of_background_sealing_surfaces_at_the_next_call(root, where, monkeypatch):
+# Begins an epoch, says so, waits for a line, and finishes it.
+WRITER = """
+import sys
+import numpy as np
+from data.store import LogitsStoreWriter
+from tests.support.store_samples import IMAGES, KEYS, manifest, records_of
+with LogitsStoreWriter(sys.argv[1], manifest(), KEYS) as writer:
+    writer.begin_epoch(0)
+    writer.append(np.arange(200), records_of(0, np.arange(200)))
+    print("in", flush=True)
+    sys.stdin.readline()
+    writer.append(np.arange(200, IMAGES), records_of(0, np.arange(200, IMAGES)))
+    writer.seal(0)
+"""
+
+
+def test_a_second_job_is_kept_off_an_epoch_and_removes_nothing(root, reference):
+    command, pipe = [sys.executable, "-c", WRITER, str(root)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as first:
+        first.stdout.readline()
+        with writer_of(root) as second:
+            assert len(second.missing(0)) == IMAGES - 200
+            # as if it had been sealed this moment, and its parts were still needed
+            for name in ("epoch_0000.npy", "epoch_0000.json"):
+                (root / name).touch()
+            second.clean_up([0])
+            for name in ("epoch_0000.npy", "epoch_0000.json"):
+                (root / name).unlink()
+            for call in (second.begin_epoch, second.seal):
+                with pytest.raises(LockedError, match=rf"0000.lock: in use by process {first.pid}"):
+                    call(0)
+            second.begin_epoch(1)  # machines may share the work by epochs
+        first.communicate("go on\n")
+    assert first.returncode == 0 and not list(root.glob("*.lock"))
+    assert (root / "epoch_0000.npy").read_bytes() == reference[0]
+
+
+def test_another_rank_joins_where_it_sees_the_manifest_of_rank_0(root, tmp_path, reference):
+    waits: list[float] = []
     writer = writer_of(root)
     writer.begin_epoch(0)
-    writer.append(EVERYONE[:10], records_of(0, EVERYONE[:10]))
-    go, true_seal = threading.Event(), writer.seal
-    monkeypatch.setattr(writer, "seal", lambda *arguments: go.wait(30) and true_seal(*arguments))
-    future = writer.seal_in_background(0)
-    if where == "append":
-        writer.begin_epoch(1)
-    go.set()
-    assert isinstance(future.exception(), StoreError)
-    calls = {
-        "append": lambda: writer.append(EVERYONE[:1], records_of(1, EVERYONE[:1])),
-        "begin": lambda: writer.begin_epoch(1),
-        "seal": lambda: writer.seal_in_background(1),
-        "close": writer.close,
-    }
-    with pytest.raises(StoreError, match="epoch 0 lacks 291 of 301 images"):
-        calls[where]()
-    writer.close()
+    late = tmp_path / "late"
+
+    def show(seconds: float) -> None:  # a network file system that takes its time
+        waits.append(seconds)
+        if len(waits) == 2:
+            os.symlink(root, late)
+
+    other = LogitsStoreWriter.join(late, writer.digest, sleep=show)
+    other.begin_epoch(0, rank=1)
+    other.append(EVERYONE, records_of(0, EVERYONE))
+    other.close()
+    writer.seal(0)
+    assert waits == [1.0, 1.0] and (root / "epoch_0000.npy").read_bytes() == reference[0]
+    writer_of(tmp_path / "foreign", base_seed=8)
+    for folder in ("nowhere", "foreign"):
+        with pytest.raises(StoreError, match="not shared by all nodes"):
+            LogitsStoreWriter.join(tmp_path / folder, writer.digest, attempts=3, sleep=waits.append)
+    assert len(waits) == 6 and not (tmp_path / "nowhere").exists()
 
 
-def test_a_second_job_is_kept_off_an_epoch(root):
-    first = LogitsStoreWriter(root, manifest(), KEYS, job="first")
-    first.begin_epoch(0)
-    second = LogitsStoreWriter(root, manifest(), KEYS, job="second")
-    for call in (lambda: second.begin_epoch(0), lambda: second.seal(0)):
-        with pytest.raises(
-            LockedError,
-            match=rf"epoch_0000.lock: process {os.getpid()} on {this_process().host} is at work",
-        ):
-            call()
-    second.begin_epoch(1)  # machines may share the work by epochs
-    with pytest.raises(LockedError, match=r"not this job's: rank 0 begins it first"):
-        second.begin_epoch(0, rank=1)
-    LogitsStoreWriter(root, manifest(), KEYS, job="first").begin_epoch(0, rank=1)
-    first.close()
-    second.begin_epoch(0)
-    second.close()
-    assert not list(root.glob("*.lock"))
-
-
-def test_the_heartbeat_of_a_writer(root):
-    writer = writer_of(root)
-    writer.begin_epoch(0)
-    lock = root / "epoch_0000.lock"
-    os.utime(lock, (1, 1))
-    writer.tick()
-    assert lock.stat().st_mtime > 1e9
-    writer.close()
-    assert not lock.exists()
-    writer.tick()
-
-
-def test_the_ticking_thread_ticks_and_ends(root, monkeypatch):
-    monkeypatch.setattr(store_writer, "TICK_SECONDS", 0.001)
-    ticked = threading.Event()
-    monkeypatch.setattr(LogitsStoreWriter, "tick", lambda self: ticked.set())
-    before = set(threading.enumerate())
-    writer = writer_of(root)
-    writer.begin_epoch(0)
-    (thread,) = set(threading.enumerate()) - before
-    assert thread.name == "store-tick" and ticked.wait(30)
-    writer.close()
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-def test_leaving_a_writer_hides_no_error(root):
+def test_leaving_a_writer_hides_no_error(root, monkeypatch):
     with pytest.raises(KeyError, match="under way"), writer_of(root) as writer:
         writer.begin_epoch(0)
-        writer.seal_in_background(0)
+        monkeypatch.setattr(os, "fsync", raising(OSError(errno.EIO, "Input/output error")))
         raise KeyError("under way")
     assert not (root / "epoch_0000.lock").exists()
+
+
+OPS = ["Crop(size=224)", "Flip()"]
+
+
+def recipe(**more) -> dict:
+    return {"AUG.SCALE": [0.08, 1.0], "AUG.REPROB": 0.25, **more}
+
+
+@pytest.mark.parametrize("given", [{"ops": ["Crop(224)"]}, {"version": 2}])
+def test_a_manifest_of_an_earlier_version_goes_on_as_it_stands(root, reference, given):
+    """Its recipe has the reprs of its operations; today's says its version."""
+    before = write_store(root, recipe=recipe(ops=OPS))
+    data = (root / "manifest.json").read_bytes()
+    assert before.manifest["identity"]["recipe"] == recipe(version=2)
+    assert json.loads(data)["identity"]["recipe"] == recipe(ops=OPS)
+    with writer_of(root, recipe=recipe(**given)) as writer:
+        writer.begin_epoch(1)
+        writer.append(EVERYONE, records_of(1, EVERYONE))
+        writer.seal(1)
+    assert (root / "manifest.json").read_bytes() == data
+    reader = LogitsStoreReader(root)
+    reader.check_epochs([0, 1])
+    digests = {reader.seal(epoch)["identity_sha256"] for epoch in (0, 1)}
+    assert digests == {identity_digest(data)}
+    with pytest.raises(StoreError, match="AUG.REPROB is 0.25 there and 0.5 here"):
+        writer_of(root, recipe=recipe(**{**given, "AUG.REPROB": 0.5}))
+
+
+def test_a_recipe_of_a_later_version_is_refused(root):
+    write_store(root, recipe=recipe(version=2))
+    rewrite(root / "manifest.json", lambda made: made["identity"]["recipe"].update(version=3))
+    for call in (lambda: LogitsStoreReader(root), lambda: writer_of(root)):
+        with pytest.raises(StoreError, match="version 3, .* version 2: update the program"):
+            call()
 
 
 def test_records_that_can_not_be_right_are_refused(root):
@@ -477,8 +502,8 @@ def test_information_may_differ_between_writers(root):
     [
         ([*KEYS, "new.jpg"], "1 added: 'new.jpg'"),
         (KEYS[:-1], '1 removed: "class 10'),
-        (["class 00/b.jpg", *KEYS[1:]], "1 renamed"),
-        ([KEYS[1], KEYS[0], *KEYS[2:]], "reordered: the same images in another order"),
+        (["class 00/b.jpg", *KEYS[1:]], "1 added: 'class 00/b.jpg'; 1 removed"),
+        ([KEYS[1], KEYS[0], *KEYS[2:]], "reordered: the images of both are in another order"),
     ],
 )
 def test_a_resumed_writer_must_have_the_same_images(root, keys, message):
@@ -566,7 +591,7 @@ def test_reading(root):
         IMAGES,
         [0, 1],
     )
-    assert list(reader.keys) == KEYS and bytes(reader.keys_blob) == (root / "keys.txt").read_bytes()
+    assert list(reader.keys) == KEYS
     records = reader.open_epoch(1)
     assert isinstance(records, np.memmap) and not records.flags.writeable
     expected = records_of(1, EVERYONE)
@@ -737,7 +762,7 @@ def test_a_seal_that_says_something_else_is_refused(root):
 
 @pytest.mark.parametrize("position", [0, 99, 100, 300])
 def test_a_flipped_bit_is_found_and_its_block_named(root, monkeypatch, position):
-    for module in (store_format, store_writer, __import__("data.store.reader").store.reader):
+    for module in (store_format, store_writer, store_reader):
         monkeypatch.setattr(module, "SEAL_RECORDS", 100)
     reader = write_store(root)
     path = root / "epoch_0000.npy"
@@ -767,31 +792,3 @@ def test_spoiled_keys_are_refused(root):
         StoreError, match=r"keys.txt: has 2 lines, the manifest says 301: restore the file"
     ):
         LogitsStoreReader(root).check_keys()
-
-
-def test_a_longer_run_reuses_epochs():
-    assert [store_epoch(epoch, 3) for epoch in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-    with pytest.raises(StoreError, match="no sealed epoch"):
-        store_epoch(0, 0)
-
-
-def test_another_jobs_leftovers_do_not_hinder(root, reference):
-    """A job that died without a trace of its process: its lock, parts and temporary files are
-    there.
-    """
-    writer = writer_of(root)
-    writer.begin_epoch(0)
-    writer.append(EVERYONE[:50], records_of(0, EVERYONE[:50]))
-    writer.end_epoch()
-    lock = root / "epoch_0000.lock"
-    holder = this_process("dead job")._replace(machine="elsewhere", pid=1)
-    lock.write_text(json.dumps(holder._asdict()))
-    with pytest.raises(LockedError):
-        writer_of(root).begin_epoch(0)
-    os.utime(lock, (1, 1))
-    with writer_of(root) as again:
-        again.begin_epoch(0)
-        assert FileLock(lock).is_held()
-        again.append(again.missing(0), records_of(0, again.missing(0)))
-        again.seal(0)
-    assert (root / "epoch_0000.npy").read_bytes() == reference[0]
