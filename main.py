@@ -633,7 +633,7 @@ def describe(run: Training) -> None:
         f" ({count_parameters(model, trainable=True):,} train),"
         f" {multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes"
     )
-    log.info("each image: " + "; ".join(map(str, run.loader.dataset.decoder.ops)))
+    log.info(f"each image: {run.loader.dataset.decoder}")
     images = len(run.loader.dataset) - run.loader.sampler.skipped
     if run.loader.sampler.skipped:
         log.info(

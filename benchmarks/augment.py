@@ -9,6 +9,7 @@ time goes."""
 import io
 import random
 import time
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -85,20 +86,19 @@ class Epochs:
                 self.failures += 1
 
     def split(self, rounds: int) -> dict[str, float]:
-        """Milliseconds per image of opening the JPEG and of each op."""
-        seconds: dict[str, float] = {}
-        clock = time.perf_counter
+        """Milliseconds per image of opening the JPEG, drawing the plan, and applying it."""
+        seconds = dict.fromkeys(("JPEG", "plan", "apply"), 0.0)
         for turn in range(rounds):
             for position, data in enumerate(self.files):
-                start = clock()
-                value = open_photo(data)
-                seconds["JPEG"] = seconds.get("JPEG", 0) + clock() - start
-                rng = generator(sample_seed(1, turn, position))
-                for op in self.decoder.ops:
-                    start = clock()
-                    value = op(value, rng)
-                    name = type(op).__name__
-                    seconds[name] = seconds.get(name, 0) + clock() - start
+                marks = [time.perf_counter()]
+                image = open_photo(data)
+                marks.append(time.perf_counter())
+                plan = self.decoder.plan(*image.size, sample_seed(1, turn, position))
+                marks.append(time.perf_counter())
+                self.decoder.apply(plan, image)
+                marks.append(time.perf_counter())
+                for name, (start, end) in zip(seconds, pairwise(marks)):
+                    seconds[name] += end - start
         return {name: round(1000 * total / (rounds * IMAGES), 4) for name, total in seconds.items()}
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     seconds = alternate(sides, repeats=30)
     report(
         {
-            "recipe": repr(epochs.decoder),
+            "recipe": str(epochs.decoder),
             "pictures": (
                 f"{IMAGES} of {SIZE[0]}x{SIZE[1]}, {sum(map(len, epochs.files)) // IMAGES} bytes"
                 " each"

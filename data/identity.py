@@ -12,6 +12,7 @@ import numpy as np
 
 from data.augment import AugmentDecoder
 from data.augment.decoder import SMALL
+from data.augment.plan import RECIPE_VERSION
 from data.augment.rng import generator
 
 PROOF_IMAGES = 64
@@ -54,7 +55,7 @@ def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
         "paired": cfg.is_paired,
         "temperature": cfg.DISTILL.TEMPERATURE,
         "image_size": cfg.DATA.IMG_SIZE,
-        "recipe": {**recipe, "ops": AugmentDecoder.from_config(cfg).recipe()["ops"]},
+        "recipe": {"version": RECIPE_VERSION, **recipe},
     }
 
 

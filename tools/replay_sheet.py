@@ -1,30 +1,25 @@
-"""A contact sheet: what a recipe makes of one picture under many seeds, each with what was drawn in
-words.
+"""A contact sheet: what a recipe makes of one picture under many seeds, each with its plan in words.
 
-    python -m tools.replay_sheet --cfg configs/1k/tiny_vit_21m.yaml --image cat.jpg --seeds 0-15 -o sheet.png
-    python -m tools.replay_sheet --cfg configs/1k_distill/tiny_vit_5m_1k_distill.yaml --pairs -o pairs.png
+python -m tools.replay_sheet --cfg configs/1k/tiny_vit_21m.yaml --image cat.jpg --seeds 0-15
+python -m tools.replay_sheet --cfg configs/1k_distill/tiny_vit_5m_1k_distill.yaml --pairs
 """
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from configs import load_config
-from data.augment.decoder import AugmentDecoder, mean_and_std
+from data.augment import AugmentDecoder
 from data.augment.rng import sample_seed
 
-SIDE = 224  # pixels of a tile
-GAP = 16
+COLUMNS = 4
 MOST = 400  # seeds on one sheet
-LINE = 17  # pixels from one line of text to the next
-INK, PALE, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -41,89 +36,55 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tools.replay_sheet", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument(
-        "--cfg",
-        metavar="FILE",
-        help="recipe (YAML); without one the defaults, the recipe of ImageNet from scratch",
-    )
-    parser.add_argument(
-        "--opts",
-        metavar="KEY VALUE",
-        nargs="*",
-        default=[],
-        help="set any key of the recipe, e.g. --opts AUG.REPROB 1.0",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--cfg", metavar="FILE", help="recipe (YAML); without one the defaults")
+    add("--opts", metavar="KEY VALUE", nargs="*", default=[], help="set any key of the recipe")
+    add(
         "--image",
         metavar="FILE",
         nargs="*",
         default=[],
         help="picture (with --pairs up to two); else a drawn one",
     )
-    parser.add_argument(
+    add(
         "--seeds",
         metavar="LIST",
         help="e.g. 0-15 or 3,5,9 (default 0-15; with --pairs, the first eight seeds of a run)",
     )
-    parser.add_argument(
-        "--pairs",
-        action="store_true",
-        help="mix neighbours of the list of seeds as they are mixed in distillation",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        default="replay_sheet.png",
-        metavar="FILE",
-        help="default replay_sheet.png",
-    )
+    add("--pairs", action="store_true", help="mix neighbours of the list, as in distillation")
+    add("-o", "--output", default="replay_sheet.png", metavar="FILE", help="%(default)s")
     args = parser.parse_args(argv)
+    words = ["--cfg", args.cfg] if args.cfg else []
+    words += ["--opts", *args.opts]
+    if args.pairs:
+        words += ["AUG.MIXUP_MODE", "pair2"]
     try:
-        opts = [*args.opts, *(["AUG.MIXUP_MODE", "pair2"] if args.pairs else [])]
-        cfg = load_config(
-            [*(["--cfg", args.cfg] if args.cfg else []), *(["--opts", *opts] if opts else [])]
-        )
+        decoder = AugmentDecoder.from_config(load_config(words))
         images = [open_image(name) for name in args.image] or [landscape()]
-        title = ", ".join([Path(name).name for name in args.image] or ["a drawn picture"])
-        sheet = draw_sheet(cfg, images, seeds_of(args.seeds, args.pairs), args.pairs, title)
-        sheet.save(args.output)
+        tiles = tiles_of(decoder, images, seeds_of(args.seeds, args.pairs), args.pairs)
+        title = ", ".join(Path(name).name for name in args.image) or "a drawn picture"
+        draw(tiles, f"{title}: {decoder}", args.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{args.output}: {sheet.width} x {sheet.height} pixels")
+    print(f"{args.output}: {len(tiles)} tiles")
 
 
-def draw_sheet(
-    cfg, images: Sequence[Image.Image], seeds: Sequence[int], pairs: bool, title: str
-) -> Image.Image:
-    """The sheet of one picture under seeds, or of one or two pictures mixed in pairs."""
-    decoder = AugmentDecoder.from_config(cfg)
-    if len(images) > (2 if pairs else 1):
-        raise ValueError(
-            f"{len(images)} pictures: give {'one or two' if pairs else 'one, or two with --pairs'}"
-        )
-    tiles = (
-        pair_tiles(cfg, decoder, images, seeds)
-        if pairs
-        else seed_tiles(cfg, decoder, images[0], seeds)
-    )
-    recipe = repr(decoder).splitlines()[1:-1]
-    return arrange(
-        f"{title}: {'pairs of seeds' if pairs else 'seeds'}",
-        [line.strip().rstrip(",") for line in recipe],
-        tiles,
-    )
-
-
-def seed_tiles(
-    cfg, decoder: AugmentDecoder, image: Image.Image, seeds: Sequence[int]
+def tiles_of(
+    decoder: AugmentDecoder, images: Sequence[Image.Image], seeds: Sequence[int], pairs: bool
 ) -> list[Tile]:
-    """The picture itself, then one tile per seed."""
-    original = Tile(fit(image), "the picture", [f"{image.width} x {image.height} pixels"])
-    return [original, *(decoded_tile(cfg, decoder, image, seed) for seed in seeds)]
+    """The tiles of one picture under seeds, or of one or two pictures mixed in pairs."""
+    most = 2 if pairs else 1
+    if len(images) > most:
+        raise ValueError(f"{len(images)} pictures: give one, or two with --pairs")
+    if pairs:
+        return pair_tiles(decoder, images, seeds)
+    image = images[0]
+    original = Tile(image, "the picture", [f"{image.width} x {image.height} pixels"])
+    return [original, *(decoded_tile(decoder, image, seed) for seed in seeds)]
 
 
 def pair_tiles(
-    cfg, decoder: AugmentDecoder, images: Sequence[Image.Image], seeds: Sequence[int]
+    decoder: AugmentDecoder, images: Sequence[Image.Image], seeds: Sequence[int]
 ) -> list[Tile]:
     """Four tiles per pair of seeds: both decoded images, then both as the model sees them, mixed."""
     mix = decoder.mix
@@ -136,100 +97,53 @@ def pair_tiles(
         raise ValueError(f"--pairs needs an even number of seeds, these are {len(seeds)}")
     tiles = []
     for pair in zip(seeds[::2], seeds[1::2]):
-        decoded = torch.stack(
-            [decoder.decode(image, seed) for image, seed in zip((images[0], images[-1]), pair)]
-        )
-        mixed, _ = mix(decoded, None, pair)
+        both = list(zip((images[0], images[-1]), pair))
+        decoded = torch.stack([decoder.decode(image, seed) for image, seed in both])
+        mixed, _ = mix(decoded, None, pair)  # [2, 3, H, W]
         drawn = str(mix.draw(pair, *decoded.shape[-2:])[0])
-        tiles += [
-            decoded_tile(cfg, decoder, image, seed)
-            for image, seed in zip((images[0], images[-1]), pair)
-        ]
-        tiles += [
-            Tile(fit(visible(cfg, tensor)), f"seed {seed}, mixed", [drawn])
-            for tensor, seed in zip(mixed, pair)
-        ]
+        tiles += [decoded_tile(decoder, image, seed) for image, seed in both]
+        for tensor, seed in zip(mixed, pair):
+            tiles.append(Tile(visible(decoder, tensor), f"seed {seed}, mixed", [drawn]))
     return tiles
 
 
-def decoded_tile(cfg, decoder: AugmentDecoder, image: Image.Image, seed: int) -> Tile:
-    """A picture under a seed."""
-    return Tile(
-        fit(visible(cfg, decoder.decode(image, seed))),
-        f"seed {seed}",
-        decoder.describe(image, seed),
-    )
+def decoded_tile(decoder: AugmentDecoder, image: Image.Image, seed: int) -> Tile:
+    """A picture under a seed, with what that means."""
+    plan = decoder.plan(image.width, image.height, seed)
+    picture = visible(decoder, decoder.apply(plan, image))
+    return Tile(picture, f"seed {seed}", str(plan).split("; "))
 
 
-def visible(cfg, tensor: Tensor) -> Image.Image:
-    """A normalised tensor as a picture; what lies outside black and white, such as erased noise, is
-    clipped.
-    """
-    mean, std = (torch.tensor(values)[:, None, None] for values in mean_and_std(cfg))
+def visible(decoder: AugmentDecoder, tensor: Tensor) -> Image.Image:
+    """A normalised tensor [3, H, W] as a picture; what is no colour, as erased noise, is clipped."""
+    mean, std = torch.tensor([decoder.mean, decoder.std])[..., None, None]
     values = (tensor * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
-def fit(picture: Image.Image) -> Image.Image:
-    """The picture in a square of SIDE pixels: small ones with visible pixels, others shrunk."""
-    scale = SIDE / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    filter = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    square = Image.new("RGB", (SIDE, SIDE), (235, 235, 235))
-    square.paste(
-        picture.convert("RGB").resize(size, filter), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2)
-    )
-    return square
+def draw(tiles: Sequence[Tile], title: str, path: str) -> None:
+    """Write the tiles as a picture, in rows that are as high as their longest text."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-def arrange(title: str, recipe: Sequence[str], tiles: Sequence[Tile]) -> Image.Image:
-    """The tiles in rows under a title and the recipe; every row is as high as its longest text."""
-    columns = min(len(tiles), 4 if len(tiles) <= 16 or len(tiles) % 4 == 0 else 6)
-    width = max(columns, 3) * (SIDE + GAP) + GAP
-    heading = [line for text in recipe for line in wrap(text, width - 2 * GAP, indent="    ")]
-    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    texts = [
-        [[line for word in tile.words for line in wrap(word, SIDE, indent="  ")] for tile in row]
-        for row in rows
-    ]
-    heights = [SIDE + LINE * (1 + max(map(len, text))) + GAP for text in texts]
-    top = 2 * GAP + 30 + LINE * len(heading)
-    sheet = Image.new("RGB", (width, top + sum(heights) + GAP), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), title, INK, font(20, bold=True))
-    for number, line in enumerate(heading):
-        draw.text((GAP, GAP + 30 + LINE * number), line, PALE, font())
-    for row, text, height in zip(rows, texts, heights):
-        for column, (tile, lines) in enumerate(zip(row, text)):
-            left = GAP + column * (SIDE + GAP)
-            sheet.paste(tile.picture, (left, top))
-            draw.text((left, top + SIDE + 2), tile.title, INK, font(bold=True))
-            for number, line in enumerate(lines, start=1):
-                draw.text((left, top + SIDE + 2 + LINE * number), line, INK, font())
-        top += height
-    return sheet
-
-
-def wrap(text: str, width: int, indent: str = "") -> list[str]:
-    """The text in lines of at most `width` pixels, broken at spaces; all but the first begin with
-    `indent`.
-    """
-    lines: list[str] = []
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font().getlength(longer) > width:
-            lines.append(indent + word)
-        else:
-            lines[-1:] = [longer]
-    return lines
-
-
-@lru_cache
-def font(size: int = 13, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings along: the same on every machine."""
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path(), "fonts/ttf", f"DejaVuSans{'-Bold' * bold}.ttf")), size
-    )
+    rows = -(-len(tiles) // COLUMNS)
+    size = (3.0 * COLUMNS, 4.3 * rows + 0.8)
+    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
+    figure.suptitle(textwrap.fill(title, 120), fontsize=9)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, tile in zip(axes.flat, tiles):
+        axis.set_axis_on()
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.imshow(tile.picture)
+        axis.set_title(tile.title, fontsize=10, fontweight="bold")
+        lines = [textwrap.fill(word, 36, subsequent_indent="  ") for word in tile.words]
+        axis.set_xlabel("\n".join(lines), fontsize=8, loc="left")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
 
 
 def open_image(name: str) -> Image.Image:

@@ -72,24 +72,6 @@ class Mixer:
         """Whether images are ever mixed."""
         return (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and self.probability > 0
 
-    def recipe(self) -> dict:
-        """Everything that changes the bits of mixed images, as plain values; {} when nothing is
-        ever mixed.
-        """
-        if not self.enabled:
-            return {}
-        recipe: dict = {
-            "mixer": type(self).__name__,
-            "mixup": self.mixup_alpha,
-            "cutmix": self.cutmix_alpha,
-            "prob": self.probability,
-        }
-        if self.cutmix_alpha > 0:
-            recipe["cutmix_minmax"] = list(self.cutmix_minmax) if self.cutmix_minmax else None
-        if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
-            recipe["switch_prob"] = self.switch_probability
-        return recipe
-
     def draw_one(self, rng: Generator, height: int, width: int) -> Mix:
         """One draw for images of height x width pixels."""
         if not self.enabled or rng.random() >= self.probability:

@@ -1,4 +1,4 @@
-"""RandAugment and AutoAugment: which effects, how strong, and what each does to an image."""
+"""RandAugment and AutoAugment: which effects, and how strong."""
 
 import re
 from collections.abc import Callable
@@ -9,21 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image, ImageEnhance, ImageOps
 
-from data.augment.ops import Interpolation, Say, resampling, silent
+from data.augment.plan import Effect, Interpolation, draw_filter
 from data.augment.rng import choice, gauss, uniform
-from data.augment.shift import Color, shear_x, shear_y, translate_x, translate_y
 
 FULL_LEVEL = 10.0  # the magnitude at which an effect has its full strength
 
 
-class Effect(NamedTuple):
-    """How one change of an image is drawn, done and told."""
+class Draw(NamedTuple):
+    """How the argument of an effect is drawn."""
 
-    draw: Callable[[float, Generator], float]  # (level: 1 is full strength, rng) -> argument
-    apply: Callable[..., Image.Image]  # (image, argument), for a geometric one also (filter, fill)
-    words: str
+    effect: str  # its name in a plan
+    argument: Callable[[float, Generator], float]  # (level: 1 is full strength, rng) -> argument
     geometric: bool = False
 
 
@@ -38,103 +35,41 @@ def _around_one(level: float, rng: Generator) -> float:
     return max(0.1, 1.0 + _signed(0.9)(level, rng))
 
 
-def _rotate(
-    image: Image.Image, degrees: float, filter: Image.Resampling, fill: Color
-) -> Image.Image:
-    return image.rotate(degrees, filter, fillcolor=fill)
+def _factor(level: float, rng: Generator) -> float:
+    return level * 1.8 + 0.1
 
 
-def _translate_x(
-    image: Image.Image, share: float, filter: Image.Resampling, fill: Color
-) -> Image.Image:
-    return translate_x(image, share * image.width, filter, fill)
+def _whole(scale: int, offset: int = 0, sign: int = 1) -> Callable[[float, Generator], int]:
+    return lambda level, rng: offset + sign * int(level * scale)
 
 
-def _translate_y(
-    image: Image.Image, share: float, filter: Image.Resampling, fill: Color
-) -> Image.Image:
-    return translate_y(image, share * image.height, filter, fill)
-
-
-def _by_table(table: Callable[[int], list[int]]) -> Callable[..., Image.Image]:
-    table = lru_cache(maxsize=None)(table)
-    return lambda image, argument: image.point(table(argument))
-
-
-@_by_table
-def _posterize(bits: int) -> list[int]:
-    # no bits left is black: Pillow 13 has no answer
-    kept = 0xFF & ~(0xFF >> bits) if bits > 0 else 0
-    return [value & kept for value in range(256)] * 3
-
-
-@_by_table
-def _solarize(threshold: int) -> list[int]:
-    return [value if value < threshold else 255 - value for value in range(256)] * 3
-
-
-@_by_table
-def _solarize_add(added: int) -> list[int]:
-    return [min(255, value + added) if value < 128 else value for value in range(256)] * 3
-
-
-def _enhance(enhancer: type) -> Callable[..., Image.Image]:
-    return lambda image, factor: enhancer(image).enhance(factor)
-
-
-def _nothing(level: float, rng: Generator) -> float:
+def _none(level: float, rng: Generator) -> float:
     return 0.0
 
 
-EFFECTS = {
-    "AutoContrast": Effect(
-        _nothing, lambda image, _: ImageOps.autocontrast(image), "auto-contrast"
-    ),
-    "Equalize": Effect(_nothing, lambda image, _: ImageOps.equalize(image), "equalize"),
-    "Invert": Effect(_nothing, lambda image, _: _solarize(image, 0), "invert"),
-    "Rotate": Effect(_signed(30.0), _rotate, "rotate by %.1f degrees", geometric=True),
-    "Posterize": Effect(lambda level, _: int(level * 4), _posterize, "posterize to %d bits"),
-    "PosterizeIncreasing": Effect(
-        lambda level, _: 4 - int(level * 4), _posterize, "posterize to %d bits"
-    ),
-    "PosterizeOriginal": Effect(
-        lambda level, _: int(level * 4) + 4, _posterize, "posterize to %d bits"
-    ),
-    "Solarize": Effect(lambda level, _: int(level * 256), _solarize, "solarize from %d"),
-    "SolarizeIncreasing": Effect(
-        lambda level, _: 256 - int(level * 256), _solarize, "solarize from %d"
-    ),
-    "SolarizeAdd": Effect(
-        lambda level, _: int(level * 110), _solarize_add, "add %d to dark pixels"
-    ),
-    "Color": Effect(
-        lambda level, _: level * 1.8 + 0.1, _enhance(ImageEnhance.Color), "color x %.2f"
-    ),
-    "ColorIncreasing": Effect(_around_one, _enhance(ImageEnhance.Color), "color x %.2f"),
-    "Contrast": Effect(
-        lambda level, _: level * 1.8 + 0.1, _enhance(ImageEnhance.Contrast), "contrast x %.2f"
-    ),
-    "ContrastIncreasing": Effect(_around_one, _enhance(ImageEnhance.Contrast), "contrast x %.2f"),
-    "Brightness": Effect(
-        lambda level, _: level * 1.8 + 0.1, _enhance(ImageEnhance.Brightness), "brightness x %.2f"
-    ),
-    "BrightnessIncreasing": Effect(
-        _around_one, _enhance(ImageEnhance.Brightness), "brightness x %.2f"
-    ),
-    "Sharpness": Effect(
-        lambda level, _: level * 1.8 + 0.1, _enhance(ImageEnhance.Sharpness), "sharpness x %.2f"
-    ),
-    "SharpnessIncreasing": Effect(
-        _around_one, _enhance(ImageEnhance.Sharpness), "sharpness x %.2f"
-    ),
-    "ShearX": Effect(_signed(0.3), shear_x, "shear x by %.2f", geometric=True),
-    "ShearY": Effect(_signed(0.3), shear_y, "shear y by %.2f", geometric=True),
-    "TranslateXRel": Effect(
-        _signed(0.45), _translate_x, "translate x by %.2f of the width", geometric=True
-    ),
-    "TranslateYRel": Effect(
-        _signed(0.45), _translate_y, "translate y by %.2f of the height", geometric=True
-    ),
+DRAWS = {
+    "AutoContrast": Draw("AutoContrast", _none),
+    "Equalize": Draw("Equalize", _none),
+    "Invert": Draw("Invert", _none),
+    "Rotate": Draw("Rotate", _signed(30.0), geometric=True),
+    "Posterize": Draw("Posterize", _whole(4)),
+    "PosterizeIncreasing": Draw("Posterize", _whole(4, offset=4, sign=-1)),
+    "PosterizeOriginal": Draw("Posterize", _whole(4, offset=4)),
+    "Solarize": Draw("Solarize", _whole(256)),
+    "SolarizeIncreasing": Draw("Solarize", _whole(256, offset=256, sign=-1)),
+    "SolarizeAdd": Draw("SolarizeAdd", _whole(110)),
+    "Color": Draw("Color", _factor),
+    "ColorIncreasing": Draw("Color", _around_one),
+    "Contrast": Draw("Contrast", _factor),
+    "ContrastIncreasing": Draw("Contrast", _around_one),
+    "Brightness": Draw("Brightness", _factor),
+    "BrightnessIncreasing": Draw("Brightness", _around_one),
+    "Sharpness": Draw("Sharpness", _factor),
+    "SharpnessIncreasing": Draw("Sharpness", _around_one),
+    "ShearX": Draw("ShearX", _signed(0.3), geometric=True),
+    "ShearY": Draw("ShearY", _signed(0.3), geometric=True),
+    "TranslateXRel": Draw("TranslateXRel", _signed(0.45), geometric=True),
+    "TranslateYRel": Draw("TranslateYRel", _signed(0.45), geometric=True),
 }
 
 RAND_EFFECTS = (
@@ -234,60 +169,48 @@ POLICIES = {  # one sub-policy a line: effect, probability, magnitude
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`count` effects, drawn from all of them, each done with probability 0.5 at about the same
-    magnitude.
-    """
+    """`count` effects of all, each done with probability 0.5 at about the same magnitude."""
 
     magnitude: float = FULL_LEVEL
     count: int = 2
     std: float = 0.0  # of the magnitude; infinite draws it evenly between 0 and the given one
     limit: float = FULL_LEVEL  # of the magnitude drawn
     weighted: bool = False  # draw by RAND_WEIGHTS, none twice
-    # effects that get stronger with the magnitude, where there is a choice
-    increasing: bool = False
-    fill: Color = (128, 128, 128)  # of pixels that geometric effects bring in
+    increasing: bool = (
+        False  # effects that get stronger with the magnitude, where there is a choice
+    )
     interpolation: Interpolation = "bicubic"
 
     @classmethod
-    def from_policy(cls, policy: str, fill: Color, interpolation: Interpolation) -> "RandAugment":
+    def from_policy(cls, policy: str, interpolation: Interpolation = "bicubic") -> "RandAugment":
         """The op of timm's string: 'rand-m9-n2-mstd0.5-mmax10-w0-inc1', in any order; all but
         'rand' may be left out.
         """
-        option = _options(policy, m=FULL_LEVEL, n=2, mstd=0.0, mmax=0, w=None, inc=0)
-        if option["inc"] not in (0, 1):
-            raise _fault(policy, "inc is 0 (off) or 1 (on)")
-        if option["w"] not in (None, 0):
-            raise _fault(policy, f"there are no weights w{option['w']:g}, give w0 or leave it out")
-        weighted = option["w"] == 0
-        most = np.count_nonzero(RAND_WEIGHTS) if weighted else inf
-        if not 1 <= option["n"] <= most:
-            raise _fault(
-                policy,
-                "n is at least"
-                f" 1{f', and at most {most} with w0, which draws none twice' if weighted else ''}",
-            )
-        limit = option["mmax"] or FULL_LEVEL
+        option = _options(policy, m=FULL_LEVEL, n=2, mstd=0.0, mmax=FULL_LEVEL, w=None, inc=0)
+        weighted = option["w"] is not None
+        if weighted and option["n"] > np.count_nonzero(RAND_WEIGHTS):
+            raise _fault(policy, "n is at most 13 with w0, which draws none twice")
         return cls(
-            option["m"],
-            int(option["n"]),
-            option["mstd"],
-            limit,
-            weighted,
-            option["inc"] == 1,
-            fill,
-            interpolation,
+            magnitude=option["m"],
+            count=int(option["n"]),
+            std=option["mstd"],
+            limit=option["mmax"] or FULL_LEVEL,
+            weighted=weighted,
+            increasing=option["inc"] == 1,
+            interpolation=interpolation,
         )
 
-    def __call__(self, image: Image.Image, rng: Generator, say: Say = silent) -> Image.Image:
+    def draw(self, rng: Generator) -> tuple[Effect, ...]:
+        """The effects that are done, in order."""
         weights = np.array(RAND_WEIGHTS) / np.sum(RAND_WEIGHTS) if self.weighted else None
-        for index in rng.choice(
-            len(RAND_EFFECTS), self.count, replace=not self.weighted, p=weights
-        ):
+        chosen = rng.choice(len(RAND_EFFECTS), self.count, replace=not self.weighted, p=weights)
+        effects = []
+        for index in chosen:
             name = RAND_EFFECTS[index]
-            if self.increasing and f"{name}Increasing" in EFFECTS:
+            if self.increasing and f"{name}Increasing" in DRAWS:
                 name = f"{name}Increasing"
-            image = _maybe(self, image, rng, say, name, 0.5, self.magnitude)
-        return image
+            effects += _maybe(self, rng, name, 0.5, self.magnitude)
+        return tuple(effects)
 
 
 @dataclass(frozen=True)
@@ -297,87 +220,63 @@ class AutoAugment:
     policy: str
     std: float = 0.0
     limit: float = FULL_LEVEL
-    fill: Color = (128, 128, 128)
     interpolation: Interpolation = "bicubic"
 
     @classmethod
-    def from_policy(cls, policy: str, fill: Color, interpolation: Interpolation) -> "AutoAugment":
+    def from_policy(cls, policy: str, interpolation: Interpolation = "bicubic") -> "AutoAugment":
         """The op of timm's string: 'original' or 'v0', also with a deviation of the magnitudes, as
         in 'v0-mstd0.5'.
         """
-        return cls(
-            policy.split("-")[0],
-            _options(policy, mstd=0.0)["mstd"],
-            FULL_LEVEL,
-            fill,
-            interpolation,
-        )
+        std = _options(policy, mstd=0.0)["mstd"]
+        return cls(policy.split("-")[0], std, interpolation=interpolation)
 
-    def __call__(self, image: Image.Image, rng: Generator, say: Say = silent) -> Image.Image:
+    def draw(self, rng: Generator) -> tuple[Effect, ...]:
+        """The effects that are done, in order."""
+        effects = []
         for name, probability, magnitude in choice(rng, _sub_policies(self.policy)):
-            image = _maybe(self, image, rng, say, name, probability, magnitude)
-        return image
+            effects += _maybe(self, rng, name, probability, magnitude)
+        return tuple(effects)
 
 
 def augment_from_policy(
-    policy: str, fill: Color, interpolation: Interpolation
+    policy: str, interpolation: Interpolation = "bicubic"
 ) -> RandAugment | AutoAugment:
     """The op that AUG.AUTO_AUGMENT names."""
     name = policy.split("-")[0]
-    if name != "rand" and name not in POLICIES:
-        raise _fault(
-            policy,
-            "cannot be replayed; use rand-m9-mstd0.5-inc1 (or with other numbers), original, v0 or"
-            " none",
-        )
-    return (RandAugment if name == "rand" else AutoAugment).from_policy(policy, fill, interpolation)
+    if name == "rand":
+        return RandAugment.from_policy(policy, interpolation)
+    if name in POLICIES:
+        return AutoAugment.from_policy(policy, interpolation)
+    raise _fault(policy, "cannot be replayed; use rand-m9-mstd0.5-inc1, original, v0 or none")
 
 
 def _maybe(
-    op: RandAugment | AutoAugment,
-    image: Image.Image,
-    rng: Generator,
-    say: Say,
-    name: str,
-    probability: float,
-    magnitude: float,
-) -> Image.Image:
-    """The image after one effect, or as it was."""
+    op: RandAugment | AutoAugment, rng: Generator, name: str, probability: float, magnitude: float
+) -> list[Effect]:
+    """One effect, or none."""
     if probability < 1 and rng.random() > probability:
-        return image
+        return []
     if op.std == inf:
         magnitude = uniform(rng, 0, magnitude)
     elif op.std > 0:
         magnitude = gauss(rng, magnitude, op.std)
-    effect = EFFECTS[name]
-    argument = effect.draw(max(0.0, min(magnitude, op.limit)) / FULL_LEVEL, rng)
-    say(effect.words, *[argument] * ("%" in effect.words))
-    if effect.geometric:
-        return effect.apply(image, argument, resampling(op.interpolation, rng, say), op.fill)
-    return effect.apply(image, argument)
+    draw = DRAWS[name]
+    argument = draw.argument(max(0.0, min(magnitude, op.limit)) / FULL_LEVEL, rng)
+    filter = draw_filter(op.interpolation, rng) if draw.geometric else ""
+    return [Effect(draw.effect, argument, filter)]
 
 
 def _options(policy: str, **defaults: float | None) -> dict[str, float]:
-    """The numbers in 'name-key1-key2...' over their defaults; only mstd may be a fraction or
-    infinite, as it is beyond 100.
-    """
-    given: dict[str, float] = {}
+    """The numbers in 'name-key1-key2...' over their defaults; mstd is infinite beyond 100."""
+    options = dict(defaults)
     for option in policy.split("-")[1:]:
-        match = re.fullmatch(r"([a-z]+)(\d+)", option) or re.fullmatch(
-            r"(mstd)(\d+\.\d+|inf)", option
-        )
+        match = re.fullmatch(r"([a-z]+?)([\d.]+|inf)", option)
         if not match or match[1] not in defaults:
-            raise _fault(
-                policy,
-                f"option {option!r} is not one of {', '.join(defaults)} with a whole number behind"
-                " it (mstd: any number)",
-            )
-        if match[1] in given:
-            raise _fault(policy, f"{match[1]} stands there twice, keep one")
-        given[match[1]] = float(match[2])
-    if given.get("mstd", 0) > 100:
-        given["mstd"] = inf
-    return defaults | given
+            raise _fault(policy, f"option {option!r} is not one of {', '.join(defaults)}")
+        options[match[1]] = float(match[2])
+    if options["mstd"] > 100:
+        options["mstd"] = inf
+    return options
 
 
 def _fault(policy: str, reason: str) -> ValueError:
@@ -386,9 +285,9 @@ def _fault(policy: str, reason: str) -> ValueError:
 
 @lru_cache
 def _sub_policies(policy: str) -> tuple[tuple[tuple[str, float, float], ...], ...]:
-    lines = POLICIES[policy].strip().splitlines()
-    words = [[effect.split() for effect in line.split(",")] for line in lines]
-    return tuple(
-        tuple((name, float(probability), float(magnitude)) for name, probability, magnitude in line)
-        for line in words
-    )
+    """A policy's pairs of (effect, probability, magnitude)."""
+    pairs = []
+    for line in POLICIES[policy].strip().splitlines():
+        words = [effect.split() for effect in line.split(",")]
+        pairs.append(tuple((name, float(chance), float(level)) for name, chance, level in words))
+    return tuple(pairs)

@@ -228,7 +228,7 @@ def test_mixing_that_is_off_leaves_images_alone_and_smooths_labels():
             (pair_mix(*options), list(range(7))),
             (BatchMix.from_config(config(*options)), 0),
         ):
-            assert not mixer.enabled and mixer.recipe() == {}
+            assert not mixer.enabled
             mixed, targets = mixer(images, labels, seeds)
             assert torch.equal(mixed, images)
             assert torch.allclose(targets, smooth_targets(labels, 10, 0.1))
@@ -266,29 +266,20 @@ def test_boxes_lie_inside_the_image_and_lam_is_what_they_leave(minmax):
             assert int(48 * minmax[0]) <= right - left < int(48 * minmax[1])
 
 
-def test_the_recipe_names_what_changes_bits_and_nothing_else():
-    recipe = pair_mix().recipe()
-    assert json.loads(json.dumps(recipe)) == recipe
-    for options in (
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
         ("AUG.MIXUP", 0.4),
         ("AUG.CUTMIX", 0.5),
         ("AUG.CUTMIX_MINMAX", (0.2, 0.8)),
         ("AUG.MIXUP_PROB", 0.5),
         ("AUG.MIXUP_SWITCH_PROB", 0.1),
-    ):
-        assert pair_mix(*options).recipe() != recipe, options
-        assert not torch.equal(
-            pair_mix(*options)(random_images(), None, SEEDS)[0],
-            pair_mix()(random_images(), None, SEEDS)[0],
-        ), options
-    assert BatchMix.from_config(config()).recipe() != recipe
-    assert pair_mix("MODEL.LABEL_SMOOTHING", 0.0, "MODEL.NUM_CLASSES", 5).recipe() == recipe
-    unused = ("AUG.CUTMIX", 0.0, "AUG.MIXUP_SWITCH_PROB", 0.1)
-    assert pair_mix(*unused).recipe() == pair_mix("AUG.CUTMIX", 0.0).recipe()
-    assert (
-        pair_mix("AUG.CUTMIX_MINMAX", (0.2, 0.8), "AUG.CUTMIX", 0.3).recipe()
-        == pair_mix("AUG.CUTMIX_MINMAX", (0.2, 0.8)).recipe()
-    )
+    ],
+)
+def test_each_key_changes_bits(key, value):
+    plain, _ = pair_mix()(random_images(), None, SEEDS)
+    other, _ = pair_mix(key, value)(random_images(), None, SEEDS)
+    assert not torch.equal(plain, other)
 
 
 def test_a_draw_reads_as_words():
