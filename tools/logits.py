@@ -37,7 +37,7 @@ NAME_BYTES = 16  # of an original's key and its end of line: n00007846_10001
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 = done, 1 = damage was found, 2 = the request or its files are at fault."""
+    """Run one command; 0: done, 1: damage was found, 2: the request or its files are at fault."""
     args = parser().parse_args(argv)
     try:
         return args.run(args)
@@ -186,27 +186,27 @@ def estimate(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     from configs import load_config  # here, since nothing else in this program needs torch
     from data.augment.decoder import AugmentDecoder, fill_color
-    from data.build import resolve
+    from data.build import open_run
     from data.identity import excess_of, identity_of, proof_of
-    from data.images.datasets import build_dataset
 
     words = ["--cfg", args.cfg]
     if args.data_path:
         words += ["--data-path", args.data_path]
     words += ["--opts", *args.opts, "DISTILL.TEACHER_LOGITS_PATH", str(args.source)]
     cfg = load_config(words)
-    dataset = None
+    images = None
     if args.keys:
-        keys: Keys = Keys.read(args.keys)
+        keys = Keys.read(args.keys)
         if cfg.MODEL.NUM_CLASSES < 1:
             raise StoreError(
                 "without the data set nothing tells the number of classes: give --opts"
                 " MODEL.NUM_CLASSES C"
             )
     else:
-        cfg = resolve(cfg)
-        dataset = build_dataset(cfg, "train")
-        keys = Keys.of(dataset.get_keys())
+        data = open_run(cfg)
+        cfg = data.cfg
+        images = data.images
+        keys = images.get_keys()
     source = UpstreamStoreReader(
         args.source,
         keys,
@@ -216,14 +216,13 @@ def convert(args: argparse.Namespace) -> int:
     )
     epochs = source.epochs()
     source.check_epochs(epochs)
-    cfg = cfg.replace(
-        {"DISTILL.LOGITS_TOPK": source.k, "DATA.SEED": 0, "AUG.FILL": list(fill_color(cfg))}
-    )
+    own = {"DISTILL.LOGITS_TOPK": source.k, "DATA.SEED": 0, "AUG.FILL": list(fill_color(cfg))}
+    cfg = cfg.replace(own)
     decoder = AugmentDecoder.from_config(cfg)
-    if dataset is None:
+    if images is None:
         proof = {"canary": decoder.canary(), "images": {"positions": [], "sha256": []}}
     else:
-        proof = proof_of(cfg, dataset, decoder)
+        proof = proof_of(cfg, images, decoder)
     identity = identity_of(cfg, len(keys), keys.digest())
     manifest = {
         "identity": {**identity, "excess": excess_of(cfg, "subtract")},

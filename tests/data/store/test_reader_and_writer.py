@@ -1,4 +1,4 @@
-"""The store as a whole: bytes, resuming, sealing, and everything that a writer or a reader refuses."""
+"""The store as a whole: bytes, resuming, sealing, and all that a writer or a reader refuses."""
 
 import errno
 import hashlib
