@@ -59,23 +59,12 @@ def raising(error: BaseException):
 
 @pytest.mark.parametrize(
     ("k", "classes", "index", "size"),
-    [
-        (10, 1000, "<u2", 44),
-        (100, 21841, "<u2", 404),
-        (1, 10, "<u2", 8),
-        (100, 65536, "<u2", 404),
-        (100, 65537, "<u4", 604),
-    ],
+    [(10, 1000, "<u2", 44), (1, 10, "<u2", 8), (100, 65536, "<u2", 404), (100, 65537, "<u4", 604)],
 )
 def test_a_record(k, classes, index, size):
     dtype = record_dtype(k, classes)
-    assert dtype.itemsize == size and dtype.names == ("seed", "index", "prob")
-    assert [dtype[name].base for name in dtype.names] == [
-        np.dtype(text) for text in ("<i4", index, "<f2")
-    ]
-    assert dtype["index"].shape == dtype["prob"].shape == (k,) and [
-        dtype.fields[name][1] for name in dtype.names
-    ][:2] == [0, 4]
+    assert dtype == np.dtype([("seed", "<i4"), ("index", index, (k,)), ("prob", "<f2", (k,))])
+    assert dtype.itemsize == size
 
 
 def test_packed_records_keep_every_value():
@@ -142,20 +131,13 @@ def test_the_bytes_of_a_store(root):
     }
 
 
-def test_numpy_alone_reads_a_store(root):
-    write_store(root)
-    records = np.load(root / "epoch_0000.npy", mmap_mode="r")
-    names = (root / "keys.txt").read_text().splitlines()
-    np.testing.assert_array_equal(records, records_of(0, EVERYONE))
-    assert names == KEYS
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> list[bytes]:
     """The bytes of three epochs of an uninterrupted run."""
     reader = write_store(tmp_path_factory.mktemp("reference"), epochs=3)
-    for epoch in range(3):
-        np.testing.assert_array_equal(reader.open_epoch(epoch), records_of(epoch, EVERYONE))
+    for epoch in range(3):  # numpy alone reads them
+        records = np.load(reader.root / f"epoch_{epoch:04d}.npy", mmap_mode="r")
+        np.testing.assert_array_equal(records, records_of(epoch, EVERYONE))
     return [(reader.root / f"epoch_{epoch:04d}.npy").read_bytes() for epoch in range(3)]
 
 
@@ -249,34 +231,29 @@ def test_what_is_missing_is_computed_and_nothing_else(root, reference):
     assert (root / "epoch_0000.npy").read_bytes() == reference[0]
 
 
-@pytest.mark.parametrize("at", ["records", "seal", "parts"])
-def test_a_crash_while_sealing(root, reference, monkeypatch, at):
+@pytest.mark.parametrize(
+    ("owner", "name", "sealed"),
+    [(os, "replace", []), (store_writer, "write_atomic", []), (shutil, "rmtree", [0])],
+)
+def test_a_crash_while_sealing(root, reference, monkeypatch, owner, name, sealed):
     writer = writer_of(root)
     writer.begin_epoch(0)
     writer.append(EVERYONE, records_of(0, EVERYONE))
-    crash = KeyboardInterrupt()
-    with monkeypatch.context() as patch:
-        if at == "records":
-            patch.setattr(os, "replace", raising(crash))
-        elif at == "seal":
-            patch.setattr(store_writer, "write_atomic", raising(crash))
-        else:
-            patch.setattr(shutil, "rmtree", raising(crash))
-        with pytest.raises(KeyboardInterrupt):
-            writer.seal(0)
-    assert LogitsStoreReader(root).epochs() == ([0] if at == "parts" else [])
-    if at != "parts":
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, raising(KeyboardInterrupt()))
+        writer.seal(0)
+    writer.close()
+    assert LogitsStoreReader(root).epochs() == sealed
+    if not sealed:
         with pytest.raises(StoreError, match="epoch 0 is not sealed"):
             LogitsStoreReader(root).open_epoch(0)
-    (root / "epoch_0000.npy.tmp-dead").write_bytes(b"left by another crash")
+        (root / "epoch_0000.npy.tmp-dead").write_bytes(b"left by another crash")
     again = writer_of(root)
     assert again.missing(0).tolist() == []
     again.seal(0)
     assert (root / "epoch_0000.npy").read_bytes() == reference[0]
-    kept = {"epoch_0000.json", "epoch_0000.npy", "keys.txt", "manifest.json"} | (
-        {"epoch_0000.npy.tmp-dead"} if at == "parts" else set()
-    )
-    assert {path.name for path in root.iterdir()} == kept
+    kept = "epoch_0000.json epoch_0000.npy keys.txt manifest.json".split()
+    assert sorted(path.name for path in root.iterdir()) == kept
 
 
 def test_what_a_crash_left_beside_a_sealed_epoch_is_cleared(root):
@@ -397,95 +374,79 @@ def test_a_recipe_of_a_later_version_is_refused(root):
 def test_records_that_can_not_be_right_are_refused(root):
     writer = writer_of(root)
     writer.begin_epoch(0)
-    good = records_of(0, EVERYONE[:4])
-    writer.append(EVERYONE[:0], good[:0])
-    for positions, records in (
-        (EVERYONE[:3], good),
-        (EVERYONE[:4].astype(float), good),
-        (EVERYONE[:4, None], good[:, None]),
-        (EVERYONE[:4], good["seed"]),
-        (EVERYONE[:4], records_of(0, EVERYONE[:4], k=K - 1)),
-    ):
-        with pytest.raises(StoreError, match="expected .*use pack_records"):
-            writer.append(positions, records)
-    for positions in ([0, 1, 2, IMAGES], [-1, 0, 1, 2]):
-        with pytest.raises(StoreError, match="not all among its 301 images"):
-            writer.append(np.array(positions), good)
+    four = EVERYONE[:4]
+    good = records_of(0, four)
+    writer.append(four[:0], good[:0])
+    bad = []
     for name, value in (("seed", -1), ("index", CLASSES), ("prob", np.nan), ("prob", np.inf)):
-        bad = good.copy()
-        bad[name][2] = value
-        with pytest.raises(
-            StoreError, match=r"position 2 has .*check the teacher's weights, or run it in float32"
-        ):
-            writer.append(EVERYONE[:4], bad)
-    assert writer.missing(0).tolist() == list(range(IMAGES))
+        spoiled = good.copy()
+        spoiled[name][2] = value
+        bad.append((four, spoiled, "position 2 has .* or run it in float32"))
+    for positions, records, message in (
+        (four[:3], good, "use pack_records"),
+        (four.astype(float), good, "use pack_records"),
+        (four[:, None], good[:, None], "use pack_records"),
+        (four, good["seed"], "use pack_records"),
+        (four, records_of(0, four, k=K - 1), "use pack_records"),
+        ([0, 1, 2, IMAGES], good, "not all among its 301 images"),
+        ([-1, 0, 1, 2], good, "not all among its 301 images"),
+        *bad,
+    ):
+        with pytest.raises(StoreError, match=message):
+            writer.append(positions, records)
+    assert len(writer.missing(0)) == IMAGES
     writer.close()
 
 
-def test_the_writer_fills_in_and_checks_the_manifest(root, tmp_path):
-    writer_of(root, num_images=IMAGES)
-    for identity, message in (
-        ({"num_images": 5}, "num_images 5, but it is 301 here: leave it out"),
-        ({"keys_sha256": "00"}, "keys_sha256 '00', but it is '"),
-        ({"k": None}, "k None and num_classes 1000: both are needed"),
-        ({"k": 11, "num_classes": 10}, "1 <= k <= num_classes"),
-        ({"k": 0}, "1 <= k <= num_classes"),
-    ):
-        with pytest.raises(StoreError, match=message):
-            writer_of(tmp_path / "other", **identity)
+@pytest.mark.parametrize(
+    ("given", "keys", "message"),
+    [
+        ({"num_images": 5}, KEYS, "num_images 5, but it is 301 here"),
+        ({"keys_sha256": "00"}, KEYS, "keys_sha256 '00', but"),
+        ({"k": None}, KEYS, "both are needed"),
+        ({"k": 11, "num_classes": 10}, KEYS, "1 <= k <= num_classes"),
+        ({"k": 0}, KEYS, "1 <= k <= num_classes"),
+        ({}, [], "no keys"),
+        ({}, ["a", "a"], "stands twice"),
+        ({}, ["a", ""], "is empty"),
+    ],
+)
+def test_the_writer_checks_what_it_is_given(root, given, keys, message):
+    with pytest.raises(StoreError, match=message):
+        LogitsStoreWriter(root, manifest(**given), keys)
+    assert not root.exists()
+
+
+def test_the_writer_checks_the_format_and_the_place(root):
     with pytest.raises(StoreError, match="format 2, but it is 1 here"):
-        LogitsStoreWriter(tmp_path / "other", {**manifest(), "format": 2}, KEYS)
-    for keys, message in (([], "no keys"), (["a", "a"], "stands twice"), (["a", ""], "is empty")):
-        with pytest.raises(StoreError, match=message):
-            LogitsStoreWriter(tmp_path / "other", manifest(), keys)
-    assert not (tmp_path / "other").exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="file.*can't be written.*check the mount"):
-        writer_of(tmp_path / "file" / "store")
+        LogitsStoreWriter(root, {**manifest(), "format": 2}, KEYS)
+    root.write_text("")
+    with pytest.raises(StoreError, match="can't be written.*check the mount"):
+        writer_of(root / "store")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("where", "value", "message"),
     [
-        (
-            lambda made: made["identity"]["recipe"].update({"AUG.REPROB": 0.0}),
-            r"identity.recipe.AUG.REPROB is 0.25 there and 0.0 here",
-        ),
-        (
-            lambda made: made["identity"].update(num_classes=10),
-            r"identity.num_classes is 1000 there and 10 here",
-        ),
-        (lambda made: made["identity"].update(k=3), r"identity.k is 5 there and 3 here"),
-        (
-            lambda made: made["identity"].update(base_seed=8),
-            r"identity.base_seed is 7 there and 8 here",
-        ),
-        (
-            lambda made: made["identity"].pop("paired"),
-            r"identity.paired is true there and nothing here",
-        ),
-        (
-            lambda made: made["teacher"].update(weights_sha256="cd" * 32),
-            r"teacher.weights_sha256 is abab.* there and cdcd.*: use the same",
-        ),
-        (
-            lambda made: made["teacher"].update(dtype="float16"),
-            r"teacher.dtype is float32 there and float16 here",
-        ),
-        (
-            lambda made: made["proof"]["canary"].update(jpeg="33"),
-            r"does not augment as .* \(jpeg of the canary differ\): install",
-        ),
-        (
-            lambda made: made["proof"]["images"].update(sha256=["aa", "cc"]),
-            r"1 of 2 sampled images differ .*position 9\): restore",
-        ),
+        ("identity.recipe.AUG_REPROB", 0.0, "AUG_REPROB is nothing there and 0.0 here"),
+        ("identity.num_classes", 10, "identity.num_classes is 1000 there and 10 here"),
+        ("identity.k", 3, "identity.k is 5 there and 3 here"),
+        ("identity.base_seed", 8, "identity.base_seed is 7 there and 8 here"),
+        ("identity.paired", None, "identity.paired is true there and nothing here"),
+        ("teacher.weights_sha256", "cd" * 32, "weights_sha256 is abab.* there and cdcd.*"),
+        ("teacher.dtype", "float16", "teacher.dtype is float32 there and float16 here"),
+        ("proof.canary.jpeg", "33", r"does not augment as .* \(jpeg of the canary differ\)"),
+        ("proof.images.sha256", ["aa", "cc"], r"1 of 2 sampled images differ .*position 9\)"),
     ],
 )
-def test_a_resumed_writer_must_be_the_same(root, change, message):
+def test_a_resumed_writer_must_be_the_same(root, where, value, message):
     writer_of(root)
     made = manifest()
-    change(made)
+    *sections, name = where.split(".")
+    section = made
+    for key in sections:
+        section = section[key]
+    section[name] = value
     with pytest.raises(StoreError, match=message):
         LogitsStoreWriter(root, made, KEYS)
 
@@ -502,19 +463,12 @@ def test_information_may_differ_between_writers(root):
     [
         ([*KEYS, "new.jpg"], "1 added: 'new.jpg'"),
         (KEYS[:-1], '1 removed: "class 10'),
-        (["class 00/b.jpg", *KEYS[1:]], "1 added: 'class 00/b.jpg'; 1 removed"),
-        ([KEYS[1], KEYS[0], *KEYS[2:]], "reordered: the images of both are in another order"),
+        ([KEYS[1], KEYS[0], *KEYS[2:]], "reordered"),
     ],
 )
 def test_a_resumed_writer_must_have_the_same_images(root, keys, message):
     writer_of(root)
-    with pytest.raises(
-        StoreError,
-        match=(
-            rf"was begun with other images: {message}.*: restore the data set, or use another"
-            r" folder"
-        ),
-    ):
+    with pytest.raises(StoreError, match=f"was begun with other images: {message}"):
         LogitsStoreWriter(root, manifest(), keys)
 
 
@@ -585,13 +539,8 @@ def test_a_full_disk_while_sealing(root, reference, monkeypatch):
 
 def test_reading(root):
     reader = write_store(root, epochs=2, world=2)
-    assert (reader.k, reader.num_classes, len(reader), reader.epochs()) == (
-        K,
-        CLASSES,
-        IMAGES,
-        [0, 1],
-    )
-    assert list(reader.keys) == KEYS
+    assert (reader.k, reader.num_classes, len(reader)) == (K, CLASSES, IMAGES)
+    assert reader.epochs() == [0, 1] and list(reader.keys) == KEYS
     records = reader.open_epoch(1)
     assert isinstance(records, np.memmap) and not records.flags.writeable
     expected = records_of(1, EVERYONE)
@@ -644,46 +593,28 @@ def test_a_folder_that_is_no_store(root, tmp_path):
 
 def test_a_newer_format_is_refused(root):
     write_store(root)
+    message = "has format 2, this program knows format 1: update the program"
     rewrite(root / "epoch_0000.json", lambda seal: seal.update(format=2))
-    with pytest.raises(
-        StoreError,
-        match=r"epoch_0000.json: has format 2, this program knows format 1: update the program",
-    ):
+    with pytest.raises(StoreError, match=f"epoch_0000.json: {message}"):
         LogitsStoreReader(root).open_epoch(0)
     rewrite(root / "manifest.json", lambda made: made.update(format=2, identity="something new"))
-    for call in (lambda: LogitsStoreReader(root), lambda: writer_of(root)):
-        with pytest.raises(
-            StoreError,
-            match=(
-                r"manifest.json: the store has format 2, this program knows format 1: update the"
-                r" program"
-            ),
-        ):
-            call()
+    for call in (LogitsStoreReader, writer_of):
+        with pytest.raises(StoreError, match=f"manifest.json: the store {message}"):
+            call(root)
 
 
 @pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"{"),
-        lambda path: path.write_text("[]"),
-        lambda path: path.write_text("{}"),
-        lambda path: rewrite(path, lambda made: made["identity"].pop("k")),
-        lambda path: rewrite(path, lambda made: made["identity"].update(k=0)),
-        lambda path: rewrite(path, lambda made: made["identity"].update(num_images="many")),
-    ],
+    ("name", "value"),
+    [(None, ""), (None, "{"), (None, "[]"), (None, "{}"), ("k", 0), ("k", None)]
+    + [("num_images", "many"), ("keys_sha256", "")],
 )
-def test_a_spoiled_manifest_is_refused(root, spoil):
+def test_a_spoiled_manifest_is_refused(root, name, value):
     write_store(root)
-    spoil(root / "manifest.json")
-    with pytest.raises(
-        StoreError,
-        match=(
-            r"manifest.json: is no manifest of a logits store .*restore the file or write the store"
-            r" again"
-        ),
-    ):
+    if name is None:
+        (root / "manifest.json").write_text(value)
+    else:
+        rewrite(root / "manifest.json", lambda made: made["identity"].update({name: value}))
+    with pytest.raises(StoreError, match="is no manifest of a logits store .*restore the file"):
         LogitsStoreReader(root)
 
 
