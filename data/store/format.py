@@ -13,7 +13,8 @@ import numpy as np
 from data.store.files import StoreError
 
 FORMAT = 1
-RECIPE_VERSION = 2  # of identity.recipe: 1, without a number, also had the reprs of the operations
+RECIPE_VERSION = 2  # the newest of identity.recipe that this program knows
+UNNUMBERED_VERSION = 2  # what a recipe without a number means: it has the reprs of its operations
 SEAL_RECORDS = 1 << 16  # records under one checksum
 SHOWN = 5
 
@@ -111,7 +112,7 @@ def translated(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:
     """
     recipe = dict(manifest["identity"].get("recipe", {}))
     if recipe.pop("ops", None) is not None:
-        recipe.setdefault("version", RECIPE_VERSION)
+        recipe.setdefault("version", UNNUMBERED_VERSION)
     if recipe.get("version", 0) > RECIPE_VERSION:
         raise StoreError(
             f"{name}: the recipe has version {recipe['version']}, this program knows version"

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.augment.plan import RECIPE_VERSION
 from data.store import LogitsStoreReader, LogitsStoreWriter, record_dtype
 from data.store import format as store_format
 from data.store import reader as store_reader
@@ -364,6 +365,7 @@ def test_a_manifest_of_an_earlier_version_goes_on_as_it_stands(root, reference, 
 
 
 def test_a_recipe_of_a_later_version_is_refused(root):
+    assert store_format.RECIPE_VERSION == RECIPE_VERSION  # the store imports no augmentation
     write_store(root, recipe=recipe(version=2))
     rewrite(root / "manifest.json", lambda made: made["identity"]["recipe"].update(version=3))
     for call in (lambda: LogitsStoreReader(root), lambda: writer_of(root)):
