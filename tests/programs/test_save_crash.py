@@ -250,7 +250,6 @@ def test_a_second_job_keeps_off_an_epoch(store, tmp_path, undisturbed):
     assert sealed_bytes(store) == undisturbed
 
 
-@pytest.mark.skip(reason="until ranks join the writer of rank 0")
 def test_ranks_that_do_not_see_the_same_folder(tmp_path):
     """Each rank starts in a folder of its own, where the relative path of the store means another
     place.
