@@ -9,7 +9,6 @@ SIGUSR1, Ctrl-C) with its state saved; 130 a second Ctrl-C.
 
 import argparse
 import math
-import shutil
 import statistics
 import sys
 import time
@@ -83,18 +82,6 @@ from utils import Distributed, Exit, Meters, Stopped, StopRequest, run_program
 
 IN_USE = "wait for its end, or give this run another --tag"
 GOES_ON = "the same command goes on from here"
-# What a checkpoint holds, at least.
-STATE_KEYS = {
-    "model",
-    "model_ema",
-    "optimizer",
-    "scaler",
-    "progress",
-    "measured",
-    "step",
-    "metric_lines",
-    "config",
-}
 
 
 @dataclass
@@ -386,20 +373,10 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
     path: Path | str | None = None
     if cfg.TRAIN.AUTO_RESUME:
         path = checkpoints.newest_valid(folder, log.warning)
-        if not path and any(folder.glob("*.pth")):
-            raise ValueError(
-                f"{folder}: none of the checkpoints there can be used: begin another run with"
-                " --tag, or move them away with TRAIN.AUTO_RESUME False"
-            )
     path = path or cfg.MODEL.RESUME
     state = None
     if path:
-        state = checkpoints.load_checkpoint(path)
-        if missing := sorted(STATE_KEYS - state.keys()):
-            raise ValueError(
-                f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take"
-                " its weights with --pretrained"
-            )
+        state = checkpoints.load_state(path)
         for change in check_continuation(state["config"], cfg, str(path)):
             follows = "; learning rates follow it" if change.key == "TRAIN.EPOCHS" else ""
             log.warning(f"CHANGED SINCE THE CHECKPOINT: {change}{follows}")
@@ -410,23 +387,24 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
         )
         for name in {cfg.MODEL.RESUME, cfg.MODEL.PRETRAINED} - {"", str(path)}:
             log.info(f"not loaded: {name}")
-    if not cfg.TRAIN.AUTO_RESUME and any(folder.glob("*.pth")):
-        move_aside(folder, log)
+    if not cfg.TRAIN.AUTO_RESUME:
+        aside = checkpoints.move_aside(folder)
+        if aside:
+            log.warning(f"TRAIN.AUTO_RESUME is off: what an earlier run has left moves to {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     return state
 
 
-def move_aside(folder: Path, log: Logger) -> None:
-    """Keep what an earlier run has left: its checkpoints, metrics and configuration."""
-    number = 1
-    while (aside := folder.with_name(f"checkpoints_before_{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    for name in ("metrics.jsonl", "config.yaml"):
-        if (folder.parent / name).exists():
-            shutil.copy2(folder.parent / name, aside)
-    (folder.parent / "wandb_id.txt").unlink(missing_ok=True)
-    log.warning(f"TRAIN.AUTO_RESUME is off: the checkpoints of an earlier run move to {aside}")
+def restore(run: Training, state: dict[str, Any]) -> None:
+    """Bring a training to where a checkpoint left it."""
+    checkpoints.restore(run.model, state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    if run.ema:
+        run.ema.model.load_state_dict(state["model_ema"])
+    for name, value in state["progress"].items():
+        setattr(run.progress, name, value)
+    run.meters.state.update(state["measured"])
 
 
 def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequest) -> Training:
@@ -440,39 +418,79 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     log.info(world.on_main(data.check_store) or in_the_loop or "no teacher, labels alone")
     plan = batch_plan(cfg)
     loader = data.train_loader(plan.per_process, world.rank, plan.per_update)
-    steps = loader.count() // plan.accumulation
+    steps = loader.count() // plan.accumulation  # updates of an epoch
     labels = labels_of_training(data, world)
+    validate = open_validation(data, world, log, not cfg.DISTILL.ENABLED, stop)
     mix_type = PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix
 
-    utils.seed_everything(cfg.SEED)
-    model = build_model(cfg, load=False, log=log.info).to(world.device)
-    if cfg.TRAIN.CHANNELS_LAST and cfg.MODEL.TYPE != "tiny_vit":  # which does so by itself
-        model = model.to(memory_format=torch.channels_last)
     sources = world.on_main(data.sources)
     if teacher:
         sources["teacher"] = world.on_main(teacher.identity)
     state = world.on_main(lambda: find_state(cfg, log, sources))
-    if state:
-        checkpoints.restore(model, state["model"])
-    elif cfg.MODEL.PRETRAINED:
-        load_start(model, cfg, world, log)
-    if cfg.TRAIN.SYNC_BN:
-        model = with_synced_statistics(model, world)
-    now = Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps)
-    if state:
-        now = Progress(**state["progress"])
+    model = build_student(cfg, world, log, start=state is None)
     optimizer = build_optimizer(cfg, model)
-    scheduler = build_scheduler(cfg, optimizer, steps)
     dtype = utils.amp_dtype(cfg, world.device)
-    scaler = utils.grad_scaler(world.device, dtype)
-    ema = EMA(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
+    names = ["norm", "loss"]
+    if labels is not None:
+        names += ["top1", "teacher_top1"] if cfg.DISTILL.ENABLED else ["top1"]
+    run = Training(
+        cfg=cfg,
+        world=world,
+        log=log,
+        writer=open_metrics(cfg, world, log, state),
+        stop=stop,
+        plan=plan,
+        loader=loader,
+        validate=validate,
+        model=model,
+        network=utils.wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
+        ema=EMA(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
+        teacher=online_targets(teacher, cfg) if teacher else None,
+        distill_loss=DistillLoss.from_config(cfg),
+        mix=mix_type.from_config(cfg),
+        labels=labels,
+        optimizer=optimizer,
+        scheduler=build_scheduler(cfg, optimizer, steps),
+        scaler=utils.grad_scaler(world.device, dtype),
+        dtype=dtype,
+        progress=Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps),
+        sources=sources,
+        meters=Meters(names, world),
+        recent=deque(maxlen=cfg.TRAIN.MAX_BAD_STEPS),
+    )
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if ema:
-            ema.model.load_state_dict(state["model_ema"])
-    scheduler.prepare(now.update)
+        restore(run, state)
+    run.scheduler.prepare(run.progress.update)
+    return run
 
+
+def build_student(cfg: CfgNode, world: Distributed, log: Logger, start: bool) -> nn.Module:
+    """The model on its device, with MODEL.PRETRAINED if it is to `start` from there."""
+    utils.seed_everything(cfg.SEED)
+    model = build_model(cfg, load=False, log=log.info).to(world.device)
+    if cfg.TRAIN.CHANNELS_LAST and cfg.MODEL.TYPE != "tiny_vit":  # which does so by itself
+        model = model.to(memory_format=torch.channels_last)
+    if start and cfg.MODEL.PRETRAINED:
+
+        def load() -> None:
+            load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info)
+
+        world.on_main_alone(load)
+        world.broadcast_tensors(model.state_dict().values())
+    if not cfg.TRAIN.SYNC_BN:
+        return model
+    if world.device.type != "cuda":
+        raise ValueError(
+            "TRAIN.SYNC_BN = True: batch statistics over processes need CUDA; leave --use-sync-bn"
+            " out on other devices"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def open_metrics(
+    cfg: CfgNode, world: Distributed, log: Logger, state: dict[str, Any] | None
+) -> NullWriter:
+    """The writer of metrics, without the lines after the state, which will be made again."""
     writer = create_metric_writer(
         run_folder(cfg),
         world.rank,
@@ -481,41 +499,11 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         yaml.safe_load(dump(cfg)),
         log.warning,
     )
-    # What comes after the state will be made again.
     if state:
         writer.cut_back(state["step"], state["metric_lines"])
     else:
         writer.cut_back(-1)
-    names = ["norm", "loss"]
-    if labels is not None:
-        names.append("top1")
-    if labels is not None and cfg.DISTILL.ENABLED:
-        names.append("teacher_top1")
-    return Training(
-        cfg=cfg,
-        world=world,
-        log=log,
-        writer=writer,
-        stop=stop,
-        plan=plan,
-        loader=loader,
-        validate=open_validation(data, world, log, not cfg.DISTILL.ENABLED, stop),
-        model=model,
-        network=utils.wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
-        ema=ema,
-        teacher=teacher and online_targets(teacher, cfg),
-        distill_loss=DistillLoss.from_config(cfg),
-        mix=mix_type.from_config(cfg),
-        labels=labels,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=scaler,
-        dtype=dtype,
-        progress=now,
-        sources=sources,
-        meters=Meters(names, world, state and state["measured"]),
-        recent=deque(maxlen=cfg.TRAIN.MAX_BAD_STEPS),
-    )
+    return writer
 
 
 def build_online_teacher(cfg: CfgNode, world: Distributed, log: Logger) -> Teacher | None:
@@ -551,26 +539,6 @@ def labels_of_training(data: RunData, world: Distributed) -> LabelMap | None:
             f" {reason}"
         )
     return labels and labels.to(world.device)
-
-
-def load_start(model: nn.Module, cfg: CfgNode, world: Distributed, log: Logger) -> None:
-    """The weights that training starts from: rank 0 reads them, the others get its."""
-
-    def load() -> None:
-        load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info)
-
-    world.on_main_alone(load)
-    world.broadcast_tensors(model.state_dict().values())
-
-
-def with_synced_statistics(model: nn.Module, world: Distributed) -> nn.Module:
-    """The model with batch statistics over all processes."""
-    if world.device.type != "cuda":
-        raise ValueError(
-            "TRAIN.SYNC_BN = True: batch statistics over processes need CUDA; leave --use-sync-bn"
-            " out on other devices"
-        )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def open_validation(

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What a training's checkpoint holds, at least.
+STATE_KEYS = set(
+    "model model_ema optimizer scaler progress measured step metric_lines config".split()
+)
+
 
 def save_atomic(state: dict[str, Any], path: str | Path) -> None:
     """Write tensors and plain values so that `path` is at any time either the old file or the whole
@@ -133,11 +138,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date; damaged
-    ones are named and skipped.
+def load_state(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that a training can go on from."""
+    state = load_checkpoint(path)
+    missing = sorted(STATE_KEYS - state.keys())
+    if missing:
+        raise ValueError(
+            f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its"
+            " weights with --pretrained"
+        )
+    return state
 
-    One that can't be read, for no fault of its own, is an OSError.
+
+def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date.
+
+    Damaged ones are named and skipped; if all are, or one can't be read for no fault of its own,
+    that is an error: what they hold may be a month of work.
     """
 
     def progress(path: Path) -> tuple[float, int, bool]:
@@ -147,15 +164,38 @@ def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path
             step = math.inf  # it comes first, to be reported
         return step, path.stat().st_mtime_ns, path.name == "last.pth"
 
-    for path in sorted(Path(folder).glob("*.pth"), key=progress, reverse=True):
+    paths = sorted(Path(folder).glob("*.pth"), key=progress, reverse=True)
+    for path in paths:
         try:
-            if "step" not in load_checkpoint(path):
-                raise ValueError(f"{path} is no training state of this program: it has no 'step'")
+            load_state(path)
         except ValueError as error:
             log(f"skipped: {error}")
         else:
             return path
+    if paths:
+        raise ValueError(
+            f"{folder}: none of the checkpoints there can be used: begin another run with --tag, or"
+            " move them away with TRAIN.AUTO_RESUME False"
+        )
     return None
+
+
+def move_aside(folder: Path) -> Path | None:
+    """Keep what an earlier run has left: its checkpoints, and copies of metrics and configuration.
+
+    Returns the folder they are in now, None if there was nothing.
+    """
+    if not any(folder.glob("*.pth")):
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}_before_{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    for name in ("metrics.jsonl", "config.yaml"):
+        if (folder.parent / name).exists():
+            shutil.copy2(folder.parent / name, aside)
+    (folder.parent / "wandb_id.txt").unlink(missing_ok=True)
+    return aside
 
 
 def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from models.checkpoints import load_checkpoint, newest_valid, restore, save_also, save_atomic
+from models.checkpoints import (
+    STATE_KEYS,
+    load_checkpoint,
+    newest_valid,
+    restore,
+    save_also,
+    save_atomic,
+)
 from utils import grad_scaler
 
 
@@ -219,15 +226,19 @@ def test_a_second_name_is_a_link_or_a_copy(has_links, tmp_path, monkeypatch):
     assert (tmp_path / "best.pth").samefile(tmp_path / "last.pth") == has_links
 
 
+def whole_state(step: int) -> dict:
+    return dict.fromkeys(STATE_KEYS) | {"step": step, "model": {"w": torch.arange(10_000)}}
+
+
 def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path):
     lines: list[str] = []
     assert newest_valid(tmp_path / "no such folder", lines.append) is None
     assert newest_valid(tmp_path, lines.append) is None
     # written, so dated, in another order than that of the steps
     for number, step in (("9", 90), ("10", 100), ("2", 20)):
-        save_atomic(state(step), tmp_path / f"epoch_{number}.pth")
+        save_atomic(whole_state(step), tmp_path / f"epoch_{number}.pth")
     assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
-    save_atomic(state(100), tmp_path / "a_copy.pth")
+    save_atomic(whole_state(100), tmp_path / "a_copy.pth")
     os.utime(tmp_path / "a_copy.pth", (1, 1))
     assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
     (tmp_path / "a_copy.pth").unlink()
@@ -245,12 +256,13 @@ def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path)
     assert all(line.startswith("skipped: ") for line in lines)
     for name in ("epoch_9", "epoch_2"):
         (tmp_path / f"{name}.pth").write_bytes(whole[:100])
-    assert newest_valid(tmp_path, lines.append) is None
+    with pytest.raises(ValueError, match="none of the checkpoints there can be used"):
+        newest_valid(tmp_path, lines.append)
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(tmp_path):
-    save_atomic({"step": 1, "w": torch.arange(10_000)}, tmp_path / "old.pth")
-    save_atomic({"step": 2, "w": torch.arange(10_000)}, tmp_path / "new.pth")
+    save_atomic(whole_state(1), tmp_path / "old.pth")
+    save_atomic(whole_state(2), tmp_path / "new.pth")
     content = bytearray((tmp_path / "new.pth").read_bytes())
     content[len(content) // 2] ^= 4
     (tmp_path / "new.pth").write_bytes(content)

@@ -128,7 +128,7 @@ def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
         "resolved configuration:",
         "code ",
         "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
-        "each image: RandomResizedCrop(",
+        "each image: 40 px: RandomResizedCrop(",
         "43 images, 5 updates an epoch, each of 8 images: 1 processes x 1 passes x 8",
         "epoch 1/2, update 2/5: norm ",
         " images/s, data wait ",
