@@ -32,16 +32,14 @@ class AugmentDecoder:
     size: int  # pixels a side of the result
     crop: RandomResizedCrop | PaddedCrop
     flips: tuple[Flip, ...]
-    effects: tuple[
-        Any, ...
-    ]  # RandAugment, AutoAugment, ColorJitter: what draws whole-image effects
+    # what draws effects on the whole image: RandAugment, AutoAugment, ColorJitter
+    effects: tuple[Any, ...]
     erasing: RandomErasing | None
     fill: Color  # of pixels that geometric effects bring in
     mean: Statistics  # of values in [0, 1]; each model's own
     std: Statistics
-    mix: PairMix | None = (
-        None  # of pairs of decoded images: the canary covers it, `decode` does not
-    )
+    # of pairs of decoded images: the canary covers it, `decode` does not
+    mix: PairMix | None = None
 
     @classmethod
     def from_config(cls, cfg) -> "AugmentDecoder":

@@ -80,7 +80,7 @@ class Mixer:
         if cut and self.mixup_alpha > 0:
             cut = rng.random() < self.switch_probability
         alpha = self.cutmix_alpha if cut else self.mixup_alpha
-        lam = float(beta(rng, alpha, alpha))
+        lam = beta(rng, alpha, alpha)
         if not cut:
             return Mix(lam)
         top, bottom, left, right = box = self._box(rng, lam, height, width)
@@ -97,30 +97,26 @@ class Mixer:
             left = integer(rng, 0, width - box_width - 1)
             return top, top + box_height, left, left + box_width
         side = (1.0 - lam) ** 0.5
-        box_height, box_width = int(height * side), int(width * side)
-        middle_y, middle_x = integer(rng, 0, height - 1), integer(rng, 0, width - 1)
-        top, bottom = (
-            min(max(middle_y + half, 0), height) for half in (-(box_height // 2), box_height // 2)
-        )
-        left, right = (
-            min(max(middle_x + half, 0), width) for half in (-(box_width // 2), box_width // 2)
-        )
+        middle_y = integer(rng, 0, height - 1)
+        middle_x = integer(rng, 0, width - 1)
+        top, bottom = _around(middle_y, int(height * side) // 2, height)
+        left, right = _around(middle_x, int(width * side) // 2, width)
         return top, bottom, left, right
 
-    def _targets(self, labels: Tensor, mixes: Sequence[Mix]) -> Tensor:
+    def _targets(self, labels: Tensor | None, mixes: Sequence[Mix]) -> Tensor | None:
         """Smoothed labels mixed with their partners' as the images were; labels come in len(mixes)
         groups of equal size.
         """
+        if labels is None:
+            return None
         if self.num_classes < 1:
             raise ValueError(
                 "labels can't become targets without the number of classes: set MODEL.NUM_CLASSES"
             )
-        targets = smooth_targets(labels, self.num_classes, self.smoothing).unflatten(
-            0, (len(mixes), -1)
-        )
-        lam = torch.tensor([mix.lam for mix in mixes]).to(labels.device, non_blocking=True)[
-            :, None, None
-        ]
+        targets = smooth_targets(labels, self.num_classes, self.smoothing)
+        targets = targets.unflatten(0, (len(mixes), -1))
+        lam = torch.tensor([mix.lam for mix in mixes]).to(labels.device, non_blocking=True)
+        lam = lam[:, None, None]
         return (targets * lam + targets.flip(1) * (1 - lam)).flatten(0, 1)
 
 
@@ -130,7 +126,7 @@ class PairMix(Mixer):
     """
 
     def draw(self, seeds: Sequence[int] | Tensor, height: int, width: int) -> list[Mix]:
-        """The draw of each pair (seeds[2i], seeds[2i + 1]) of images of height x width pixels."""
+        """The mix of each pair (seeds[2i], seeds[2i + 1]) of images of height x width pixels."""
         seeds = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
         if len(seeds) % 2:
             raise ValueError(
@@ -151,13 +147,13 @@ class PairMix(Mixer):
         if len(seeds) != len(images):
             raise ValueError(f"{len(seeds)} seeds for {len(images)} images: each image has its own")
         if not self.enabled:
-            return images, None if labels is None else self._targets(labels, [UNMIXED])
+            return images, self._targets(labels, [UNMIXED])
         mixes = self.draw(seeds, *images.shape[-2:])
         mixed = images.clone()
         # a pair stays in the processor's cache: 5 times as fast as whole batches
         for pair, mix in zip(mixed.split(2), mixes):
             blend_(pair, mix)
-        return mixed, None if labels is None else self._targets(labels, mixes)
+        return mixed, self._targets(labels, mixes)
 
 
 class BatchMix(Mixer):
@@ -173,7 +169,12 @@ class BatchMix(Mixer):
         if mix != UNMIXED:
             images = images.clone()
             blend_(images, mix)
-        return images, None if labels is None else self._targets(labels, [mix])
+        return images, self._targets(labels, [mix])
+
+
+def _around(middle: int, half: int, length: int) -> tuple[int, int]:
+    """Where a part of 2 * half of a side begins and ends, as far as it lies on the side."""
+    return max(middle - half, 0), min(middle + half, length)
 
 
 def blend_(images: Tensor, mix: Mix) -> None:

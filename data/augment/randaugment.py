@@ -1,4 +1,8 @@
-"""RandAugment and AutoAugment: which effects, and how strong."""
+"""RandAugment and AutoAugment: which effects, and how strong.
+
+An effect is a row in DRAWS here, which draws its argument, and a function in EFFECTS of pillow.py,
+which changes the pixels. RandAugment chooses among those of RAND_WEIGHTS.
+"""
 
 import re
 from collections.abc import Callable
@@ -72,41 +76,25 @@ DRAWS = {
     "TranslateYRel": Draw("TranslateYRel", _signed(0.45), geometric=True),
 }
 
-RAND_EFFECTS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "SolarizeAdd",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateXRel",
-    "TranslateYRel",
-)
-# of 'w0'
-RAND_WEIGHTS = (
-    0.025,
-    0.005,
-    0.0,
-    0.3,
-    0.0,
-    0.005,
-    0.005,
-    0.025,
-    0.005,
-    0.005,
-    0.025,
-    0.2,
-    0.2,
-    0.1,
-    0.1,
-)
+# RandAugment's effects, in the order that is drawn from, with their weights under 'w0'
+RAND_WEIGHTS = {
+    "AutoContrast": 0.025,
+    "Equalize": 0.005,
+    "Invert": 0.0,
+    "Rotate": 0.3,
+    "Posterize": 0.0,
+    "Solarize": 0.005,
+    "SolarizeAdd": 0.005,
+    "Color": 0.025,
+    "Contrast": 0.005,
+    "Brightness": 0.005,
+    "Sharpness": 0.025,
+    "ShearX": 0.2,
+    "ShearY": 0.2,
+    "TranslateXRel": 0.1,
+    "TranslateYRel": 0.1,
+}
+RAND_EFFECTS = tuple(RAND_WEIGHTS)
 POLICIES = {  # one sub-policy a line: effect, probability, magnitude
     "original": (
         """
@@ -188,8 +176,9 @@ class RandAugment:
         """
         option = _options(policy, m=FULL_LEVEL, n=2, mstd=0.0, mmax=FULL_LEVEL, w=None, inc=0)
         weighted = option["w"] is not None
-        if weighted and option["n"] > np.count_nonzero(RAND_WEIGHTS):
-            raise _fault(policy, "n is at most 13 with w0, which draws none twice")
+        most = sum(weight > 0 for weight in RAND_WEIGHTS.values())
+        if weighted and option["n"] > most:
+            raise _fault(policy, f"n is at most {most} with w0, which draws none twice")
         return cls(
             magnitude=option["m"],
             count=int(option["n"]),
@@ -202,8 +191,11 @@ class RandAugment:
 
     def draw(self, rng: Generator) -> tuple[Effect, ...]:
         """The effects that are done, in order."""
-        weights = np.array(RAND_WEIGHTS) / np.sum(RAND_WEIGHTS) if self.weighted else None
-        chosen = rng.choice(len(RAND_EFFECTS), self.count, replace=not self.weighted, p=weights)
+        shares = None
+        if self.weighted:
+            weights = np.array(list(RAND_WEIGHTS.values()))
+            shares = weights / weights.sum()
+        chosen = rng.choice(len(RAND_EFFECTS), self.count, replace=not self.weighted, p=shares)
         effects = []
         for index in chosen:
             name = RAND_EFFECTS[index]
@@ -268,15 +260,17 @@ def _maybe(
 
 def _options(policy: str, **defaults: float | None) -> dict[str, float]:
     """The numbers in 'name-key1-key2...' over their defaults; mstd is infinite beyond 100."""
-    options = dict(defaults)
+    given: dict[str, float] = {}
     for option in policy.split("-")[1:]:
         match = re.fullmatch(r"([a-z]+?)([\d.]+|inf)", option)
         if not match or match[1] not in defaults:
             raise _fault(policy, f"option {option!r} is not one of {', '.join(defaults)}")
-        options[match[1]] = float(match[2])
-    if options["mstd"] > 100:
-        options["mstd"] = inf
-    return options
+        if match[1] in given:
+            raise _fault(policy, f"{match[1]} stands there twice, keep one")
+        given[match[1]] = float(match[2])
+    if given.get("mstd", 0) > 100:
+        given["mstd"] = inf
+    return {**defaults, **given}
 
 
 def _fault(policy: str, reason: str) -> ValueError:

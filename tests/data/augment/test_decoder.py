@@ -108,39 +108,24 @@ def random_recipe(rng) -> list:
     """--opts of a recipe, everything in it drawn."""
     policy = choice(rng, ["none", "original", "v0", "rand", "rand"])
     if policy == "rand":
-        numbers = [
-            f"m{integer(rng, 0, 15)}",
-            f"n{integer(rng, 1, 4)}",
-            "mstd" + choice(rng, ["0", "0.5", "2", "inf"]),
-        ]
-        options = [*numbers, "w0", "inc1", "mmax20"]
+        std = choice(rng, ["0", "0.5", "2", "inf"])
+        options = f"m{integer(rng, 0, 15)} n{integer(rng, 1, 4)} mstd{std} w0 inc1 mmax20".split()
         policy = "-".join(["rand"] + [option for option in options if rng.random() < 0.6])
-    return [
-        "DATA.IMG_SIZE",
-        choice(rng, [16, 32, 33, 48, 64]),
-        "DATA.INTERPOLATION",
-        choice(rng, ["bicubic", "bilinear", "random"]),
-        "DATA.MEAN_AND_STD_TYPE",
-        choice(rng, ["default", "clip", "half"]),
-        "AUG.AUTO_AUGMENT",
-        policy,
-        "AUG.COLOR_JITTER",
-        choice(rng, [0.0, 0.4, 1.2]),
-        "AUG.REPROB",
-        choice(rng, [0.0, 0.25, 1.0]),
-        "AUG.REMODE",
-        choice(rng, ["const", "rand", "pixel"]),
-        "AUG.RECOUNT",
-        integer(rng, 1, 4),
-        "AUG.HFLIP",
-        choice(rng, [0.0, 0.5, 1.0]),
-        "AUG.VFLIP",
-        choice(rng, [0.0, 0.5]),
-        "AUG.SCALE",
-        (uniform(rng, 0.01, 0.5), 1.0),
-        "AUG.FILL",
-        choice(rng, [[], [0, 255, 7]]),
-    ]
+    values = {
+        "DATA.IMG_SIZE": choice(rng, [16, 32, 33, 48, 64]),
+        "DATA.INTERPOLATION": choice(rng, ["bicubic", "bilinear", "random"]),
+        "DATA.MEAN_AND_STD_TYPE": choice(rng, ["default", "clip", "half"]),
+        "AUG.AUTO_AUGMENT": policy,
+        "AUG.COLOR_JITTER": choice(rng, [0.0, 0.4, 1.2]),
+        "AUG.REPROB": choice(rng, [0.0, 0.25, 1.0]),
+        "AUG.REMODE": choice(rng, ["const", "rand", "pixel"]),
+        "AUG.RECOUNT": integer(rng, 1, 4),
+        "AUG.HFLIP": choice(rng, [0.0, 0.5, 1.0]),
+        "AUG.VFLIP": choice(rng, [0.0, 0.5]),
+        "AUG.SCALE": (uniform(rng, 0.01, 0.5), 1.0),
+        "AUG.FILL": choice(rng, [[], [0, 255, 7]]),
+    }
+    return [part for item in values.items() for part in item]
 
 
 @pytest.mark.parametrize("case", range(60))
@@ -170,6 +155,21 @@ def test_any_recipe_decodes_twice_alike_and_draws_from_the_seed_alone(case):
 def test_other_seeds_give_other_images():
     decode, image = decoder("DATA.IMG_SIZE", 48).decode, picture(80, 60)
     assert len({digest(decode(image, seed)) for seed in range(200)}) == 200
+
+
+def holds_only(value, *types) -> bool:
+    if hasattr(value, "__dataclass_fields__"):
+        value = tuple(vars(value).values())
+    if isinstance(value, tuple):
+        return all(holds_only(item, *types) for item in value)
+    return type(value) in types
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_plans_hold_numbers_and_names_only(case):
+    plan = decoder(*random_recipe(generator(case))).plan(70, 50, case)
+    assert holds_only(plan, int, float, str)
+    assert pickle.loads(pickle.dumps(plan)) == plan
 
 
 def test_results_do_not_share_memory():
@@ -248,6 +248,31 @@ def test_a_decoder_does_not_depend_on_spelling():
     assert AugmentDecoder.from_config(mine) == AugmentDecoder.from_config(theirs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("DATA.IMG_SIZE", 225),
+        ("DATA.INTERPOLATION", "bilinear"),
+        ("AUG.SCALE", (0.09, 1.0)),
+        ("AUG.RATIO", (0.7, 4 / 3)),
+        ("AUG.HFLIP", 0.4),
+        ("AUG.VFLIP", 0.1),
+        ("AUG.AUTO_AUGMENT", "rand-m9-mstd0.6-inc1"),
+        ("AUG.FILL", [1, 2, 3]),
+        ("AUG.REPROB", 0.3),
+        ("AUG.REMODE", "rand"),
+        ("AUG.RECOUNT", 2),
+        ("AUG.MIXUP", 0.7),
+        ("AUG.CUTMIX", 0.9),
+        ("AUG.CUTMIX_MINMAX", [0.2, 0.4]),
+        ("AUG.MIXUP_PROB", 0.9),
+        ("AUG.MIXUP_SWITCH_PROB", 0.4),
+    ],
+)
+def test_every_key_of_the_recipe_is_heeded(options):
+    assert decoder("AUG.MIXUP_MODE", "pair2", *options) != decoder("AUG.MIXUP_MODE", "pair2")
+
+
 def test_the_fill_colour_is_the_configs_or_the_means():
     assert fill_color(config()) == (124, 116, 104)
     assert fill_color(config("DATA.MEAN_AND_STD_TYPE", "clip")) == (123, 117, 104)
@@ -287,6 +312,16 @@ def test_the_canary_is_the_same_every_time_and_complete():
     assert unpaired == {
         name: value for name, value in digests.items() if not name.startswith("pair")
     }
+
+
+def test_the_canary_never_changes():
+    """Stores hold it: a change would refuse them all."""
+    digests = decoder("AUG.MIXUP_MODE", "pair2").canary()
+    text = json.dumps(digests, sort_keys=True).encode()
+    assert hashlib.sha256(text).hexdigest() == CANARY
+
+
+CANARY = "9cffe386e943f4583e4c7b5afdc8241f4dbae5c3f7a320525b5bd0d8a28d0306"
 
 
 def test_the_canary_does_not_depend_on_a_models_statistics():
