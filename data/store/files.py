@@ -33,6 +33,9 @@ def sole_user(path: Path | str, way_out: str = "", wait: bool = False) -> Iterat
     it. Processes are kept apart, not threads, and a process that opens and closes the file a second
     time loses its lock.
     """
+    if fcntl is None:
+        yield
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -47,13 +50,15 @@ def sole_user(path: Path | str, way_out: str = "", wait: bool = False) -> Iterat
             try:
                 yield
             finally:
-                with suppress(OSError):  # Windows removes no open file
+                with suppress(OSError):  # a file that stays hinders nobody
                     path.unlink()
             return
 
 
 def lock_holder(path: Path) -> str | None:
     """Who holds the lock on a file, for people; None if nobody does. For processes without it."""
+    if fcntl is None:
+        return None
     try:
         with open(path, "rb+", buffering=0) as file:
             return None if _lock(file, wait=False) else _holder(file)
@@ -107,8 +112,6 @@ def write_error(path: Path, error: OSError) -> StoreError:
 
 
 def _lock(file: BinaryIO, wait: bool) -> bool:
-    if fcntl is None:
-        return True
     try:
         # a record lock: forked children do not inherit it, and NFS knows it
         fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
