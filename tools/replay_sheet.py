@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -123,27 +124,17 @@ def visible(decoder: AugmentDecoder, tensor: Tensor) -> Image.Image:
 
 def draw(tiles: Sequence[Tile], title: str, path: str) -> None:
     """Write the tiles as a picture, in rows that are as high as their longest text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = -(-len(tiles) // COLUMNS)
-    size = (3.0 * COLUMNS, 4.3 * rows + 0.8)
-    figure, axes = pyplot.subplots(rows, COLUMNS, figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(textwrap.fill(title, 120), fontsize=9)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, tile in zip(axes.flat, tiles):
-        axis.set_axis_on()
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.imshow(tile.picture)
-        axis.set_title(tile.title, fontsize=10, fontweight="bold")
+    figure = Figure(figsize=(3.0 * COLUMNS, 4.3 * rows + 0.8), layout="constrained")
+    heading = [textwrap.fill(op, 150) for op in title.split("; ")]
+    figure.suptitle("\n".join(heading), fontsize=9)
+    for number, tile in enumerate(tiles, start=1):
+        axes = figure.add_subplot(rows, COLUMNS, number, xticks=[], yticks=[], anchor="N")
+        axes.imshow(tile.picture)
+        axes.set_title(tile.title, fontsize=10, fontweight="bold")
         lines = [textwrap.fill(word, 36, subsequent_indent="  ") for word in tile.words]
-        axis.set_xlabel("\n".join(lines), fontsize=8, loc="left")
+        axes.set_xlabel("\n".join(lines), fontsize=8, loc="left")
     figure.savefig(path, dpi=90)
-    pyplot.close(figure)
 
 
 def open_image(name: str) -> Image.Image:

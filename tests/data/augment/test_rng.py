@@ -93,37 +93,18 @@ def test_shuffle_swaps_from_the_end_and_keeps_its_argument():
 
 
 ALLOWED_NUMPY = {"Generator", "PCG64", "MT19937", "SeedSequence"}
-DRAWING_METHODS = {
-    "normal_",
-    "uniform_",
-    "random_",
-    "bernoulli_",
-    "exponential_",
-    "geometric_",
-    "cauchy_",
-    "log_normal_",
-}
-DRAWING_FUNCTIONS = {
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "normal",
-    "bernoulli",
-    "multinomial",
-    "poisson",
-}
-GLOBAL_STATE = {
-    "manual_seed",
-    "seed",
-    "get_rng_state",
-    "set_rng_state",
-    "default_generator",
-    "initial_seed",
-}
+DRAWING_METHODS = set(
+    "normal_ uniform_ random_ bernoulli_ exponential_ geometric_ cauchy_ log_normal_".split()
+)
+DRAWING_FUNCTIONS = set(
+    (
+        "rand randn randint randperm rand_like randn_like randint_like normal bernoulli"
+        " multinomial poisson"
+    ).split()
+)
+GLOBAL_STATE = set(
+    "manual_seed seed get_rng_state set_rng_state default_generator initial_seed".split()
+)
 MAKES_GENERATOR = {"generator", "Generator", "default_rng", "RandomState", "Random"}
 
 
