@@ -29,9 +29,9 @@ def sole_user(path: Path | str, way_out: str = "", wait: bool = False) -> Iterat
     """Keep out all other processes that ask for the same file: a LockedError, or `wait` for it.
 
     The system frees the lock of a process that ends, however it ends; where the system or the file
-    system has no locks, all enter; the folder is made. The file is the lock's own: it names its holder, and goes with
-    it. Processes are kept apart, not threads, and a process that opens and closes the file a second
-    time loses its lock.
+    system has no locks, all enter. The file is the lock's own: it names its holder, and goes with
+    it; its folder is made. Processes are kept apart, not threads, and a process that opens and
+    closes the file a second time loses its lock.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
