@@ -276,8 +276,8 @@ def collect(run: Training) -> None:
     raise ValueError(
         f"{limit} updates in a row had a non-finite loss or gradient, up to number"
         f" {run.progress.update} (epoch {run.progress.epoch + 1}). Their images are listed in"
-        f" {listed} (first: {', '.join(names[:3])}): leave broken ones out with DATA.EXCLUDE, or try"
-        " a lower TRAIN.BASE_LR or --disable_amp; with a new --tag, and --pretrained last.pth"
+        f" {listed} (first: {', '.join(names[:3])}): leave broken ones out with DATA.EXCLUDE, or"
+        " try a lower TRAIN.BASE_LR or --disable_amp; with a new --tag, and --pretrained last.pth"
     )
 
 
@@ -655,7 +655,7 @@ def run_training(cfg: CfgNode, world: Distributed, stop: StopRequest) -> nn.Modu
 
 
 def evaluate_weights(cfg: CfgNode, world: Distributed) -> nn.Module:
-    """--eval: how good exactly the named weights are, and the averaged ones if the file has such."""
+    """--eval: how good exactly the named weights are, and averaged ones if the file has such."""
     log = create_logger(None, world.rank)
     name = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
     if not name and ":" not in cfg.MODEL.TYPE:

@@ -1,7 +1,8 @@
 """Run a teacher over the augmented images of some epochs and keep its answers in a logits store.
 
-    torchrun --nproc-per-node 8 save_logits.py --cfg configs/teacher/clip_vit_large_patch14_22k.yaml \\
-        --data-path ImageNet-22k --resume clip_vit_large_patch14_22k.pth \\
+    torchrun --nproc-per-node 8 save_logits.py --data-path ImageNet-22k \\
+        --cfg configs/teacher/clip_vit_large_patch14_22k.yaml \\
+        --resume clip_vit_large_patch14_22k.pth \\
         --opts DISTILL.TEACHER_LOGITS_PATH teacher_logits
 
 With --check-saved-logits a store is compared with what its teacher says now. The same command goes
@@ -104,7 +105,7 @@ class Tally:
     top5: int = 0
 
     def add(self, labels: np.ndarray, indices: np.ndarray) -> None:
-        """Count images with their labels [B], -1 for none, and the teacher's classes [B, 5 or more],
+        """Count images with their labels [B], -1 for none, and the teacher's classes [B, >= 5],
         the most probable first.
         """
         is_right = (indices[:, :5] == labels[:, None]) & (labels >= 0)[:, None]
@@ -427,7 +428,7 @@ def evaluate_teacher(run: Run) -> None:
 
 
 def check(run: Run, exact: bool, percent: float | None) -> int:
-    """Compare sealed epochs with what the teacher says now, and judge as models/agreement.py does."""
+    """Compare sealed epochs with what the teacher says now; models/agreement.py judges."""
     cfg, world, log, store = run.cfg, run.world, run.log, run.data.store
     first, end = cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS
     if run.teacher.num_classes != store.num_classes:

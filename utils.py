@@ -56,7 +56,7 @@ def run_program(
 ) -> int:
     """Run a program to its exit code; a fault that a user can mend is one line on stderr.
 
-    What `load` reads, the command line, is the same in all processes: rank 0 alone tells its faults.
+    What `load` reads, the command line, is the same in all processes: rank 0 tells its faults.
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -182,7 +182,7 @@ class Distributed:
         return self.broadcast_object(self.on_main_alone(function))
 
     def main_first(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns here; rank 0 calls it first, the others find the files it made."""
+        """What `function` returns here; rank 0 calls it first, the others find its files."""
         if self.is_main:
             result = self.everywhere(function)
             self.everywhere(_nothing)
@@ -251,7 +251,8 @@ def init_distributed(
             device_id=chosen if on_gpu else None,
         )
     except (RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR', '(MASTER_ADDR is not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT is not set)')}"
+        names = ("MASTER_ADDR", "MASTER_PORT")
+        address = ":".join(os.environ.get(name, f"({name} is not set)") for name in names)
         raise ValueError(
             f"process {rank} of {world_size} can't join the others at {address}:"
             f" {str(error).splitlines()[0]}. If the port is in use, give torchrun another"

@@ -1,8 +1,9 @@
 """Training by labels, by stored logits and by an online teacher: seconds per epoch and peak memory,
 in one run.
 
-    python -m benchmarks.distill                                                     # small, for two CPU cores: about 3 minutes
-    python -m benchmarks.distill --student 5m --teacher timm:convnext_base --size 224 --images 20000 --batch-size 256 --workers 16
+    python -m benchmarks.distill        # small, for two CPU cores: about 3 minutes
+    python -m benchmarks.distill --student 5m --teacher timm:convnext_base --size 224 \\
+        --images 20000 --batch-size 256 --workers 16
 
 Each way is main.py's own `train_step` over its own loaders, in a process of its own; the processes
 train an epoch in turn, so that the machine's mood hits all alike, and those that wait do nothing.
@@ -94,7 +95,7 @@ def options(args: argparse.Namespace, folder: Path, name: str) -> list[str]:
 
 
 def work(pipe: Connection, words: list[str]) -> None:
-    """Train the epochs that are asked for, one at a time; answer each with the peak memory so far."""
+    """Train the epochs asked for, one at a time; answer each with the peak memory so far."""
     cfg = config_from_args(base_parser("").parse_args(words))
     world = init_distributed(cfg.DEVICE)
     choose_kernels(False)

@@ -1,8 +1,8 @@
 """Does distillation work? One teacher, and for each seed a student with labels and the same student
 from the teacher's stored logits.
 
-    python -m benchmarks.science --output output/science                      # about 10 minutes on two CPU cores
-    python -m benchmarks.science --output output/science --seeds 0 1 2 3 4    # goes on: what is finished is not trained again
+    python -m benchmarks.science --output output/science    # about 10 minutes on two CPU cores
+    python -m benchmarks.science --output output/science --seeds 0 1 2 3 4    # goes on
 
 The recipes are those of configs/shapes: equal images, epochs, augmentation and model; a seed is the
 student's own (SEED: initial weights, drop path). Accuracies are those after the last epoch, none is

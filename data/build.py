@@ -140,7 +140,8 @@ class RunData:
             wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS)
         store.check_epochs(sorted({self.store_epoch(epoch) for epoch in wanted}))
         if isinstance(store, LogitsStoreReader):
-            # A student of another size (DISTILL.OTHER_SIZE) proves the writer's decoder all the same.
+            # A student of another size (DISTILL.OTHER_SIZE) proves the writer's decoder all the
+            # same.
             size = store.manifest["identity"]["image_size"]
             decoder = AugmentDecoder.from_config(cfg.replace({"DATA.IMG_SIZE": size}))
             proof = store.manifest["proof"]
@@ -231,8 +232,8 @@ class EpochLoader:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                # PyTorch has no type of its own for a lost worker, so the workers are looked at: one
-                # that has just been killed may take a moment to be gone.
+                # PyTorch has no type of its own for a lost worker, so the workers are looked at.
+                # One that has just been killed may take a moment to be gone.
                 wait([worker.sentinel for worker in self._workers], timeout=1.0)
                 dead = [worker for worker in self._workers if worker.exitcode is not None]
                 if not dead:

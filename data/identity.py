@@ -98,7 +98,7 @@ def excess_of(cfg, theirs: str) -> str:
 
 
 def proof_of(cfg, dataset, decoder: AugmentDecoder) -> dict[str, Any]:
-    """What a reader recomputes before its first batch: digests of decoded and of some own images."""
+    """What a reader recomputes before its first batch: digests of decoded and of own images."""
     count = min(PROOF_IMAGES, len(dataset))
     drawn = generator(cfg.DATA.SEED).choice(len(dataset), count, replace=False)
     positions = np.sort(drawn).tolist()

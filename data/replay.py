@@ -17,7 +17,7 @@ from data.augment.rng import sample_seed
 
 
 class Batch(NamedTuple):
-    """What a training step needs of one image; collated, of a batch: one tensor [B, ...] a field."""
+    """What a step needs of one image; collated, of a batch: one tensor [B, ...] a field."""
 
     image: torch.Tensor  # [3, H, W] float32, augmented and normalised, not yet mixed
     label: int  # -1 where there is none

@@ -1,4 +1,4 @@
-"""How far stored records are from what their teacher says now, and whether that is the same answer."""
+"""How far stored records are from what their teacher says now, and whether that is the same."""
 
 import heapq
 from collections.abc import Callable

@@ -200,7 +200,7 @@ def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
 
 
 def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Sequence[str]:
-    """The names of so many classes: a file's, ImageNet's, the checkpoint's `own`, or their numbers."""
+    """The names of so many classes: a file's, ImageNet's, the checkpoint's `own`, or numbers."""
     if file:
         names = Path(file).read_text(encoding="utf-8").splitlines()
         if len(names) != count:

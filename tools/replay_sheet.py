@@ -1,4 +1,4 @@
-"""A contact sheet: what a recipe makes of one picture under many seeds, each with its plan in words.
+"""A contact sheet: what a recipe makes of one picture under many seeds, with their plans.
 
 python -m tools.replay_sheet --cfg configs/1k/tiny_vit_21m.yaml --image cat.jpg --seeds 0-15
 python -m tools.replay_sheet --cfg configs/1k_distill/tiny_vit_5m_1k_distill.yaml --pairs
@@ -87,7 +87,7 @@ def tiles_of(
 def pair_tiles(
     decoder: AugmentDecoder, images: Sequence[Image.Image], seeds: Sequence[int]
 ) -> list[Tile]:
-    """Four tiles per pair of seeds: both decoded images, then both as the model sees them, mixed."""
+    """Four tiles per pair of seeds: both decoded images, then both as the model sees them."""
     mix = decoder.mix
     if not mix:
         raise ValueError(
@@ -116,7 +116,7 @@ def decoded_tile(decoder: AugmentDecoder, image: Image.Image, seed: int) -> Tile
 
 
 def visible(decoder: AugmentDecoder, tensor: Tensor) -> Image.Image:
-    """A normalised tensor [3, H, W] as a picture; what is no colour, as erased noise, is clipped."""
+    """A normalised tensor [3, H, W] as a picture; what is no colour, such as noise, is clipped."""
     mean, std = torch.tensor([decoder.mean, decoder.std])[..., None, None]
     values = (tensor * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).numpy())
@@ -168,7 +168,7 @@ def seeds_of(text: str | None, pairs: bool) -> list[int]:
 
 
 def landscape() -> Image.Image:
-    """A picture in which a crop, a mirror image, a tilt and a change of colours are seen at once."""
+    """A picture in which a crop, a mirror image, a tilt and other colours are seen at once."""
     width, height = 500, 375
     image = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(image)

@@ -144,7 +144,7 @@ def eval_transform(cfg) -> EvalTransform:
 
 
 def mean_and_std(cfg) -> tuple[Statistics, Statistics]:
-    """Mean and standard deviation per channel that a config's model expects, of values in [0, 1]."""
+    """Mean and standard deviation per channel that a config's model expects, of values up to 1."""
     mean, std = MEAN_AND_STD[cfg.DATA.MEAN_AND_STD_TYPE]
     return _floats(cfg.DATA.MEAN) or mean, _floats(cfg.DATA.STD) or std
 

@@ -77,7 +77,7 @@ def to_float(image: Image.Image, mean: Statistics, std: Statistics) -> Tensor:
 
 
 def noise(erasure: Erasure) -> Tensor:
-    """What overwrites a box: float32 [3, height, width], or one value for all of it or a channel."""
+    """What overwrites a box: float32 [3, height, width], or one value for all or a channel."""
     if erasure.mode == "const":
         return torch.zeros(1)
     rng = Generator(MT19937(erasure.seed))

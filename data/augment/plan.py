@@ -179,8 +179,8 @@ class Flip:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast and saturation, each by a factor in [max(0, 1 - strength), 1 + strength],
-    in random order.
+    """Brightness, contrast and saturation in random order, each by a factor drawn from
+    [max(0, 1 - strength), 1 + strength].
     """
 
     strength: float

@@ -238,7 +238,7 @@ def test_epochs_differ(store):
 
 
 def test_workers_map_the_store_themselves(store):
-    """Persistent loader processes go from one epoch to the next and read the right records of each."""
+    """Persistent workers go from one epoch to the next and read the right records of each."""
     data = open_run(student(store, "DATA.NUM_WORKERS", 2)).train_loader(BATCH, 0, BATCH)
     reader = LogitsStoreReader(store)
     for epoch in (0, 1, 0):

@@ -226,7 +226,7 @@ def test_a_part_of_the_data_is_found_by_the_stores_positions():
 
 
 def test_a_plain_loop_over_the_wrapper():
-    """A foreign training loop: PyTorch's own loader, an epoch set by hand, pairs mixed afterwards."""
+    """A foreign loop: PyTorch's own loader, an epoch set by hand, pairs mixed afterwards."""
     cfg = config()
     replay = ReplayDataset(
         build_dataset(cfg, "train"), AugmentDecoder.from_config(cfg), OneEpochStore(IMAGES)

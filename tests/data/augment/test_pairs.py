@@ -1,4 +1,4 @@
-"""Mixing: the original's bits for images, our own corrected labels, on any split and memory format."""
+"""Mixing: the original's bits for images, our corrected labels, on any split and memory format."""
 
 import hashlib
 import json
