@@ -1,6 +1,4 @@
-"""Digests of decoded built-in images: what tells that another Pillow, numpy or JPEG decoder gives
-other bits.
-"""
+"""Digests of decoded built-in images: they tell when another Pillow or numpy gives other bits."""
 
 import base64
 import io

@@ -43,24 +43,12 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
-# ---------------------------------------------------------------- the original's bits
+# The original's bits.
 
-GOLDEN_CONFIGS = [
-    "default",
-    "default_posterize0",
-    "img384",
-    "interp_bilinear",
-    "mean_clip",
-    "no_aa_no_jitter",
-    "rand_n3",
-    "rand_noninc",
-    "re_const",
-    "re_rand",
-    "re_pixel_count3",
-    "aa_original",
-    "interp_random",
-    "no_aa_color_jitter",
-]
+GOLDEN_CONFIGS = (
+    "default default_posterize0 img384 interp_bilinear mean_clip no_aa_no_jitter rand_n3"
+    " rand_noninc re_const re_rand re_pixel_count3 aa_original interp_random no_aa_color_jitter"
+).split()
 
 
 @pytest.mark.parametrize("name", GOLDEN_CONFIGS)
@@ -73,15 +61,10 @@ def test_golden_images(name, goldens):
         for file in np.unique(cases["image"])
     }
     wrong = []
-    for file, seed, shape, expected in zip(
-        cases["image"], cases["seed"], cases["shape"], cases["sha256"]
-    ):
+    for file, seed, shape, expected in zip(*map(cases.get, ("image", "seed", "shape", "sha256"))):
         tensor = decode(images[file], seed)
-        assert (
-            tensor.dtype == torch.float32
-            and tensor.is_contiguous()
-            and tensor.shape == tuple(shape)
-        )
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        assert tensor.shape == tuple(shape)
         if digest(tensor) != expected:
             wrong.append((str(file), int(seed)))
     assert wrong == []
@@ -93,7 +76,7 @@ def test_golden_configs_are_all_tried(goldens):
     )
 
 
-# ---------------------------------------------------------------- a pure function of image and seed
+# A pure function of image and seed.
 
 
 def global_states() -> list[bytes]:
@@ -207,7 +190,7 @@ def test_a_decoder_travels_to_other_processes():
     assert digest(theirs.decode(picture(50, 40), 4)) == digest(ours.decode(picture(50, 40), 4))
 
 
-# ---------------------------------------------------------------- the recipe
+# The recipe.
 
 
 def test_the_recipe_reads_as_a_list():
@@ -287,17 +270,15 @@ def test_the_fill_colour_is_the_configs_or_the_means():
 
 
 def test_mean_and_std_come_from_the_type_or_the_config():
-    assert mean_and_std(config()) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     clip = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    assert mean_and_std(config()) == (mean, std)
     assert mean_and_std(config("DATA.MEAN_AND_STD_TYPE", "clip")) == clip
     assert mean_and_std(config("DATA.MEAN_AND_STD_TYPE", "half")) == ((0.5,) * 3, (0.5,) * 3)
-    assert mean_and_std(config("DATA.MEAN", [0.1, 0.2, 0.3])) == (
-        (0.1, 0.2, 0.3),
-        (0.229, 0.224, 0.225),
-    )
+    assert mean_and_std(config("DATA.MEAN", [0.1, 0.2, 0.3])) == ((0.1, 0.2, 0.3), std)
 
 
-# ---------------------------------------------------------------- the canary
+# The canary.
 
 
 def test_the_canary_is_the_same_every_time_and_complete():
@@ -305,13 +286,10 @@ def test_the_canary_is_the_same_every_time_and_complete():
     assert digests == decoder("AUG.MIXUP_MODE", "pair2").canary()
     kinds = [name.split("/")[0] for name in digests]
     assert (kinds.count("jpeg"), kinds.count("drawn"), kinds.count("pair")) == (4, 8, 4)
-    assert all(len(bytes.fromhex(value)) == 32 for value in digests.values()) and len(
-        set(digests.values())
-    ) == len(digests)
-    unpaired = decoder().canary()
-    assert unpaired == {
-        name: value for name, value in digests.items() if not name.startswith("pair")
-    }
+    assert all(len(bytes.fromhex(value)) == 32 for value in digests.values())
+    assert len(set(digests.values())) == len(digests)
+    unpaired = {name: value for name, value in digests.items() if not name.startswith("pair")}
+    assert decoder().canary() == unpaired
 
 
 def test_the_canary_never_changes():
@@ -325,22 +303,21 @@ CANARY = "9cffe386e943f4583e4c7b5afdc8241f4dbae5c3f7a320525b5bd0d8a28d0306"
 
 
 def test_the_canary_does_not_depend_on_a_models_statistics():
-    assert (
-        decoder("AUG.FILL", [1, 2, 3], "DATA.MEAN_AND_STD_TYPE", "clip").canary()
-        == decoder("AUG.FILL", [1, 2, 3]).canary()
-    )
+    fill = ("AUG.FILL", [1, 2, 3])
+    assert decoder(*fill, "DATA.MEAN_AND_STD_TYPE", "clip").canary() == decoder(*fill).canary()
 
 
 def test_the_canary_sees_another_recipe_and_another_mix():
-    ours = decoder("AUG.MIXUP_MODE", "pair2").canary()
-    for key, value in (
+    pairs = ("AUG.MIXUP_MODE", "pair2")
+    ours = decoder(*pairs).canary()
+    for options in (
         ("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5"),
         ("DATA.INTERPOLATION", "bilinear"),
         ("AUG.REMODE", "const"),
     ):
-        theirs = decoder("AUG.MIXUP_MODE", "pair2", key, value).canary()
+        theirs = decoder(*pairs, *options).canary()
         assert theirs["jpeg"] == ours["jpeg"] and theirs != ours
-    theirs = decoder("AUG.MIXUP_MODE", "pair2", "AUG.MIXUP", 0.3).canary()
+    theirs = decoder(*pairs, "AUG.MIXUP", 0.3).canary()
     # the two that blend
     assert {name for name in ours if ours[name] != theirs[name]} == {"pair/65-113", "pair/151-56"}
 
@@ -370,7 +347,7 @@ def test_the_canarys_images_never_change():
 DRAWN = "c9a701ed199f223501ea9aa8faec4cff4ee8653b19e11e18b400aeb0b5b506ac"
 
 
-# ---------------------------------------------------------------- evaluation
+# Evaluation.
 
 
 @pytest.mark.parametrize(
@@ -417,7 +394,7 @@ def test_the_evaluation_transform_travels_to_other_processes():
     assert isinstance(evaluate, EvalTransform) and pickle.loads(pickle.dumps(evaluate)) == evaluate
 
 
-# ---------------------------------------------------------------- pairs
+# Pairs.
 
 
 def test_the_mix_of_the_canary_is_that_of_the_config():

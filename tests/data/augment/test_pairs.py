@@ -38,17 +38,14 @@ def cases(goldens):
 
 
 def golden_mixer(kwargs: dict, smoothing: float) -> PairMix:
-    return pair_mix(
-        *(
-            "AUG.MIXUP",
-            kwargs["mixup_alpha"],
-            "AUG.CUTMIX",
-            kwargs["cutmix_alpha"],
-            "AUG.MIXUP_PROB",
-            kwargs.get("prob", 1.0),
-        ),
-        *("AUG.CUTMIX_MINMAX", kwargs.get("cutmix_minmax"), "MODEL.LABEL_SMOOTHING", smoothing),
-    )
+    values = {
+        "AUG.MIXUP": kwargs["mixup_alpha"],
+        "AUG.CUTMIX": kwargs["cutmix_alpha"],
+        "AUG.MIXUP_PROB": kwargs.get("prob", 1.0),
+        "AUG.CUTMIX_MINMAX": kwargs.get("cutmix_minmax"),
+        "MODEL.LABEL_SMOOTHING": smoothing,
+    }
+    return pair_mix(*(part for item in values.items() for part in item))
 
 
 def test_mixed_images_equal_the_originals(cases):
@@ -292,24 +289,17 @@ def test_a_draw_reads_as_words():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("options", "labels", "seeds", "message"),
     [
-        (
-            lambda: pair_mix()(random_images(3), None, [1, 2, 3]),
-            "a batch of 3 images can't be mixed in pairs: use an even batch size",
-        ),
-        (lambda: pair_mix()(random_images(4), None, [1, 2]), "2 seeds for 4 images"),
-        (
-            lambda: pair_mix("MODEL.NUM_CLASSES", 0)(
-                random_images(2), torch.tensor([1, 2]), [1, 2]
-            ),
-            "set MODEL.NUM_CLASSES",
-        ),
+        ((), None, [1, 2, 3], "a batch of 3 images can't be mixed in pairs: use an even batch"),
+        ((), None, [1, 2], "2 seeds for 3 images"),
+        (("MODEL.NUM_CLASSES", 0, "AUG.MIXUP_PROB", 0.0), [1, 2, 3], [1, 2, 3], "NUM_CLASSES"),
     ],
 )
-def test_errors_say_what_is_wrong(call, message):
+def test_errors_say_what_is_wrong(options, labels, seeds, message):
+    labels = None if labels is None else torch.tensor(labels)
     with pytest.raises(ValueError, match=message):
-        call()
+        pair_mix(*options)(random_images(3), labels, seeds)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

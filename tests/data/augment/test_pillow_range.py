@@ -22,7 +22,8 @@ from configs.defaults import get_defaults
 from data.augment.decoder import AugmentDecoder
 cfg = get_defaults()
 cfg.AUG.MIXUP_MODE = "pair2"
-json.dump({"versions": [PIL.__version__, numpy.__version__], "digests": AugmentDecoder.from_config(cfg).canary()}, sys.stdout)
+digests = AugmentDecoder.from_config(cfg).canary()
+json.dump({"versions": [PIL.__version__, numpy.__version__], "digests": digests}, sys.stdout)
 """
 
 
@@ -35,18 +36,8 @@ def requirement(root: Path, name: str) -> str:
 
 def install(folder: Path, specifiers: list[str]) -> str:
     """Install the first of the specifiers that can be installed; returns it, or skips the test."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        "--retries",
-        "1",
-        "--no-deps",
-        "--upgrade",
-    ]
+    options = "-q --disable-pip-version-check --retries 1 --no-deps --upgrade".split()
+    command = [sys.executable, "-m", "pip", "install", *options]
     for specifier in specifiers:
         done = subprocess.run(
             [*command, "--only-binary", ":all:", "--target", folder, specifier],
@@ -82,33 +73,22 @@ def test_the_oldest_releases_tried_begin_the_range(root):
 @pytest.mark.parametrize("end", ["oldest", "newest"])
 def test_goldens_and_canary_at_the_ends_of_the_range(end, root, goldens, tmp_path):
     oldest = end == "oldest"
-    pillow = (
-        [f"Pillow=={version}.*" for version in PILLOW]
-        if oldest
-        else [f"Pillow{requirement(root, 'Pillow')}"]
-    )
-    numpy = (
-        [f"numpy=={version}.*" for version in NUMPY]
-        if oldest
-        else [f"numpy{requirement(root, 'numpy')}"]
-    )
-    installed = install(tmp_path, pillow), install(tmp_path, numpy)
-    theirs, ours = (
-        json.loads(run(root, tmp_path, "-c", CANARY)),
-        json.loads(run(root, None, "-c", CANARY)),
-    )
+    installed = []
+    for name, versions in (("Pillow", PILLOW), ("numpy", NUMPY)):
+        newest = [f"{name}{requirement(root, name)}"]
+        tried = [f"{name}=={version}.*" for version in versions] if oldest else newest
+        installed.append(install(tmp_path, tried))
+    theirs = json.loads(run(root, tmp_path, "-c", CANARY))
+    ours = json.loads(run(root, None, "-c", CANARY))
     print(f"{end}: Pillow {theirs['versions'][0]}, numpy {theirs['versions'][1]}")
     for version, specifier in zip(theirs["versions"], installed):
         assert not oldest or version.startswith(specifier.split("==")[1].rstrip("*")), (
             "the environment's own library was used"
         )
     assert theirs["digests"] == ours["digests"]
-    tests = (
-        "tests/data/augment/test_decoder.py",
-        "tests/data/augment/test_ops.py",
-        "-k",
-        "golden or pillow or torchvision",
-    )
+    names = ("decoder", "plan", "pillow")
+    tests = [f"tests/data/augment/test_{name}.py" for name in names]
+    tests += ["-k", "golden or pillow or torchvision or timm"]
     output = run(root, tmp_path, "-m", "pytest", "-q", *tests)
     passed = int(re.search(r"(\d+) passed", output)[1])
     assert passed >= 60 and "skipped" not in output
