@@ -111,59 +111,46 @@ MAKES_GENERATOR = {"generator", "Generator", "default_rng", "RandomState", "Rand
 def forbidden_draws(source: str) -> list[str]:
     """Where a module's source draws from, or keeps, a generator that is not an argument."""
     tree = ast.parse(source)
-    faults = []
-    functions = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-    ]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     inside = {
         id(child) for function in functions for child in ast.walk(function) if child is not function
     }
+    faults = []
     for node in ast.walk(tree):
-        found = None
+        fault = ""
         if isinstance(node, ast.Import):
-            found = next(
-                (alias.name for alias in node.names if alias.name in ("random", "numpy.random")),
-                None,
-            )
-        elif isinstance(node, ast.ImportFrom) and node.module == "random":
-            found = node.module
-        elif isinstance(node, ast.ImportFrom) and node.module == "numpy.random":
-            found = next(
-                (alias.name for alias in node.names if alias.name not in ALLOWED_NUMPY), None
-            )
-        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
-            found = next(
-                (
-                    alias.name
-                    for alias in node.names
-                    if alias.name in DRAWING_FUNCTIONS | GLOBAL_STATE
-                ),
-                None,
-            )
+            fault = ", ".join({alias.name for alias in node.names} & {"random", "numpy.random"})
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            fault = ", ".join(name for name in names if is_forbidden(node.module, name))
         elif isinstance(node, ast.Attribute):
-            owner = ast.unparse(node.value)
-            of_numpy = owner in ("np.random", "numpy.random") and node.attr not in ALLOWED_NUMPY
-            if of_numpy or (owner in ("torch", "torch.random") and node.attr in GLOBAL_STATE):
-                found = f"{owner}.{node.attr}"
+            owner = ast.unparse(node.value).replace("np.", "numpy.")
+            # drawing functions of torch may be given a generator: the calls tell
+            is_call = owner == "torch" and node.attr in DRAWING_FUNCTIONS
+            if is_forbidden(owner, node.attr) and not is_call:
+                fault = f"{owner}.{node.attr}"
         elif isinstance(node, ast.Call):
-            name = (
-                node.func.attr
-                if isinstance(node.func, ast.Attribute)
-                else getattr(node.func, "id", "")
+            owner, _, name = ast.unparse(node.func).rpartition(".")
+            draws_itself = name in DRAWING_METHODS or (
+                owner == "torch" and name in DRAWING_FUNCTIONS
             )
-            owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
-            given = any(keyword.arg == "generator" for keyword in node.keywords)
-            if (
-                name in DRAWING_METHODS or (owner == "torch" and name in DRAWING_FUNCTIONS)
-            ) and not given:
-                found = f"{owner}.{name} without generator="
+            if draws_itself and "generator" not in [keyword.arg for keyword in node.keywords]:
+                fault = f"{owner}.{name} without generator="
             elif name in MAKES_GENERATOR and id(node) not in inside:
-                found = f"{name}() at module level"
-        if found:
-            faults.append(f"line {node.lineno}: {found}")
+                fault = f"{name}() at module level"
+        if fault:
+            faults.append(f"line {node.lineno}: {fault}")
     return faults
+
+
+def is_forbidden(module: str | None, name: str) -> bool:
+    """Whether a module's name draws from, or is about, a global generator."""
+    if module == "numpy.random":
+        return name not in ALLOWED_NUMPY
+    if module in ("torch", "torch.random"):
+        return name in DRAWING_FUNCTIONS | GLOBAL_STATE
+    return module == "random"
 
 
 def test_nothing_in_data_draws_from_a_global_generator(root):
