@@ -33,57 +33,33 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tools.predict", description=__doc__, allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "images",
-        metavar="IMAGE|FOLDER",
-        nargs="+",
-        type=Path,
-        help="image files, or folders that are searched for images",
-    )
-    add(
-        "--weights",
-        required=True,
-        metavar="FILE|URL",
-        help="a checkpoint; what model it belongs to is read from it",
-    )
+    help = "image files, or folders that are searched for images"
+    add("images", metavar="IMAGE|FOLDER", nargs="+", type=Path, help=help)
+    help = "a checkpoint; what model it belongs to is read from it"
+    add("--weights", required=True, metavar="FILE|URL", help=help)
     add("--timm", metavar="NAME", help="the weights are of this timm model")
-    add(
-        "--cfg",
-        metavar="FILE",
-        help="take image size, mean and std from this recipe (default: the checkpoint's own)",
-    )
-    add(
-        "--image-size", type=int, metavar="PIXELS", help="default: the size the model was built for"
-    )
-    add(
-        "--classes",
-        metavar="FILE",
-        type=Path,
-        help="class names, one a line; default: the checkpoint's, or ImageNet's",
-    )
-    add(
-        "--topk", type=int, default=5, metavar="K", help="classes to show of each image (default 5)"
-    )
-    add(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="images per forward pass (default 16)",
-    )
+    help = "take image size, mean and std from this recipe (default: the checkpoint's own)"
+    add("--cfg", metavar="FILE", help=help)
+    help = "default: the size the model was built for"
+    add("--image-size", type=int, metavar="PIXELS", help=help)
+    help = "class names, one a line; default: the checkpoint's, or ImageNet's"
+    add("--classes", metavar="FILE", type=Path, help=help)
+    help = "classes to show of each image (default 5)"
+    add("--topk", type=int, default=5, metavar="K", help=help)
+    help = "images per forward pass (default 16)"
+    add("--batch-size", type=int, default=16, metavar="N", help=help)
     add("--json", action="store_true", help="one JSON object a line instead of a table")
     args = vars(parser.parse_args(argv))
     as_json = args.pop("json")
     try:
         for path, classes in predict(**args):
-            print(
-                (
-                    json.dumps({"image": str(path), "classes": classes})
-                    if as_json
-                    else _rows(path, classes)
-                ),
-                flush=True,
-            )
+            if as_json:
+                print(json.dumps({"image": str(path), "classes": classes}), flush=True)
+                continue
+            print(path)
+            for entry in classes:
+                percent = 100 * entry["probability"]
+                print(f"  {percent:6.2f} %  {entry['class']:>5}  {entry['name']}", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,26 +91,17 @@ def predict(
     transform = eval_transform(settings)
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
+        tensors = [transform(read_rgb(path, settings.DATA.MAX_PIXELS)) for path in batch]
         with torch.inference_mode():
-            probs = (
-                model(
-                    torch.stack(
-                        [transform(read_rgb(path, settings.DATA.MAX_PIXELS)) for path in batch]
-                    )
-                )
-                .float()
-                .softmax(-1)
-            )
+            probs = model(torch.stack(tensors)).float().softmax(-1)
         names = class_names(probs.shape[1], classes, names)
-        values, indices = probs.topk(min(topk, probs.shape[1]))
-        for path, row, found in zip(batch, values.tolist(), indices.tolist()):
-            yield (
-                path,
-                [
-                    {"class": i, "name": names[i], "probability": round(p, 6)}
-                    for p, i in zip(row, found)
-                ],
-            )
+        top = probs.topk(min(topk, probs.shape[1]))
+        for path, values, indices in zip(batch, top.values.tolist(), top.indices.tolist()):
+            found = []
+            for index, value in zip(indices, values):
+                entry = {"class": index, "name": names[index], "probability": round(value, 6)}
+                found.append(entry)
+            yield path, found
 
 
 def load_model(
@@ -146,17 +113,20 @@ def load_model(
     notes = {} if timm_name else read_notes(weights)
     if "config" in notes:
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.yaml").write_text(notes["config"], encoding="utf-8")
-            cfg = load_config(
-                ["--cfg", f"{folder}/config.yaml", "--eval", "--resume", str(weights)]
-            )
+            recipe = Path(folder) / "config.yaml"
+            recipe.write_text(notes["config"], encoding="utf-8")
+            cfg = load_config(["--cfg", str(recipe), "--eval", "--resume", str(weights)])
         return build_teacher(cfg, log=lambda text: None), cfg, notes.get("class_names", ())
     state = read_state_dict(weights)
     if timm_name:
         cfg = load_config(["--opts", "MODEL.TYPE", "timm", "MODEL.NAME", timm_name, "--eval"])
-        model: nn.Module = timm.create_model(timm_name, num_classes=_head_rows(state))
+        *_, head = (
+            value for key, value in state.items() if key.endswith("weight") and value.ndim == 2
+        )
+        model: nn.Module = timm.create_model(timm_name, num_classes=len(head))
     else:
-        state = from_timm(state) if "patch_embed.conv1.conv.weight" in state else state
+        if "patch_embed.conv1.conv.weight" in state:
+            state = from_timm(state)
         settings = tiny_vit_settings(state, weights)
         cfg = load_config(["--opts", "DATA.IMG_SIZE", str(settings["img_size"]), "--eval"])
         model = TinyViT(**settings)
@@ -171,30 +141,28 @@ def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
             f"{name}: these are not the weights of a TinyViT classifier; for a timm model name it"
             " with --timm"
         )
-    blocks = sorted(
-        {
-            tuple(map(int, found.groups()))
-            for key in state
-            if (found := re.match(r"layers\.(\d)\.blocks\.(\d+)\.", key))
-        }
-    )
-    depths = [sum(stage == i for stage, _ in blocks) for i in range(4)]
-    biases = [state[f"layers.{i}.blocks.0.attn.attention_biases"].shape for i in range(1, 4)]
-    dims = [
-        state["patch_embed.seq.2.c.weight"].shape[0],
-        *(state[f"layers.{i}.blocks.0.attn.proj.weight"].shape[0] for i in range(1, 4)),
-    ]
-    windows = [isqrt(points) for _, points in biases]
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    blocks = {re.match(r"layers\.\d\.blocks\.\d+\.|", key).group() for key in state}
+    depths = [sum(block.startswith(f"layers.{stage}.") for block in blocks) for stage in range(4)]
+    dims = [shapes["patch_embed.seq.2.c.weight"][0]]
+    num_heads = [1]  # of the first stage, which has no attention
+    windows = []
+    for stage in (1, 2, 3):
+        block = f"layers.{stage}.blocks.0"
+        heads, points = shapes[f"{block}.attn.attention_biases"]
+        dims.append(shapes[f"{block}.attn.proj.weight"][0])
+        num_heads.append(heads)
+        windows.append(isqrt(points))
     return {
         "embed_dims": dims,
         "depths": depths,
-        "num_heads": [1, *(heads for heads, _ in biases)],
+        "num_heads": num_heads,
         "window_sizes": [windows[0], *windows],
-        "num_classes": state["head.weight"].shape[0],
-        "in_chans": state["patch_embed.seq.0.c.weight"].shape[1],
-        "mbconv_expand_ratio": state["layers.0.blocks.0.conv1.c.weight"].shape[0] / dims[0],
-        "mlp_ratio": state["layers.1.blocks.0.mlp.fc1.weight"].shape[0] / dims[1],
-        "local_conv_size": state["layers.1.blocks.0.local_conv.c.weight"].shape[-1],
+        "num_classes": shapes["head.weight"][0],
+        "in_chans": shapes["patch_embed.seq.0.c.weight"][1],
+        "mbconv_expand_ratio": shapes["layers.0.blocks.0.conv1.c.weight"][0] / dims[0],
+        "mlp_ratio": shapes["layers.1.blocks.0.mlp.fc1.weight"][0] / dims[1],
+        "local_conv_size": shapes["layers.1.blocks.0.local_conv.c.weight"][-1],
         "img_size": max(32, windows[1] * STRIDE),
     }
 
@@ -216,35 +184,15 @@ def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Seque
 
 def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
-        if path.is_dir():
-            found = sorted(
-                file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
-            )
-            if not found:
-                raise ValueError(f"{path}: no images in this folder")
-            yield from found
-        elif path.is_file():
+        if path.is_file():
             yield path
-        else:
+            continue
+        if not path.is_dir():
             raise ValueError(f"{path}: no such file or folder")
-
-
-def _head_rows(state: Mapping[str, torch.Tensor]) -> int:
-    return [value for key, value in state.items() if key.endswith("weight") and value.ndim == 2][
-        -1
-    ].shape[0]
-
-
-def _rows(path: Path, classes: Sequence[dict]) -> str:
-    return "\n".join(
-        [
-            str(path),
-            *(
-                f"  {100 * entry['probability']:6.2f} %  {entry['class']:>5}  {entry['name']}"
-                for entry in classes
-            ),
-        ]
-    )
+        found = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+        if not found:
+            raise ValueError(f"{path}: no images in this folder")
+        yield from sorted(found)
 
 
 if __name__ == "__main__":

@@ -49,23 +49,19 @@ def measure(entry: Published, weights: str, args: argparse.Namespace) -> float:
     """Top-1 of a checkpoint, in percent, with the evaluation of the recipe it came from."""
     model = TinyViT.from_config(entry.variant)
     load_weights(model, weights, exact=True, log=lambda text: None)
-    opts = [
-        "DATA.VAL_PATH",
-        str(args.val),
-        "DATA.CLASS_LIST",
-        "imagenet1k",
-        "DATA.IMG_SIZE",
-        str(model.img_size),
-        "DATA.BATCH_SIZE",
-        str(args.batch_size),
-        "DATA.NUM_WORKERS",
-        str(args.workers),
-        "TEST.CROP",
-        str(model.img_size == 224),
-    ]
-    cfg = load_config(["--eval", "--device", args.device, "--opts", *opts])
-    device, epochs = choose_device(args.device), open_run(cfg).val_loader()
-    batches = progress(epochs.batches(0), total=epochs.count(), description=entry.file)
+    opts = {
+        "DATA.VAL_PATH": args.val,
+        "DATA.CLASS_LIST": "imagenet1k",
+        "DATA.IMG_SIZE": model.img_size,
+        "DATA.BATCH_SIZE": args.batch_size,
+        "DATA.NUM_WORKERS": args.workers,
+        "TEST.CROP": model.img_size == 224,
+    }
+    words = [str(word) for pair in opts.items() for word in pair]
+    cfg = load_config(["--eval", "--device", args.device, "--opts", *words])
+    device = choose_device(args.device)
+    loader = open_run(cfg).val_loader()
+    batches = progress(loader.batches(0), total=loader.count(), description=entry.file)
     return evaluate(model.to(device).eval(), batches, device, amp_dtype(cfg, device))["top1"]
 
 
@@ -78,10 +74,8 @@ def found(args: argparse.Namespace) -> Iterator[tuple[Published, str]]:
         elif args.download:
             yield entry, zoo_url(entry.variant, entry.which)
         else:
-            print(
-                f"{entry.file}: not in {args.checkpoints}, left out (--download fetches it)",
-                flush=True,
-            )
+            left_out = f"not in {args.checkpoints}, left out (--download fetches it)"
+            print(f"{entry.file}: {left_out}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,34 +86,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tools.verify_zoo", description=__doc__, allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "val",
-        metavar="VAL",
-        type=Path,
-        help="ImageNet-1k's validation images: class folders, or a tar of them",
-    )
-    add(
-        "--checkpoints",
-        metavar="FOLDER",
-        type=Path,
-        default=Path("checkpoints"),
-        help="where official checkpoints lie (checkpoints)",
-    )
-    add(
-        "--download",
-        action="store_true",
-        help="fetch those that are missing from the authors' model zoo",
-    )
+    help = "ImageNet-1k's validation images: class folders, or a tar of them"
+    add("val", metavar="VAL", type=Path, help=help)
+    help = "where official checkpoints lie (checkpoints)"
+    add("--checkpoints", metavar="FOLDER", type=Path, default=Path("checkpoints"), help=help)
+    help = "fetch those that are missing from the authors' model zoo"
+    add("--download", action="store_true", help=help)
     add("--batch-size", type=int, default=64, metavar="N", help="images per forward pass (64)")
     add("--workers", type=int, default=4, metavar="N", help="loader processes (4)")
-    add(
-        "--device",
-        choices=["auto", "cuda", "mps", "cpu"],
-        default="auto",
-        help="where to run (auto)",
-    )
+    devices = ["auto", "cuda", "mps", "cpu"]
+    add("--device", choices=devices, default="auto", help="where to run (auto)")
     args = parser.parse_args(argv)
-    off = count = 0
+    agrees = []
     try:
         if not args.val.exists():
             raise ValueError(
@@ -127,18 +105,15 @@ def main(argv: list[str] | None = None) -> int:
             )
         for entry, weights in found(args):
             top1 = measure(entry, weights, args)
-            is_off = abs(top1 - entry.top1) > TOLERANCE
-            off, count = off + is_off, count + 1
-            print(
-                f"{entry.file}: top-1 {top1:.2f}%, published {entry.top1:.1f}%:"
-                f" {'DIFFERS' if is_off else 'agrees'}",
-                flush=True,
-            )
+            agrees.append(abs(top1 - entry.top1) <= TOLERANCE)
+            verdict = "agrees" if agrees[-1] else "DIFFERS"
+            compared = f"top-1 {top1:.2f}%, published {entry.top1:.1f}%"
+            print(f"{entry.file}: {compared}: {verdict}", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{count - off} of {count} checkpoints agree within {TOLERANCE} points")
-    return 1 if off or not count else 0
+    print(f"{sum(agrees)} of {len(agrees)} checkpoints agree within {TOLERANCE} points")
+    return 0 if agrees and all(agrees) else 1
 
 
 if __name__ == "__main__":
