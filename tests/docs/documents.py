@@ -20,9 +20,7 @@ def marked(page: Path, kind: str) -> list[tuple[str, str]]:
 
 def blocks(page: Path, *languages: str) -> list[str]:
     """The texts of a page's code blocks in some languages; "" is a block that names none."""
-    found = re.findall(
-        r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-    )
+    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"))
     return [text for language, text in found if language in languages]
 
 
@@ -47,9 +45,6 @@ def joined(text: str) -> list[str]:
 
 def inline_commands(page: Path) -> list[list[str]]:
     """The commands in a page's text; a program's name alone is none."""
-    text = re.sub(
-        r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
-    return [
-        shlex.split(code) for code in re.findall(r"`([^`\n]+)`", text) if code.startswith(STARTS)
-    ]
+    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
+    codes = re.findall(r"`([^`\n]+)`", text)
+    return [shlex.split(code) for code in codes if code.startswith(STARTS)]

@@ -1,4 +1,4 @@
-"""The documents tell the truth: their examples run, and every key, link and test they name exists."""
+"""The documents tell the truth: examples run, and every key, link and test they name exists."""
 
 import os
 import re
@@ -19,26 +19,18 @@ from tests.docs.documents import PAGES, README, marked
 from tests.support.helpers import ROOT
 from tools import verify_zoo
 
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 FOLDERS = ("configs", "data", "models", "tools", "benchmarks", "tests")
-TINY = [
-    "DATA.SHAPES.TRAIN_IMAGES",
-    "512",
-    "DATA.SHAPES.VAL_IMAGES",
-    "20",
-    "DATA.NUM_WORKERS",
-    "0",
-    "TRAIN.EPOCHS",
-    "1",
-    "TRAIN.WARMUP_EPOCHS",
-    "0",
-]
+FEW = "DATA.SHAPES.TRAIN_IMAGES 512 DATA.SHAPES.VAL_IMAGES 20".split()
+SHORT = "DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0".split()
 
 
 def all_keys(node, prefix: str = "") -> set[str]:
     keys = set()
     for name, value in node.items():
         keys.add(f"{prefix}{name}")
-        keys |= all_keys(value, f"{prefix}{name}.") if hasattr(value, "items") else set()
+        if hasattr(value, "items"):
+            keys |= all_keys(value, f"{prefix}{name}.")
     return keys
 
 
@@ -49,30 +41,24 @@ def test_keys_and_links_in_the_text_exist(page):
     assert named <= keys, f"no such keys: {named - keys}"
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
-    files = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("*.py")] + [
-        path.relative_to(ROOT).as_posix()
-        for folder in FOLDERS
-        for path in (ROOT / folder).rglob("*.py")
-    ]
+    files = [*ROOT.glob("*.py")]
+    for folder in FOLDERS:
+        files += (ROOT / folder).rglob("*.py")
     for name in set(re.findall(r"`([\w/]+\.py)`", text)) - {"my_images.py", "my_models.py"}:
-        assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{page.name} names {name}"
+        assert any(str(file).endswith(f"/{name}") for file in files), f"{page.name} names {name}"
 
 
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
+def run(words: list[str], folder: Path) -> None:
     """A command of the documents, from a folder whose Python files can be imported beside ours."""
+    paths = os.pathsep.join([str(ROOT), str(folder)])
     done = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
         capture_output=True,
         text=True,
-        env=environment(folder),
+        env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
 
 
 @pytest.fixture
@@ -83,23 +69,18 @@ def workplace(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), marked(ROOT / "CONTRIBUTING.md", "command"), ids=["data-set", "model"]
-)
-def test_examples_of_contributing_train(name, text, workplace):
-    for file, source in marked(ROOT / "CONTRIBUTING.md", "file"):
+@pytest.mark.parametrize("text", [text for _, text in marked(CONTRIBUTING, "command")])
+def test_examples_of_contributing_train(text, workplace):
+    for file, source in marked(CONTRIBUTING, "file"):
         (workplace / file).write_text(source)
         assert len(source.splitlines()) <= 30
-    words = shlex.split(text)[1:]
-    run(
-        [*words, "--opts", *TINY[2:6]] if "my_images" in text else [*words, "--opts", *TINY[:6]],
-        workplace,
-    )
+    _, *words = shlex.split(text)
+    run([*words, "--opts", *SHORT, *FEW], workplace)
     assert list(workplace.glob("output/*/*/checkpoints/last.pth"))
 
 
 def test_own_augmentation_runs(workplace):
-    ((_, source),) = marked(ROOT / "CONTRIBUTING.md", "run")
+    ((_, source),) = marked(CONTRIBUTING, "run")
     assert len(source.splitlines()) <= 30
     run(["-c", source], workplace)
 
@@ -108,20 +89,13 @@ def test_the_readmes_own_loop_runs(workplace):
     """A teacher's store is written by the real program, then read by the README's loop."""
     ((_, source),) = marked(ROOT / "README.md", "run")
     assert len(source.splitlines()) <= 25
-    recipe = ["--cfg", "configs/shapes/save_logits.yaml"]
-    teacher = build_model(
-        load_config(["--cfg", str(ROOT / recipe[1]), "--opts", "MODEL.NUM_CLASSES", "10"])
-    )
-    torch.save(teacher.state_dict(), workplace / "teacher.pth")
-    opts = [*TINY, "DISTILL.TEACHER_LOGITS_PATH", "output/demo/logits"]
-    run(
-        ["save_logits.py", *recipe, "--skip-eval", "--resume", "teacher.pth", "--opts", *opts],
-        workplace,
-    )
-    source = source.replace(
-        '"DISTILL.TEACHER_LOGITS_PATH"',
-        ", ".join(f'"{word}"' for word in [*TINY, "DISTILL.TEACHER_LOGITS_PATH"]),
-    )
+    recipe = "configs/shapes/save_logits.yaml"
+    cfg = load_config(["--cfg", str(ROOT / recipe), "--opts", "MODEL.NUM_CLASSES", "10"])
+    torch.save(build_model(cfg).state_dict(), workplace / "teacher.pth")
+    small = [*FEW, *SHORT, "DISTILL.TEACHER_LOGITS_PATH"]
+    words = f"save_logits.py --cfg {recipe} --skip-eval --resume teacher.pth --opts".split()
+    run([*words, *small, "output/demo/logits"], workplace)
+    source = source.replace('"DISTILL.TEACHER_LOGITS_PATH"', str(small)[1:-1])
     run(["-c", source + "\nassert torch.isfinite(loss) and epoch == 0\n"], workplace)
 
 
@@ -141,12 +115,3 @@ def test_the_readmes_table_of_models_is_right():
         model = TinyViT.from_config(name.lower().replace("-", "_"))
         assert model.img_size == int(size) and f"{count_parameters(model) / 1e6:.1f}" == parameters
         assert f"{model.flops() / 1e9:.1f}" == adds
-
-
-def test_results_say_how_they_were_made():
-    """Every section of the results names a command."""
-    text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
-    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        assert re.search(r"`[^`]*(python|make|torchrun)[^`]*`|```", section), section.splitlines()[
-            0
-        ]

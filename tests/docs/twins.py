@@ -118,55 +118,39 @@ def config_of(command: Command):
 def twin(command: Command) -> Command:
     """The same command of main.py or save_logits.py in small, for one process."""
     cfg = config_of(command)
-    opts: list[object] = [
-        "DATA.NUM_WORKERS",
-        0,
-        "TRAIN.EPOCHS",
-        1,
-        "TRAIN.WARMUP_EPOCHS",
-        0,
-        "PRINT_FREQ",
-        1,
-        *_small_model(cfg),
-    ]
+    opts = "DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 1".split()
+    opts += _small_model(cfg)
     if cfg.TRAIN.GLOBAL_BATCH:
         opts += ["TRAIN.GLOBAL_BATCH", 8]
     if cfg.DATA.DATASET == "shapes":
         opts += ["DATA.SHAPES.TRAIN_IMAGES", SHAPES, "DATA.SHAPES.VAL_IMAGES", 20]
     elif cfg.DATA.DATASET == "cifar10":
         opts += ["DATA.SUBSET", 1.0]
-    # which has all of its classes, unlike the stand-in
     elif Path(cfg.DATA.DATA_PATH).name.startswith("ImageNet"):
-        opts += [
-            "DATA.CLASS_LIST",
-            "imagenet22k" if cfg.DATA.DATASET == "imagenet22k" else "imagenet1k",
-        ]
-    return Command(
-        command.program,
-        [*command.arguments, "--batch-size", "4", "--only-cpu", "--opts", *map(str, opts)],
-    )
+        # The list has all classes, unlike the stand-in.
+        name = "imagenet22k" if cfg.DATA.DATASET == "imagenet22k" else "imagenet1k"
+        opts += ["DATA.CLASS_LIST", name]
+    small = ["--batch-size", "4", "--only-cpu", "--opts", *map(str, opts)]
+    return Command(command.program, [*command.arguments, *small])
 
 
 def _small_model(cfg) -> list[object]:
     """Options for the small model that stands for a configuration's, and for its image size."""
     match cfg.MODEL.TYPE:
         case "timm":
-            assert timm.get_pretrained_cfg(cfg.MODEL.NAME).has_weights, (
-                f"timm has no weights for {cfg.MODEL.NAME}"
-            )
+            has_weights = timm.get_pretrained_cfg(cfg.MODEL.NAME).has_weights
+            assert has_weights, f"timm has no weights for {cfg.MODEL.NAME}"
             return ["MODEL.NAME", TIMM, "DATA.IMG_SIZE", SIDE]
         case "tiny_vit" if cfg.DATA.DATASET != "shapes":
-            small, is_small_already = VARIANTS[_official(cfg)], cfg.DATA.DATASET == "cifar10"
-            keys = (
-                "DEPTHS",
-                "EMBED_DIMS",
-                "NUM_HEADS",
-                *([] if is_small_already else ["WINDOW_SIZES"]),
-            )
-            shape = [
-                word for key in keys for word in (f"MODEL.TINY_VIT.{key}", list(small[key.lower()]))
-            ]
-            return [*([] if is_small_already else ["DATA.IMG_SIZE", small["img_size"]]), *shape]
+            small = VARIANTS[_official(cfg)]
+            keys = ["DEPTHS", "EMBED_DIMS", "NUM_HEADS"]
+            opts = []
+            if cfg.DATA.DATASET != "cifar10":  # whose images are small already
+                keys.append("WINDOW_SIZES")
+                opts = ["DATA.IMG_SIZE", small["img_size"]]
+            for key in keys:
+                opts += [f"MODEL.TINY_VIT.{key}", list(small[key.lower()])]
+            return opts
         case "tiny_vit":
             return []
         case _:
@@ -246,18 +230,9 @@ def _write_weights(root: Path) -> None:
             # a larger 21m begins with the weights of the smaller, under the same name
             if not file.exists():
                 torch.save({"model": model.state_dict()}, file)
-    teacher = build_model(
-        load_config(
-            [
-                "--cfg",
-                str(ROOT / "configs" / "shapes" / "teacher.yaml"),
-                "--opts",
-                "MODEL.NUM_CLASSES",
-                "10",
-            ]
-        )
-    )
-    torch.save(teacher.state_dict(), root / "shapes_teacher.pth")
+    recipe = str(ROOT / "configs" / "shapes" / "teacher.yaml")
+    cfg = load_config(["--cfg", recipe, "--opts", "MODEL.NUM_CLASSES", "10"])
+    torch.save(build_model(cfg).state_dict(), root / "shapes_teacher.pth")
     torch.save(clip_vit_large14_224(**CLIP).state_dict(), root / "clip_vit_large_patch14_22k.pth")
 
 
@@ -265,22 +240,15 @@ def _write_store(root: Path, name: str, recipe: str) -> None:
     """The store that a student's recipe wants, from a teacher of our own."""
     classes = 21841 if name == "imagenet22k" else 1000
     data = root / ("ImageNet-22k" if classes > 1000 else "ImageNet")
-    words = [
-        "--cfg",
-        str(root / "configs" / f"{recipe}.yaml"),
-        "--data-path",
-        str(data),
-        "--skip-eval",
-        "--output",
-        str(root / "stores"),
-        "--opts",
-        "MODEL.TYPE",
-        "tests.support.teachers:glance",
-        "MODEL.NUM_CLASSES",
-        str(classes),
-        "DISTILL.TEACHER_LOGITS_PATH",
-        str(root / "stores" / name),
-    ]
+    opts = {
+        "MODEL.TYPE": "tests.support.teachers:glance",
+        "MODEL.NUM_CLASSES": classes,
+        "DISTILL.TEACHER_LOGITS_PATH": root / "stores" / name,
+    }
+    words = f"--cfg {root}/configs/{recipe}.yaml --data-path {data} --skip-eval --output".split()
+    words += [f"{root}/stores", "--opts"]
+    for key, value in opts.items():
+        words += [key, str(value)]
     assert save_logits.main(twin(Command("save_logits.py", words)).arguments) == 0
 
 

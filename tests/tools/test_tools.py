@@ -1,4 +1,4 @@
-"""The small programs: curves, predictions, the zoo's check, and what the demo makes of its results."""
+"""The small programs: curves, predictions, the zoo's check, the demo's picture, counts of code."""
 
 import json
 
