@@ -1,15 +1,13 @@
 """Small twins of documented commands: the same program, recipe, flags and --opts in a folder of
 stand-ins, made small by later --opts.
 
-The network is the one thing that is replaced: the model zoo is a folder behind a loopback URL,
-timm's hub gives random weights."""
+The network is the one thing that is replaced: the model zoo is a folder behind a file's URL,
+timm's hub gives random weights.
+"""
 
-import http.server
 import shutil
-import threading
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -161,16 +159,12 @@ def _official(cfg) -> str:
     """The official variant that a configuration describes, by its windows too where these are an
     official variant's.
     """
-    found = [
-        name
-        for name, variant in OFFICIAL.items()
-        if variant["embed_dims"] == tuple(cfg.MODEL.TINY_VIT.EMBED_DIMS)
-    ]
-    windows = tuple(cfg.MODEL.TINY_VIT.WINDOW_SIZES)
-    return next((name for name in found if OFFICIAL[name].get("window_sizes") == windows), found[0])
-
-
-# ---- stand-ins
+    dims = tuple(cfg.MODEL.TINY_VIT.EMBED_DIMS)
+    found = {name: shape for name, shape in OFFICIAL.items() if shape["embed_dims"] == dims}
+    for name, shape in found.items():
+        if shape.get("window_sizes") == tuple(cfg.MODEL.TINY_VIT.WINDOW_SIZES):
+            return name
+    return next(iter(found))
 
 
 def write_stand_ins(root: Path) -> None:
@@ -214,9 +208,8 @@ def _write_zips(root: Path) -> None:
 
 
 def _picture(label: int, index: int) -> Image.Image:
-    return Image.fromarray(
-        np.random.default_rng([label, index]).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-    )
+    rng = np.random.default_rng([label, index])
+    return Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
 
 
 def _write_weights(root: Path) -> None:
@@ -250,26 +243,6 @@ def _write_store(root: Path, name: str, recipe: str) -> None:
     for key, value in opts.items():
         words += [key, str(value)]
     assert save_logits.main(twin(Command("save_logits.py", words)).arguments) == 0
-
-
-# ---- what replaces the network
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The URL under which a folder's files can be fetched."""
-    handler = partial(_Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 def shrink_the_world(patch: pytest.MonkeyPatch) -> None:
