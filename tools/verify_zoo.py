@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +26,6 @@ class Published(NamedTuple):
     which: str
     top1: float
 
-    @property
-    def file(self) -> str:
-        """The checkpoint's name in the zoo."""
-        return zoo_url(self.variant, self.which).rsplit("/", 1)[-1]
-
 
 ZOO = (
     Published("5m", "1k", 79.1),
@@ -45,37 +39,18 @@ ZOO = (
 )
 
 
-def measure(entry: Published, weights: str, args: argparse.Namespace) -> float:
+def measure(variant: str, weights: str, args: argparse.Namespace) -> float:
     """Top-1 of a checkpoint, in percent, with the evaluation of the recipe it came from."""
-    model = TinyViT.from_config(entry.variant)
+    model = TinyViT.from_config(variant)
     load_weights(model, weights, exact=True, log=lambda text: None)
-    opts = {
-        "DATA.VAL_PATH": args.val,
-        "DATA.CLASS_LIST": "imagenet1k",
-        "DATA.IMG_SIZE": model.img_size,
-        "DATA.BATCH_SIZE": args.batch_size,
-        "DATA.NUM_WORKERS": args.workers,
-        "TEST.CROP": model.img_size == 224,
-    }
-    words = [str(word) for pair in opts.items() for word in pair]
-    cfg = load_config(["--eval", "--device", args.device, "--opts", *words])
+    words = f"--eval --device {args.device} --batch-size {args.batch_size} --opts".split()
+    words += f"DATA.CLASS_LIST imagenet1k DATA.IMG_SIZE {model.img_size}".split()
+    words += f"TEST.CROP {model.img_size == 224} DATA.NUM_WORKERS {args.workers}".split()
+    cfg = load_config([*words, "DATA.VAL_PATH", str(args.val)])
     device = choose_device(args.device)
     loader = open_run(cfg).val_loader()
-    batches = progress(loader.batches(0), total=loader.count(), description=entry.file)
+    batches = progress(loader.batches(0), total=loader.count(), description=Path(weights).name)
     return evaluate(model.to(device).eval(), batches, device, amp_dtype(cfg, device))["top1"]
-
-
-def found(args: argparse.Namespace) -> Iterator[tuple[Published, str]]:
-    """The checkpoints that are at hand, or can be fetched with --download."""
-    for entry in ZOO:
-        path = args.checkpoints / entry.file
-        if path.is_file():
-            yield entry, str(path)
-        elif args.download:
-            yield entry, zoo_url(entry.variant, entry.which)
-        else:
-            left_out = f"not in {args.checkpoints}, left out (--download fetches it)"
-            print(f"{entry.file}: {left_out}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,12 +78,20 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"{args.val}: no such file or folder; give ImageNet-1k's validation images"
             )
-        for entry, weights in found(args):
-            top1 = measure(entry, weights, args)
+        for entry in ZOO:
+            weights = zoo_url(entry.variant, entry.which)
+            name = Path(weights).name
+            if (args.checkpoints / name).is_file():
+                weights = str(args.checkpoints / name)
+            elif not args.download:
+                why = f"not in {args.checkpoints}, left out (--download fetches it)"
+                print(f"{name}: {why}", flush=True)
+                continue
+            top1 = measure(entry.variant, weights, args)
             agrees.append(abs(top1 - entry.top1) <= TOLERANCE)
             verdict = "agrees" if agrees[-1] else "DIFFERS"
             compared = f"top-1 {top1:.2f}%, published {entry.top1:.1f}%"
-            print(f"{entry.file}: {compared}: {verdict}", flush=True)
+            print(f"{name}: {compared}: {verdict}", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
