@@ -9,6 +9,7 @@ from PIL import Image
 from configs import load_config
 from data.build import open_run
 from tests.support import saving, training
+from tests.support.jobs import words
 
 COUNTED = """
 from pathlib import Path
@@ -38,12 +39,12 @@ def calls(tmp_path, monkeypatch) -> Path:
 
 def test_a_training_opens_everything_once(calls, tmp_path):
     flags = ["--data-path", calls]
-    assert training.run(tmp_path, "DATA.DATASET", "theirs:drawn", flags=flags) == 0
+    assert training.run(tmp_path, "DATA.DATASET theirs:drawn", flags=flags) == 0
     assert sorted(calls.read_text().split()) == ["train", "val"]
 
 
 def test_saving_and_reading_a_store_open_everything_once(calls, tmp_path):
-    opts = ["DATA.DATASET", "theirs:drawn", "DATA.DATA_PATH", calls, "TRAIN.EPOCHS", 2]
+    opts = ["DATA.DATASET theirs:drawn DATA.DATA_PATH", calls, "TRAIN.EPOCHS 2"]
     store = tmp_path / "store"
     assert saving.run(store, *opts, flags=()) == 0
     assert sorted(calls.read_text().split()) == ["train", "val"]
@@ -85,17 +86,17 @@ def faulty(cfg, split):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_fault_in_a_worker_keeps_all_of_its_text(workers, tmp_path):
-    opts = ["DATA.DATASET", "tests.data.test_build:faulty", "DATA.NUM_WORKERS", str(workers)]
-    opts += ["DATA.INDEX_DIR", str(tmp_path), "DATA.IMG_SIZE", "40"]
-    loader = open_run(load_config(["--opts", *opts])).train_loader(2)
+    opts = ["DATA.DATASET tests.data.test_build:faulty DATA.NUM_WORKERS", workers]
+    opts += ["DATA.INDEX_DIR", tmp_path, "DATA.IMG_SIZE 40"]
+    loader = open_run(load_config(words("--opts", *opts))).train_loader(2)
     with pytest.raises(ValueError, match=r"^image 2: broken\nin two lines$"):
         list(loader.batches(0))
     assert loader.waited > 0
 
 
 def test_a_worker_that_dies_is_told_by_its_number(tmp_path):
-    opts = ["DATA.DATASET", "shapes", "DATA.NUM_WORKERS", "1", "DATA.INDEX_DIR", str(tmp_path)]
-    loader = open_run(load_config(["--opts", *opts])).train_loader(64)
+    opts = ["DATA.DATASET shapes DATA.NUM_WORKERS 1 DATA.INDEX_DIR", tmp_path]
+    loader = open_run(load_config(words("--opts", *opts))).train_loader(64)
     batches = loader.batches(0)
     next(batches)
     worker = loader._workers[0]

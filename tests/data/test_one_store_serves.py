@@ -20,6 +20,7 @@ from data.images.datasets import build_dataset
 from data.store import LogitsStoreReader
 from data.store.keys import map_positions
 from models.distill import encode
+from tests.support.jobs import words
 from tests.support.saving import OPTS, run
 from tests.support.teachers import Glance
 
@@ -43,10 +44,7 @@ def store(tmp_path_factory) -> Path:
             K,
             "TRAIN.EPOCHS",
             EPOCHS,
-            "DATA.SEED",
-            11,
-            "DATA.MEAN_AND_STD_TYPE",
-            "half",
+            "DATA.SEED 11 DATA.MEAN_AND_STD_TYPE half",
         )
         == 0
     )
@@ -56,24 +54,19 @@ def store(tmp_path_factory) -> Path:
 def unresolved(root: Path, *opts: object):
     """A student's configuration, in which nothing of the recipe is given: the store tells."""
     student = [
-        "MODEL.TYPE",
-        "tiny_vit",
-        "DISTILL.TEACHER_LOGITS_PATH",
+        "MODEL.TYPE tiny_vit DISTILL.TEACHER_LOGITS_PATH",
         root,
         "TRAIN.EPOCHS",
         EPOCHS,
-        "TRAIN.WARMUP_EPOCHS",
-        0,
-        "DATA.MEAN_AND_STD_TYPE",
-        "half",
+        "TRAIN.WARMUP_EPOCHS 0 DATA.MEAN_AND_STD_TYPE half",
     ]
     own = dict(zip(OPTS[::2], OPTS[1::2]))
     kept = [
         item
-        for key in ("DATA.DATASET", "DATA.SHAPES.SIZE", "DATA.NUM_WORKERS", "DEVICE")
+        for key in "DATA.DATASET DATA.SHAPES.SIZE DATA.NUM_WORKERS DEVICE".split()
         for item in (key, own[key])
     ]
-    return load_config(["--opts", *map(str, [*kept, *DATA, *student, *opts])])
+    return load_config(words("--opts", *kept, *DATA, *student, *opts))
 
 
 def student(root: Path, *opts: object):
@@ -159,7 +152,7 @@ def test_the_recipe_comes_from_the_store(store):
     )
     assert cfg.AUG.FILL == [128, 128, 128] and cfg.DISTILL.ENABLED and cfg.AUG.MIXUP_MODE == "pair2"
     # the student's normalisation is its own, the fill colour is not
-    other = student(store, "DATA.MEAN_AND_STD_TYPE", "default")
+    other = student(store, "DATA.MEAN_AND_STD_TYPE default")
     assert other.AUG.FILL == [128, 128, 128]
 
 
@@ -174,7 +167,7 @@ def test_a_part_of_the_data(store):
     partners that they had.
     """
     whole = trained_on(student(store), 1, step_images=1)
-    cfg = student(store, "DATA.SUBSET", 0.5, "DATA.BATCH_SIZE", 2)
+    cfg = student(store, "DATA.SUBSET 0.5 DATA.BATCH_SIZE 2")
     wanted = set(build_dataset(cfg, "train").get_keys())
     assert 25 < len(wanted) < 36
     got = trained_on(cfg, 1, step_images=1)
@@ -195,12 +188,12 @@ def test_a_tenth_of_the_data(tmp_path):
     """Without mixing every image of the tenth is served; of pairs both must be there, and what is
     skipped is told.
     """
-    images = ("DATA.SHAPES.TRAIN_IMAGES", 121)
-    unmixed = ("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
-    own = ("MODEL.NUM_CLASSES", CLASSES, "DATA.SEED", 11, "DATA.MEAN_AND_STD_TYPE", "half")
-    assert run(tmp_path / "single", *DATA, *images, *own, *unmixed) == 0
-    assert run(tmp_path / "pairs", *DATA, *images, *own) == 0
-    tenth = (*images, "DATA.SUBSET", 0.1, "DATA.BATCH_SIZE", 2, "TRAIN.EPOCHS", 1)
+    images = "DATA.SHAPES.TRAIN_IMAGES 121"
+    unmixed = "AUG.MIXUP 0.0 AUG.CUTMIX 0.0"
+    own = ("MODEL.NUM_CLASSES", CLASSES, "DATA.SEED 11 DATA.MEAN_AND_STD_TYPE half")
+    assert run(tmp_path / "single", *DATA, images, *own, unmixed) == 0
+    assert run(tmp_path / "pairs", *DATA, images, *own) == 0
+    tenth = (images, "DATA.SUBSET 0.1 DATA.BATCH_SIZE 2 TRAIN.EPOCHS 1")
     cfg = student(tmp_path / "single", *tenth)
     got = trained_on(cfg, 0, step_images=1)
     assert [sample[0] for sample in got.values()] != sorted(sample[0] for sample in got.values())
@@ -225,7 +218,7 @@ def test_a_list_of_images_to_leave_out(store, tmp_path):
 
 def test_a_run_twice_as_long(store):
     """Epoch e is the store's epoch e modulo 2, in order and pairs too."""
-    cfg = student(store, "TRAIN.EPOCHS", 4, "DISTILL.REUSE_EPOCHS", True)
+    cfg = student(store, "TRAIN.EPOCHS 4 DISTILL.REUSE_EPOCHS True")
     for epoch in range(4):
         got, again = trained_on(cfg, epoch), trained_on(student(store), epoch % 2)
         assert_right_targets(store, got, epoch % 2)
@@ -238,8 +231,8 @@ def test_epochs_differ(store):
 
 
 def test_workers_map_the_store_themselves(store):
-    """Persistent workers go from one epoch to the next and read the right records of each."""
-    data = open_run(student(store, "DATA.NUM_WORKERS", 2)).train_loader(BATCH, 0, BATCH)
+    """Persistent loader processes read the right records of one epoch after the other."""
+    data = open_run(student(store, "DATA.NUM_WORKERS 2")).train_loader(BATCH, 0, BATCH)
     reader = LogitsStoreReader(store)
     for epoch in (0, 1, 0):
         records = reader.open_epoch(epoch)
@@ -282,63 +275,55 @@ def test_the_table_of_bytes(store):
     ("opts", "message"),
     [
         (
-            ("DISTILL.LOGITS_TOPK", 11),
+            "DISTILL.LOGITS_TOPK 11",
             (
                 "DISTILL.LOGITS_TOPK = 11, but the store {store} holds top-10: set"
                 " DISTILL.LOGITS_TOPK 10 or less"
             ),
         ),
         (
-            ("MODEL.NUM_CLASSES", 30),
+            "MODEL.NUM_CLASSES 30",
             "MODEL.NUM_CLASSES = 30, but the store {store} was written with 20",
         ),
         (
-            ("AUG.REPROB", 0.5),
+            "AUG.REPROB 0.5",
             (
                 "AUG.REPROB = 0.5, but the store {store} was written with 0.25: leave AUG.REPROB"
                 " out to take the store's"
             ),
         ),
-        (("AUG.MIXUP", 0.0), "AUG.MIXUP = 0.0, but the store {store} was written with 0.8"),
+        ("AUG.MIXUP 0.0", "AUG.MIXUP = 0.0, but the store {store} was written with 0.8"),
         (
-            ("AUG.FILL", [1, 2, 3]),
+            "AUG.FILL [1,2,3]",
             "AUG.FILL = [1, 2, 3], but the store {store} was written with [128, 128, 128]",
         ),
-        (("DATA.SEED", 12), "DATA.SEED = 12, but the store {store} was written with 11"),
+        ("DATA.SEED 12", "DATA.SEED = 12, but the store {store} was written with 11"),
         (
-            ("DATA.IMG_SIZE", 48),
+            "DATA.IMG_SIZE 48",
             (
                 "but the store {store} was written with 40: set DATA.IMG_SIZE 40, or"
                 " DISTILL.OTHER_SIZE True"
             ),
         ),
         (
-            ("DISTILL.TEMPERATURE", 2.0),
+            "DISTILL.TEMPERATURE 2.0",
             "DISTILL.TEMPERATURE = 2.0, but the store {store} was written with 1.0",
         ),
         (
-            ("DATA.INTERPOLATION", "bilinear"),
+            "DATA.INTERPOLATION bilinear",
             "DATA.INTERPOLATION = 'bilinear', but the store {store} was written with 'bicubic'",
         ),
     ],
 )
 def test_an_explicit_value_that_differs(store, opts, message):
     with pytest.raises(ValueError) as refused:
-        student(store, *opts)
+        student(store, opts)
     assert message.format(store=store) in str(refused.value)
 
 
 def test_values_that_are_equal_or_allowed_to_differ(store):
     cfg = student(
-        store,
-        "AUG.REPROB",
-        0.25,
-        "AUG.SCALE",
-        (0.08, 1),
-        "DATA.IMG_SIZE",
-        56,
-        "DISTILL.OTHER_SIZE",
-        True,
+        store, "AUG.REPROB 0.25 AUG.SCALE", (0.08, 1), "DATA.IMG_SIZE 56 DISTILL.OTHER_SIZE True"
     )
     assert cfg.DATA.IMG_SIZE == 56
     other, same = trained_on(cfg, 0), trained_on(student(store), 0)
@@ -346,7 +331,7 @@ def test_values_that_are_equal_or_allowed_to_differ(store):
         sample[:6] for sample in same.values()
     ]
     with pytest.raises(ValueError, match="DATA.IMG_SIZE = 32"):  # there the draws are others
-        student(store, "DATA.IMG_SIZE", 32, "DISTILL.OTHER_SIZE", True)
+        student(store, "DATA.IMG_SIZE 32 DISTILL.OTHER_SIZE True")
 
 
 def test_epochs_that_are_missing(store):
@@ -357,7 +342,7 @@ def test_epochs_that_are_missing(store):
             r" DISTILL.REUSE"
         ),
     ):
-        student(store, "TRAIN.EPOCHS", 5)
+        student(store, "TRAIN.EPOCHS 5")
 
 
 @pytest.fixture
@@ -418,15 +403,13 @@ def photographed(tmp_path_factory) -> tuple[Path, Path]:
         path = folder / "images" / "train" / shapes.CLASS_NAMES[i % 10] / f"{i // 10:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         shapes.draw("train", i % 10, i, 40).save(path)
-    assert (
-        run(folder / "store", "DATA.DATASET", "imagenet", "DATA.DATA_PATH", folder / "images") == 0
-    )
+    assert run(folder / "store", "DATA.DATASET imagenet DATA.DATA_PATH", folder / "images") == 0
     return folder / "store", folder / "images"
 
 
 def refusal(store: Path, images: Path) -> str:
     with pytest.raises(ValueError) as refused:
-        student(store, "DATA.DATASET", "imagenet", "DATA.DATA_PATH", images, "TRAIN.EPOCHS", 1)
+        student(store, "DATA.DATASET imagenet DATA.DATA_PATH", images, "TRAIN.EPOCHS 1")
     return str(refused.value)
 
 
@@ -438,7 +421,7 @@ def changed(photographed, tmp_path) -> tuple[Path, Path]:
 
 def test_unchanged_images_elsewhere_are_welcome(photographed, tmp_path):
     store, images = changed(photographed, tmp_path)
-    student(store, "DATA.DATASET", "imagenet", "DATA.DATA_PATH", images, "TRAIN.EPOCHS", 1)
+    student(store, "DATA.DATASET imagenet DATA.DATA_PATH", images, "TRAIN.EPOCHS 1")
 
 
 def test_an_image_that_was_added(photographed, tmp_path):
@@ -453,7 +436,7 @@ def test_an_image_that_was_removed_is_skipped(photographed, tmp_path):
     """A cleaned list uses the full store: the image and its partner are left out."""
     store, images = changed(photographed, tmp_path)
     (images / "train/star/000001.png").unlink()
-    cfg = student(store, "DATA.DATASET", "imagenet", "DATA.DATA_PATH", images, "TRAIN.EPOCHS", 1)
+    cfg = student(store, "DATA.DATASET imagenet DATA.DATA_PATH", images, "TRAIN.EPOCHS 1")
     assert open_run(cfg).train_loader(2).sampler.skipped == 2
 
 
@@ -466,7 +449,7 @@ def test_an_image_that_was_renamed(photographed, tmp_path):
 def test_images_in_another_order_are_found_by_name(photographed, tmp_path):
     """A data set of the user's that lists the same keys backwards."""
     store, images = photographed
-    cfg = unresolved(store, "DATA.DATASET", "imagenet", "DATA.DATA_PATH", images, "TRAIN.EPOCHS", 1)
+    cfg = unresolved(store, "DATA.DATASET imagenet DATA.DATA_PATH", images, "TRAIN.EPOCHS 1")
     keys = list(build_dataset(cfg, "train").get_keys())
     reader = open_store(cfg, keys)
     assert (

@@ -21,30 +21,17 @@ from data.build import EpochLoader, open_run, resolve
 from data.images.datasets import build_dataset
 from data.replay import Batch, ReplayDataset
 from data.store import record_dtype
+from tests.support.jobs import words
 
 IMAGES = 43  # odd, so that one image is its own partner
-OPTS = [
-    "DATA.DATASET",
-    "shapes",
-    "DATA.SHAPES.TRAIN_IMAGES",
-    str(IMAGES),
-    "DATA.SHAPES.VAL_IMAGES",
-    "13",
-    "DATA.IMG_SIZE",
-    "48",
-    "DATA.SHAPES.SIZE",
-    "40",
-    "AUG.MIXUP_MODE",
-    "pair2",
-    "DATA.BATCH_SIZE",
-    "4",
-    "AUG.REPROB",
-    "0.5",
-]
+OPTS = (
+    f"DATA.DATASET shapes DATA.SHAPES.TRAIN_IMAGES {IMAGES} DATA.SHAPES.VAL_IMAGES 13"
+    " DATA.IMG_SIZE 48 DATA.SHAPES.SIZE 40 AUG.MIXUP_MODE pair2 DATA.BATCH_SIZE 4 AUG.REPROB 0.5"
+)
 
 
 def config(*opts: str, world_size: int = 1):
-    return resolve(load_config(["--opts", *OPTS, *map(str, opts)], world_size))
+    return resolve(load_config(words("--opts", OPTS, *opts), world_size))
 
 
 def sha(tensor: torch.Tensor) -> str:

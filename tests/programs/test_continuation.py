@@ -15,11 +15,11 @@ import pytest
 from tests.support.helpers import ROOT, free_port, torchrun
 from tests.support.training import (
     RECORD,
-    Job,
     assert_close,
     command,
     finish,
     folder,
+    job,
     metrics,
     recorded_sets,
     same_bits,
@@ -28,29 +28,20 @@ from tests.support.training import (
 
 # All that a continuation has to carry over: dropout, moving averages, statistics, lines of metrics
 # that span a checkpoint.
-RUN = [
-    "TRAIN.EPOCHS",
-    3,
-    "MODEL.DROP_PATH_RATE",
-    0.2,
-    "MODEL.DROP_RATE",
-    0.1,
-    "TRAIN.EMA_DECAY",
-    0.9,
-    "PRINT_FREQ",
-    2,
-    "SAVE_FREQ",
-    2,
-]
+RUN = (
+    "TRAIN.EPOCHS 3 MODEL.DROP_PATH_RATE 0.2 MODEL.DROP_RATE 0.1 TRAIN.EMA_DECAY 0.9"
+    " PRINT_FREQ 2 SAVE_FREQ 2"
+)
 UPDATES = 5  # of an epoch: 43 images in updates of 8
-EVERY_STEP = ["TRAIN.CHECKPOINT_MINUTES", 1e-9]
+EVERY_STEP = "TRAIN.CHECKPOINT_MINUTES 1e-09"
 # Python that a process runs before main.py, so that it meets a signal at a given place.
 AT_UPDATE = """
 import multiprocessing, os, subprocess
 step = main.train_step
 def meeting(run, batches):
     if run.progress.update == {update} and rank in {ranks}:
-        everyone = [*(child.pid for child in multiprocessing.active_children()), os.getpid()]  # as batch systems do
+        # as batch systems do
+        everyone = [*(child.pid for child in multiprocessing.active_children()), os.getpid()]
         subprocess.run(["kill", "-s", "{signal}"[3:], *map(str, everyone)])
     return step(run, batches)
 main.train_step = meeting
@@ -90,7 +81,7 @@ def untouched(tmp_path_factory):
     @cache
     def output(world: int, epochs: int = 3) -> Path:
         folder = tmp_path_factory.mktemp(f"world{world}")
-        finish(folder, *RUN, *split(world), "TRAIN.EPOCHS", epochs, world=world)
+        finish(folder, RUN, *split(world), "TRAIN.EPOCHS", epochs, world=world)
         return folder
 
     return output
@@ -135,14 +126,14 @@ def endure(output: Path, world: int, *events: tuple[str, int], epochs: int = 3) 
     """Start a run again and again, each time with something that happens to it and the exit code it
     must have; at last to its end.
     """
-    opts = [*RUN, *split(world), *EVERY_STEP, "TRAIN.EPOCHS", epochs]
+    opts = [RUN, *split(world), EVERY_STEP, "TRAIN.EPOCHS", epochs]
     for prepare, code in events:
-        with Job(
+        with job(
             output, *opts, "DATA.NUM_WORKERS", 2 if world == 1 else 0, world=world, prepare=prepare
-        ) as job:
-            codes = job.wait()
+        ) as started:
+            codes = started.wait().codes
             assert code in codes and 0 not in codes and (code != 75 or set(codes) == {75}), (
-                f"{codes}\n{job.text()}\n{job.text(world - 1)}"
+                f"{codes}\n{started.text()}\n{started.text(world - 1)}"
             )
     finish(output, *opts, world=world)
 
@@ -181,15 +172,15 @@ def test_what_was_done_since_the_last_checkpoint_is_done_again_and_the_same(tmp_
     """Checkpoints come after epochs alone; an update takes two passes, and every second epoch is
     evaluated.
     """
-    opts = [*RUN, "DATA.BATCH_SIZE", 4, "TRAIN.ACCUMULATION_STEPS", 2, "TEST.EVERY", 2]
+    opts = [RUN, "DATA.BATCH_SIZE 4 TRAIN.ACCUMULATION_STEPS 2 TEST.EVERY 2"]
     finish(tmp_path / "untouched", *opts)
     for update in (4, 8, 13):
-        with Job(
+        with job(
             tmp_path / "killed",
             *opts,
             prepare=AT_UPDATE.format(update=update, ranks=[0], signal="SIGKILL"),
-        ) as job:
-            assert job.wait() == [-9], job.text()
+        ) as started:
+            assert started.wait().codes == [-9], started.text()
     finish(tmp_path / "killed", *opts)
     log = (folder(tmp_path / "killed") / "log_rank0.txt").read_text()
     # the first was killed before there was one
@@ -225,26 +216,11 @@ def test_killed_ten_times_and_stopped_five_times_at_random(world, untouched, tmp
 # ---- another number of processes
 
 
-ELASTIC = [
-    "TRAIN.GLOBAL_BATCH",
-    16,
-    "DATA.SHAPES.TRAIN_IMAGES",
-    101,
-    "TRAIN.OPTIMIZER.NAME",
-    "sgd",
-    "TRAIN.EVAL_BN_WHEN_TRAINING",
-    True,
-    "MODEL.DROP_PATH_RATE",
-    0.0,
-    "TRAIN.WARMUP_EPOCHS",
-    0,
-    "TRAIN.EPOCHS",
-    2,
-    "TRAIN.BASE_LR",
-    1.0,
-    "AUG.MIXUP_MODE",
-    "pair2",
-]
+ELASTIC = (
+    "TRAIN.GLOBAL_BATCH 16 DATA.SHAPES.TRAIN_IMAGES 101 TRAIN.OPTIMIZER.NAME sgd TRAIN.EPOCHS 2"
+    " TRAIN.EVAL_BN_WHEN_TRAINING True MODEL.DROP_PATH_RATE 0.0 TRAIN.WARMUP_EPOCHS 0"
+    " TRAIN.BASE_LR 1.0 AUG.MIXUP_MODE pair2"
+)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +235,8 @@ def test_a_run_moves_to_other_numbers_of_processes_in_the_middle_of_an_epoch(sto
         (tmp_path / output / "record").mkdir(parents=True)
     finish(
         tmp_path / "fixed",
-        *ELASTIC,
-        "DATA.BATCH_SIZE",
-        16,
+        ELASTIC,
+        "DATA.BATCH_SIZE 16",
         prepare=RECORD,
         env={"RECORD": str(tmp_path / "fixed" / "record")},
     )
@@ -271,18 +246,18 @@ def test_a_run_moves_to_other_numbers_of_processes_in_the_middle_of_an_epoch(sto
         )
         # A smaller BATCH_SIZE than a process's share makes it accumulate: here 2 passes of 4, or of
         # 8, in the end.
-        with Job(
+        with job(
             tmp_path / "moving",
-            *ELASTIC,
-            *EVERY_STEP,
+            ELASTIC,
+            EVERY_STEP,
             "DATA.BATCH_SIZE",
             8 // len(stops) * 2,
             world=world,
             prepare=prepare,
             env={"RECORD": str(tmp_path / "moving" / "record")},
-        ) as job:
-            codes = job.wait()
-            assert (0 not in codes) if stop else codes == [0], f"{codes}\n{job.text()}"
+        ) as started:
+            codes = started.wait().codes
+            assert (0 not in codes) if stop else codes == [0], f"{codes}\n{started.text()}"
     assert "WORLD_SIZE 2 -> 1" in (folder(tmp_path / "moving") / "log_rank0.txt").read_text()
     fixed, moving = (recorded_sets(tmp_path / output / "record") for output in ("fixed", "moving"))
     assert moving == fixed and [len(images) for images in fixed.values()] == [16] * 12
@@ -296,7 +271,7 @@ def test_torchrun_starts_a_run_again_whose_process_was_killed(untouched, tmp_pat
         " int(os.environ['RANK'])\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n   "
         f" exec({prepare!r})\nsys.exit(main.main(sys.argv[1:]))\n"
     )
-    arguments = [tmp_path / "program.py", *command(tmp_path, *RUN, *split(2), *EVERY_STEP)]
+    arguments = [tmp_path / "program.py", *command(tmp_path, RUN, *split(2), EVERY_STEP)]
     done = torchrun(["--max-restarts=1", *arguments], 2)
     assert done.returncode == 0, done.stderr
     assert "continuing from" in done.stdout
@@ -322,7 +297,7 @@ def test_two_nodes_with_an_agent_each_start_again_together(untouched, tmp_path):
         f"--rdzv-endpoint=127.0.0.1:{free_port()}",
         "--rdzv-id=1",
         str(tmp_path / "program.py"),
-        *command(tmp_path, *RUN, *split(2), *EVERY_STEP),
+        *command(tmp_path, RUN, *split(2), EVERY_STEP),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     agents = [

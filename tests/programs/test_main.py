@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import re
 import shutil
@@ -22,18 +23,18 @@ from PIL import Image
 import main
 import save_logits
 import utils
-from configs import load_config
+from configs import dump, load_config
 from configs.continuation import FREE, check_continuation
 from models.class_map import imagenet_wnids, map_22k_to_1k
 from models.distill import share_right
 from models.teacher import Teacher
 from tests.support import saving
+from tests.support.jobs import words
 from tests.support.mounts import alone, mount_small, needs_mounts
 from tests.support.training import (
-    OPTS,
     TINY_MODEL,
-    Job,
     folder,
+    job,
     metrics,
     run,
     same_bits,
@@ -41,7 +42,8 @@ from tests.support.training import (
     updates,
 )
 
-SHORT = ["DATA.SHAPES.TRAIN_IMAGES", 24, "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]  # 3 updates
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+SHORT = "DATA.SHAPES.TRAIN_IMAGES 24 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"  # 3 updates
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,7 @@ def trained(tmp_path_factory) -> Path:
     """The output of a run of 2 epochs with averaged weights and labels; nobody changes it."""
     output = tmp_path_factory.mktemp("trained")
     assert (
-        run(output, "TRAIN.EMA_DECAY", 0.9, flags=["--save-model", output / "weights.safetensors"])
+        run(output, "TRAIN.EMA_DECAY 0.9", flags=["--save-model", output / "weights.safetensors"])
         == 0
     )
     return output
@@ -65,7 +67,7 @@ def trained(tmp_path_factory) -> Path:
 def store(tmp_path_factory) -> Path:
     """A store of two epochs of 24 images."""
     root = tmp_path_factory.mktemp("store") / "store"
-    assert saving.run(root, *SHORT, "TRAIN.EPOCHS", 2) == 0
+    assert saving.run(root, SHORT, "TRAIN.EPOCHS 2") == 0
     return root
 
 
@@ -152,7 +154,7 @@ def test_checkpoints_hold_plain_values_and_the_weights_alone_are_the_averaged_on
 def test_a_finished_run_says_so_and_ends_well(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     before = (folder(tmp_path) / "metrics.jsonl").read_bytes()
-    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9) == 0
+    assert run(tmp_path, "TRAIN.EMA_DECAY 0.9") == 0
     assert (
         "nothing is left to train: raise TRAIN.EPOCHS to go on, or begin another run with --tag"
         in capsys.readouterr().out
@@ -162,20 +164,7 @@ def test_a_finished_run_says_so_and_ends_well(trained, tmp_path, capsys):
 
 def test_more_epochs_are_allowed_and_said_loudly(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    assert (
-        run(
-            tmp_path,
-            "TRAIN.EMA_DECAY",
-            0.9,
-            "TRAIN.EPOCHS",
-            3,
-            "PRINT_FREQ",
-            5,
-            "DATA.NUM_WORKERS",
-            1,
-        )
-        == 0
-    )
+    assert run(tmp_path, "TRAIN.EMA_DECAY 0.9 TRAIN.EPOCHS 3 PRINT_FREQ 5 DATA.NUM_WORKERS 1") == 0
     assert (
         "WARNING CHANGED SINCE THE CHECKPOINT: TRAIN.EPOCHS 2 -> 3; learning rates follow it"
         in log_of(tmp_path)
@@ -189,99 +178,76 @@ def test_another_configuration_under_the_same_tag_is_refused_with_the_difference
     trained, tmp_path, capsys
 ):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, "TRAIN.BASE_LR", 0.2, "AUG.REPROB", 0.0)
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY 0.9 TRAIN.BASE_LR 0.2 AUG.REPROB 0.0")
     assert (
         "last.pth was written under another configuration (TRAIN.BASE_LR 0.1 -> 0.2; AUG.REPROB"
         " 0.25 -> 0.0): start anew" in line
     )
     assert "--tag <new name>" in line
-    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, flags=["--batch-size", 4])
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY 0.9", flags=["--batch-size 4"])
     assert (
         "DATA.BATCH_SIZE 8 -> 4" in line
         and "with TRAIN.GLOBAL_BATCH 8 any number of processes may go on" in line
     )
-    assert run(tmp_path, *SHORT, "TRAIN.BASE_LR", 0.2, flags=["--tag", "new"]) == 0
+    assert run(tmp_path, SHORT, "TRAIN.BASE_LR 0.2", flags=["--tag new"]) == 0
 
 
-def test_which_changes_a_continuation_allows():
-    def cfg(*opts, world=1):
-        return load_config(["--opts", *map(str, opts)], world)
-
-    from configs import dump
-
-    before = dump(cfg("DATA.BATCH_SIZE", 16, "TRAIN.EPOCHS", 30))
-    assert (
-        check_continuation(
-            before,
-            cfg("DATA.BATCH_SIZE", 16, "TRAIN.EPOCHS", 30, "DATA.DATA_PATH", "x", "PRINT_FREQ", 3),
-            "c",
-        )
-        == []
-    )
-    changes = check_continuation(
-        before,
-        cfg("DATA.BATCH_SIZE", 4, "TRAIN.EPOCHS", 40, "TRAIN.GLOBAL_BATCH", 16, world=2),
-        "c",
-    )
-    assert list(map(str, changes)) == [
-        "WORLD_SIZE 1 -> 2",
-        "DATA.BATCH_SIZE 16 -> 4",
-        "TRAIN.EPOCHS 30 -> 40",
-    ]
-    for opts, world, text in [
-        (["TRAIN.GLOBAL_BATCH", 32], 2, "images per update 16 -> 32"),
-        (["DATA.BATCH_SIZE", 16], 2, "WORLD_SIZE 1 -> 2"),
-        (
-            ["DATA.BATCH_SIZE", 16, "TRAIN.ACCUMULATION_STEPS", 2],
-            1,
-            "TRAIN.ACCUMULATION_STEPS 1 -> 2",
-        ),
-        (["DATA.BATCH_SIZE", 16, "SEED", 1], 1, "SEED 0 -> 1"),
-    ]:
-        with pytest.raises(ValueError, match=re.escape(text)):
-            check_continuation(before, cfg("TRAIN.EPOCHS", 30, *opts, world=world), "c")
-    known = set(yaml_leaves(before))
-    assert FREE <= known
+def continued(before: str, opts: str, world: int = 1) -> list[str]:
+    """What has changed since a configuration of 30 epochs."""
+    cfg = load_config(words("--opts TRAIN.EPOCHS 30 DATA.BATCH_SIZE 16", opts), world)
+    return [str(change) for change in check_continuation(before, cfg, "c")]
 
 
-def yaml_leaves(text: str) -> list[str]:
-    import yaml
+@pytest.fixture(scope="module")
+def thirty() -> str:
+    return dump(load_config(words("--opts DATA.BATCH_SIZE 16 TRAIN.EPOCHS 30")))
 
-    def leaves(node, prefix=""):
-        for key, value in node.items():
-            yield from (
-                leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-            )
 
-    return list(leaves(yaml.safe_load(text)))
+def test_which_changes_a_continuation_allows(thirty):
+    assert continued(thirty, "DATA.DATA_PATH x PRINT_FREQ 3") == []
+    opts = "DATA.BATCH_SIZE 4 TRAIN.EPOCHS 40 TRAIN.GLOBAL_BATCH 16"
+    changes = ["WORLD_SIZE 1 -> 2", "DATA.BATCH_SIZE 16 -> 4", "TRAIN.EPOCHS 30 -> 40"]
+    assert continued(thirty, opts, world=2) == changes
+    names = {key.rpartition(".")[2] for key in FREE}  # what is allowed to change exists
+    assert all(re.search(rf"^ *{name}:", thirty, re.MULTILINE) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("opts", "world", "text"),
+    [
+        ("DATA.BATCH_SIZE 8 TRAIN.GLOBAL_BATCH 32", 2, "images per update 16 -> 32"),
+        ("", 2, "WORLD_SIZE 1 -> 2"),
+        ("TRAIN.ACCUMULATION_STEPS 2", 1, "TRAIN.ACCUMULATION_STEPS 1 -> 2"),
+        ("SEED 1", 1, "SEED 0 -> 1"),
+    ],
+)
+def test_which_it_refuses(opts, world, text, thirty):
+    with pytest.raises(ValueError, match=text):
+        continued(thirty, opts, world)
 
 
 def test_a_continuation_of_other_data_or_another_teacher_is_refused(store, tmp_path, capsys):
     images = draw_train(tmp_path / "images")
     shutil.copytree(images / "train", images / "val")
-    opts = ["DATA.DATASET", "imagenet", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0]
-    assert run(tmp_path, *opts, flags=["--data-path", images]) == 0
+    opts = "DATA.DATASET imagenet TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"
+    assert run(tmp_path, opts, flags=["--data-path", images]) == 0
     next((images / "train" / "a").glob("*")).unlink()
-    line = fault(capsys, tmp_path, *opts, "TRAIN.EPOCHS", 2, flags=["--data-path", images])
+    line = fault(capsys, tmp_path, opts, "TRAIN.EPOCHS 2", flags=["--data-path", images])
     assert (
         "last.pth comes from other data than this run would see (images 24 -> 23; keys_sha256"
         in line
         and "--tag <new name>" in line
     )
     # which chooses the teacher's weights
-    assert saving.run(tmp_path / "other", *SHORT, "TRAIN.EPOCHS", 2, "SEED", 7) == 0
-    assert (
-        run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, flags=["--tag", "student"]) == 0
-    )
+    assert saving.run(tmp_path / "other", SHORT, "TRAIN.EPOCHS 2 SEED 7") == 0
+    assert run(tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, flags=["--tag student"]) == 0
     line = fault(
         capsys,
         tmp_path,
-        *SHORT,
-        "TRAIN.EPOCHS",
-        2,
-        "DISTILL.TEACHER_LOGITS_PATH",
+        SHORT,
+        "TRAIN.EPOCHS 2 DISTILL.TEACHER_LOGITS_PATH",
         tmp_path / "other",
-        flags=["--tag", "student"],
+        flags=["--tag student"],
     )
     assert (
         "comes from other data than this run would see (teacher {" in line
@@ -302,11 +268,11 @@ def test_where_nothing_can_be_read_nothing_is_overwritten(trained, tmp_path, cap
             lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")),
         )
         assert "this checkpoint can't be read now ([Errno 116] Stale file handle)" in fault(
-            capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9
+            capsys, tmp_path, "TRAIN.EMA_DECAY 0.9"
         )
     for path in checkpoints.iterdir():
         path.write_bytes(b"")
-    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9)
+    line = fault(capsys, tmp_path, "TRAIN.EMA_DECAY 0.9")
     assert (
         f"{checkpoints}: none of the checkpoints there can be used" in line
         and "TRAIN.AUTO_RESUME False" in line
@@ -318,14 +284,7 @@ def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     checkpoint = folder(tmp_path) / "checkpoints" / "epoch_0001.pth"
     assert (
-        run(
-            tmp_path,
-            "TRAIN.EMA_DECAY",
-            0.9,
-            "TRAIN.AUTO_RESUME",
-            False,
-            flags=["--resume", checkpoint],
-        )
+        run(tmp_path, "TRAIN.EMA_DECAY 0.9 TRAIN.AUTO_RESUME False", flags=["--resume", checkpoint])
         == 0
     )
     assert f"continuing from {checkpoint}: 5 updates are done" in log_of(tmp_path)
@@ -341,7 +300,7 @@ def test_weights_alone_or_another_model_are_no_state_to_go_on_from(trained, tmp_
     changed = state(trained) | {"model": {"other.weight": torch.zeros(1)}}
     torch.save(changed, tmp_path / "changed.pth")
     line = fault(
-        capsys, tmp_path, "TRAIN.EMA_DECAY", 0.9, flags=["--resume", tmp_path / "changed.pth"]
+        capsys, tmp_path, "TRAIN.EMA_DECAY 0.9", flags=["--resume", tmp_path / "changed.pth"]
     )
     assert "the checkpoint is of another TinyViT (Missing key(s) in state_dict: " in line
 
@@ -349,21 +308,21 @@ def test_weights_alone_or_another_model_are_no_state_to_go_on_from(trained, tmp_
 def test_where_a_run_begins(trained, tmp_path):
     weights = trained / "weights.safetensors"
     checkpoint = folder(trained) / "checkpoints" / "epoch_0001.pth"
-    opts = ["TRAIN.EMA_DECAY", 0.9]
+    opts = "TRAIN.EMA_DECAY 0.9"
     # the checkpoint wins
-    assert run(tmp_path, *opts, flags=["--resume", checkpoint, "--pretrained", weights]) == 0
+    assert run(tmp_path, opts, flags=["--resume", checkpoint, "--pretrained", weights]) == 0
     assert f"continuing from {checkpoint}: 5 updates are done" in log_of(
         tmp_path
     ) and f"not loaded: {weights}" in log_of(tmp_path)
     assert same_bits(state(tmp_path)["model"], state(trained)["model"])  # and goes on exactly
     assert [line["step"] for line in metrics(tmp_path)] == [6, 7, 8, 9, 10, 10]
     # the folder's own wins
-    assert run(tmp_path, *opts, "TRAIN.EPOCHS", 3, flags=["--resume", checkpoint]) == 0
+    assert run(tmp_path, opts, "TRAIN.EPOCHS 3", flags=["--resume", checkpoint]) == 0
     assert "last.pth: 10 updates are done, the next is in epoch 3\n" in log_of(
         tmp_path
     ) and f"not loaded: {checkpoint}" in log_of(tmp_path)
-    still = ["TRAIN.BASE_LR", 0.0, "TRAIN.WARMUP_LR", 0.0, "TRAIN.MIN_LR", 0.0]
-    assert run(tmp_path, *SHORT, *still, flags=["--pretrained", weights, "--tag", "tuned"]) == 0
+    still = "TRAIN.BASE_LR 0.0 TRAIN.WARMUP_LR 0.0 TRAIN.MIN_LR 0.0"
+    assert run(tmp_path, SHORT, still, flags=["--pretrained", weights, "--tag tuned"]) == 0
     tuned, start = state(tmp_path, tag="tuned")["model"], safetensors.torch.load_file(weights)
     assert all(
         torch.equal(tuned[name], value)
@@ -374,7 +333,7 @@ def test_where_a_run_begins(trained, tmp_path):
 
 def test_without_auto_resume_earlier_checkpoints_move_aside(tmp_path):
     for number in (1, 2, 3):
-        assert run(tmp_path, *SHORT, "TRAIN.AUTO_RESUME", False) == 0
+        assert run(tmp_path, SHORT, "TRAIN.AUTO_RESUME False") == 0
         assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 3]
         assert len(list(folder(tmp_path).glob("checkpoints_before_*/last.pth"))) == number - 1
     kept = folder(tmp_path) / "checkpoints_before_2"
@@ -385,7 +344,7 @@ def test_without_auto_resume_earlier_checkpoints_move_aside(tmp_path):
 def test_what_is_loaded_is_not_called_left_out(trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     own = folder(tmp_path) / "checkpoints" / "last.pth"
-    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9, flags=["--resume", own]) == 0
+    assert run(tmp_path, "TRAIN.EMA_DECAY 0.9", flags=["--resume", own]) == 0
     assert f"continuing from {own}" in log_of(tmp_path) and "not loaded" not in log_of(tmp_path)
 
 
@@ -398,17 +357,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(trained, tmp_path, c
     ):
         path = folder(tmp_path) / "checkpoints" / name
         path.unlink() if content is None else path.write_bytes(content)
-    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9) == 0
+    assert run(tmp_path, "TRAIN.EMA_DECAY 0.9") == 0
     assert len(re.findall("WARNING skipped: the checkpoint .* is damaged", log_of(tmp_path))) == 2
     assert "epoch_0001.pth: 5 updates are done" in log_of(tmp_path)
     assert (folder(tmp_path) / "metrics.jsonl").read_bytes() == (
         folder(trained) / "metrics.jsonl"
     ).read_bytes()
     (tmp_path / "damaged.pth").write_bytes(b"no")
-    line = fault(capsys, tmp_path, flags=["--tag", "x", "--resume", tmp_path / "damaged.pth"])
+    line = fault(capsys, tmp_path, flags=["--tag x --resume", tmp_path / "damaged.pth"])
     assert f"the checkpoint {tmp_path / 'damaged.pth'} is damaged" in line
     torch.save({"model": {}}, tmp_path / "weights.pth")
-    line = fault(capsys, tmp_path, flags=["--tag", "x", "--resume", tmp_path / "weights.pth"])
+    line = fault(capsys, tmp_path, flags=["--tag x --resume", tmp_path / "weights.pth"])
     assert (
         "holds no config and no measured and no metric_lines and no model_ema and no optimizer"
         " and no"
@@ -418,7 +377,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(trained, tmp_path, c
 
 
 # so many lines that log and metrics need room as well
-FULL = [*SHORT, "TRAIN.EPOCHS", 12, "SAVE_FREQ", 100]
+FULL = [SHORT, "TRAIN.EPOCHS 12 SAVE_FREQ 100"]
 
 
 def on_a_full_disk(disk: str) -> dict:
@@ -515,7 +474,7 @@ def test_a_disk_that_was_full_for_a_while_costs_no_best_checkpoint(tmp_path, mon
         write(state, path)
 
     monkeypatch.setattr(main.checkpoints, "save_atomic", full_at_first)
-    assert run(tmp_path, *SHORT, "TRAIN.EPOCHS", 3, "SAVE_FREQ", 100) == 0
+    assert run(tmp_path, SHORT, "TRAIN.EPOCHS 3 SAVE_FREQ 100") == 0
     assert (
         state(tmp_path, "best.pth")["progress"]["best"] == 48.0
         and state(tmp_path, "best.pth")["step"] == 9
@@ -523,7 +482,7 @@ def test_a_disk_that_was_full_for_a_while_costs_no_best_checkpoint(tmp_path, mon
 
 
 def test_checkpoints_of_one_moment_are_one_file(tmp_path):
-    assert run(tmp_path, *SHORT) == 0
+    assert run(tmp_path, SHORT) == 0
     assert (
         len(
             {
@@ -536,20 +495,20 @@ def test_checkpoints_of_one_moment_are_one_file(tmp_path):
 
 
 def test_another_process_keeps_off_a_run_in_use(tmp_path, capsys):
-    with Job(
+    with job(
         tmp_path,
-        *SHORT,
+        SHORT,
         prepare=(
             "import time\nstep = main.train_step\nmain.train_step = lambda *args: (print('begun',"
             " flush=True), time.sleep(60), step(*args))[-1]"
         ),
-    ) as job:
-        while "begun" not in job.text():
+    ) as started:
+        while "begun" not in started.text():
             time.sleep(0.05)
-            assert job.ranks[0].exitcode is None, job.text()
-        line = fault(capsys, tmp_path, *SHORT)
+            assert started.ranks[0].exitcode is None, started.text()
+        line = fault(capsys, tmp_path, SHORT)
         assert f"{folder(tmp_path)}/lock: in use by process" in line and "--tag" in line
-    assert run(tmp_path, *SHORT) == 0  # when that process is dead
+    assert run(tmp_path, SHORT) == 0  # when that process is dead
 
 
 def test_a_stop_that_cannot_be_saved_is_a_fault(tmp_path, monkeypatch):
@@ -563,9 +522,9 @@ def test_a_stop_that_cannot_be_saved_is_a_fault(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(main, "train_step", asked)
-    assert run(tmp_path, *SHORT) == 75 and state(tmp_path)["step"] == 1
+    assert run(tmp_path, SHORT) == 75 and state(tmp_path)["step"] == 1
     monkeypatch.setattr(main.checkpoints.os, "fsync", full)
-    assert run(tmp_path, *SHORT) == 2 and state(tmp_path)["step"] == 1
+    assert run(tmp_path, SHORT) == 2 and state(tmp_path)["step"] == 1
     assert "NO CHECKPOINT WRITTEN" in log_of(tmp_path)
 
 
@@ -577,7 +536,7 @@ def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
         "save",
         lambda run, *files: (names.append((run.progress.update, files)), save(run, *files))[1],
     )
-    assert run(tmp_path, *SHORT, "TRAIN.CHECKPOINT_MINUTES", 1e-9) == 0
+    assert run(tmp_path, SHORT, "TRAIN.CHECKPOINT_MINUTES 1e-09") == 0
     assert names == [
         (1, ("last.pth",)),
         (2, ("last.pth",)),
@@ -613,7 +572,7 @@ def test_a_loss_or_gradient_that_is_not_finite_moves_nothing(tmp_path, monkeypat
         return result
 
     monkeypatch.setattr(main, "train_step", watched)
-    assert run(tmp_path, "TRAIN.EPOCHS", 1, "TRAIN.EMA_DECAY", 0.9, "TRAIN.WARMUP_EPOCHS", 0) == 0
+    assert run(tmp_path, "TRAIN.EPOCHS 1 TRAIN.EMA_DECAY 0.9 TRAIN.WARMUP_EPOCHS 0") == 0
     assert snapshots[0] == snapshots[1] == snapshots[2] == snapshots[3] != snapshots[4]
     lines = updates(tmp_path)
     assert [line["skipped"] for line in lines] == [0, 1, 2, 3, 3]
@@ -636,7 +595,7 @@ def test_too_many_in_a_row_end_the_run_with_the_images_names(every, tmp_path, mo
         return values | {"loss": values["loss"] * (1.0 if index in (0, 2) else torch.nan)}
 
     monkeypatch.setattr(main, "forward", broken)
-    opts = ["TRAIN.EPOCHS", 2, "TRAIN.MAX_BAD_STEPS", 2, "PRINT_FREQ", every]
+    opts = ["TRAIN.EPOCHS 2 TRAIN.MAX_BAD_STEPS 2 PRINT_FREQ", every]
     line = fault(capsys, tmp_path, *opts)
     listed = folder(tmp_path) / "bad_images.txt"
     assert (
@@ -655,9 +614,8 @@ def test_too_many_in_a_row_end_the_run_with_the_images_names(every, tmp_path, mo
             *opts,
             "DATA.EXCLUDE",
             listed,
-            "TRAIN.EPOCHS",
-            1,
-            flags=["--tag", "cleaned", "--batch-size", 12],
+            "TRAIN.EPOCHS 1",
+            flags=["--tag cleaned --batch-size 12"],
         )
         == 0
     )
@@ -667,15 +625,15 @@ def test_too_many_in_a_row_end_the_run_with_the_images_names(every, tmp_path, mo
 
 def test_a_frozen_backbone_stays_as_it_is_and_layers_learn_at_their_own_rates(trained, tmp_path):
     weights = trained / "weights.safetensors"
-    assert run(tmp_path, *SHORT, "TRAIN.FREEZE", "backbone", flags=["--pretrained", weights]) == 0
+    assert run(tmp_path, SHORT, "TRAIN.FREEZE backbone", flags=["--pretrained", weights]) == 0
     tuned, start = state(tmp_path)["model"], safetensors.torch.load_file(weights)
     assert {name for name, value in start.items() if not torch.equal(tuned[name], value)} == {
         "head.weight",
         "head.bias",
     }
     assert "(170 train)" in log_of(tmp_path)
-    opts = ["TRAIN.LAYER_LR_DECAY", 0.5, "TRAIN.EVAL_BN_WHEN_TRAINING", True]
-    assert run(tmp_path, *SHORT, *opts, flags=["--pretrained", weights, "--tag", "decay"]) == 0
+    opts = "TRAIN.LAYER_LR_DECAY 0.5 TRAIN.EVAL_BN_WHEN_TRAINING True"
+    assert run(tmp_path, SHORT, opts, flags=["--pretrained", weights, "--tag decay"]) == 0
     tuned = state(tmp_path, tag="decay")["model"]
     changed = {name for name, value in start.items() if not torch.equal(tuned[name], value)}
     assert (
@@ -691,14 +649,7 @@ def test_a_frozen_backbone_stays_as_it_is_and_layers_learn_at_their_own_rates(tr
 
 def test_recomputed_activations_change_nothing(trained, tmp_path):
     assert (
-        run(
-            tmp_path,
-            "TRAIN.EMA_DECAY",
-            0.9,
-            "MODEL.DROP_PATH_RATE",
-            0.1,
-            flags=["--use-checkpoint"],
-        )
+        run(tmp_path, "TRAIN.EMA_DECAY 0.9 MODEL.DROP_PATH_RATE 0.1", flags=["--use-checkpoint"])
         == 0
     )
     for ours, theirs in zip(updates(tmp_path), updates(trained), strict=True):
@@ -719,11 +670,8 @@ def test_recomputation_moves_no_statistics_of_any_model(tmp_path):
         assert (
             run(
                 tmp_path,
-                *SHORT,
-                "MODEL.TYPE",
-                "timm",
-                "MODEL.NAME",
-                "resnet10t",
+                SHORT,
+                "MODEL.TYPE timm MODEL.NAME resnet10t",
                 flags=["--tag", tag, *flags],
             )
             == 0
@@ -746,11 +694,11 @@ def test_recomputation_moves_no_statistics_of_any_model(tmp_path):
 def test_labels_alone_never_see_a_pair_split_and_mixing_has_two_modes(tmp_path):
     losses = set()
     for tag, opts in {
-        "batch": [],
-        "pairs": ["AUG.MIXUP_MODE", "pair2"],
-        "none": ["AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0],
+        "batch": "",
+        "pairs": "AUG.MIXUP_MODE pair2",
+        "none": "AUG.MIXUP 0.0 AUG.CUTMIX 0.0",
     }.items():
-        assert run(tmp_path, *SHORT, *opts, flags=["--tag", tag]) == 0
+        assert run(tmp_path, SHORT, opts, flags=["--tag", tag]) == 0
         losses.add(updates(tmp_path, tag)[0]["loss"])
     assert len(losses) == 3
 
@@ -784,15 +732,15 @@ def test_mixed_precision_trains_and_is_continued_exactly(dtype, tmp_path, monkey
         "label_cross_entropy",
         lambda logits, targets: (seen.append(logits.dtype), forward(logits, targets * 30))[1],
     )
-    opts = ["TRAIN.EPOCHS", 2, "TRAIN.CLIP_GRAD", 1e9]
-    assert run(tmp_path, *opts) == 0 and set(seen) == {dtype}
+    opts = "TRAIN.EPOCHS 2 TRAIN.CLIP_GRAD 1000000000.0"
+    assert run(tmp_path, opts) == 0 and set(seen) == {dtype}
     scaler, lines = state(tmp_path)["scaler"], updates(tmp_path)
     if dtype is torch.float16:
         assert scaler["scale"] < 65536 and 1 <= lines[-1]["skipped"] < 5
     else:
         assert scaler == {} and not lines[-1]["skipped"]
     checkpoint = folder(tmp_path) / "checkpoints" / "epoch_0001.pth"
-    assert run(tmp_path, *opts, flags=["--resume", checkpoint, "--tag", "again"]) == 0
+    assert run(tmp_path, opts, flags=["--resume", checkpoint, "--tag again"]) == 0
     assert (
         same_bits(state(tmp_path)["model"], state(tmp_path, tag="again")["model"])
         and state(tmp_path, tag="again")["scaler"] == scaler
@@ -800,7 +748,7 @@ def test_mixed_precision_trains_and_is_continued_exactly(dtype, tmp_path, monkey
 
 
 def test_a_run_may_begin_at_a_later_epoch(tmp_path, trained):
-    assert run(tmp_path, "TRAIN.START_EPOCH", 1, "TRAIN.EMA_DECAY", 0.9) == 0
+    assert run(tmp_path, "TRAIN.START_EPOCH 1 TRAIN.EMA_DECAY 0.9") == 0
     later = [line for line in updates(trained) if line["step"] > 5]
     assert [(line["step"], line["epoch"], line["lr"]) for line in updates(tmp_path)] == [
         (x["step"], x["epoch"], x["lr"]) for x in later
@@ -809,7 +757,7 @@ def test_a_run_may_begin_at_a_later_epoch(tmp_path, trained):
 
 def test_on_a_terminal_there_is_a_progress_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert run(tmp_path, *SHORT) == 0
+    assert run(tmp_path, SHORT) == 0
     assert "epoch 1" in (err := capsys.readouterr().err) and "/3" in err
 
 
@@ -818,7 +766,7 @@ def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
         raise RuntimeError("no C++ compiler\nmore")
 
     monkeypatch.setattr(torch, "compile", fails)
-    assert run(tmp_path, *SHORT, "TRAIN.COMPILE", True) == 0
+    assert run(tmp_path, SHORT, "TRAIN.COMPILE True") == 0
     assert (
         "WARNING torch.compile unavailable (no C++ compiler): the model runs uncompiled"
         in log_of(tmp_path)
@@ -827,7 +775,7 @@ def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
 
 @pytest.mark.proof
 def test_a_compiled_model_trains_like_the_plain_one(trained, tmp_path):
-    assert run(tmp_path, "TRAIN.EMA_DECAY", 0.9, "TRAIN.COMPILE", True) == 0
+    assert run(tmp_path, "TRAIN.EMA_DECAY 0.9 TRAIN.COMPILE True") == 0
     assert "unavailable" not in log_of(tmp_path)
     for ours, theirs in zip(updates(tmp_path), updates(trained), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -836,7 +784,7 @@ def test_a_compiled_model_trains_like_the_plain_one(trained, tmp_path):
 
 def test_without_wandb_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert run(tmp_path, *SHORT, flags=["--use-wandb"]) == 0
+    assert run(tmp_path, SHORT, flags=["--use-wandb"]) == 0
     assert "WARNING wandb could not start" in log_of(tmp_path) and len(metrics(tmp_path)) == 4
 
 
@@ -844,7 +792,7 @@ def test_without_wandb_training_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_student_says_how_good_its_teacher_is_and_what_it_reads(store, tmp_path):
-    assert run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store) == 0
+    assert run(tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store) == 0
     assert f"store {store}: top-10 of 10 classes, 24 images, epochs 0-1" in log_of(tmp_path)
     assert (
         all("teacher_top1" in line for line in updates(tmp_path))
@@ -856,18 +804,18 @@ def test_a_student_says_how_good_its_teacher_is_and_what_it_reads(store, tmp_pat
 @pytest.mark.parametrize(
     ("opts", "text"),
     [
-        (["AUG.REPROB", 0.5], "AUG.REPROB = 0.5, but the store"),
-        (["DISTILL.LOGITS_TOPK", 11], "DISTILL.LOGITS_TOPK = 11, but the store"),
-        (["TRAIN.EPOCHS", 4], "epochs 2-3 are missing (sealed: 0-1)"),
-        (["DATA.SHAPES.TRAIN_IMAGES", 26], "the store lacks images of this data set: 2 added"),
-        (["DATA.IMG_SIZE", 48], "DISTILL.OTHER_SIZE"),
-        (["DATA.BATCH_SIZE", 32], "fewer than one global step of 32"),
+        ("AUG.REPROB 0.5", "AUG.REPROB = 0.5, but the store"),
+        ("DISTILL.LOGITS_TOPK 11", "DISTILL.LOGITS_TOPK = 11, but the store"),
+        ("TRAIN.EPOCHS 4", "epochs 2-3 are missing (sealed: 0-1)"),
+        ("DATA.SHAPES.TRAIN_IMAGES 26", "the store lacks images of this data set: 2 added"),
+        ("DATA.IMG_SIZE 48", "DISTILL.OTHER_SIZE"),
+        ("DATA.BATCH_SIZE 32", "fewer than one global step of 32"),
     ],
 )
 def test_a_store_that_does_not_fit_is_told_before_the_first_step(
     opts, text, store, tmp_path, capsys
 ):
-    line = fault(capsys, tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, *opts)
+    line = fault(capsys, tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, opts)
     assert text in line and not (folder(tmp_path) / "checkpoints" / "last.pth").exists()
 
 
@@ -875,15 +823,15 @@ def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
     first, ways = (
         {},
         {
-            "both": ["DISTILL.ALPHA", 0.5],
-            "teacher": [],
-            "labels": ["DISTILL.ALPHA", 0.0],
-            "hard": ["DISTILL.HARD", True],
+            "both": "DISTILL.ALPHA 0.5",
+            "teacher": "",
+            "labels": "DISTILL.ALPHA 0.0",
+            "hard": "DISTILL.HARD True",
         },
     )
     for tag, opts in ways.items():
         assert (
-            run(tmp_path, *SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, *opts, flags=["--tag", tag])
+            run(tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, opts, flags=["--tag", tag])
             == 0
         )
         first[tag] = updates(tmp_path, tag)[0]["loss"]
@@ -896,10 +844,7 @@ def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
     line = fault(
         capsys,
         tmp_path,
-        "DATA.DATASET",
-        "folder",
-        "MODEL.NUM_CLASSES",
-        10,
+        "DATA.DATASET folder MODEL.NUM_CLASSES 10",
         flags=["--data-path", draw(images, 9)],
     )
     assert "this run learns from labels, but those of" in line and "the data has no labels" in line
@@ -909,9 +854,9 @@ def test_unlabelled_images_need_no_validation(tmp_path):
     images = tmp_path / "images" / "train"
     images.mkdir(parents=True)
     place, store = draw(images, 9), tmp_path / "store"
-    opts = ["DATA.DATASET", "folder", "DATA.DATA_PATH", place]
-    assert saving.run(store, *opts, "MODEL.NUM_CLASSES", 10) == 0
-    assert run(tmp_path, *opts, "DISTILL.TEACHER_LOGITS_PATH", store, "TRAIN.EPOCHS", 1) == 0
+    opts = ["DATA.DATASET folder DATA.DATA_PATH", place]
+    assert saving.run(store, *opts, "MODEL.NUM_CLASSES 10") == 0
+    assert run(tmp_path, *opts, "DISTILL.TEACHER_LOGITS_PATH", store, "TRAIN.EPOCHS 1") == 0
     assert "WARNING nothing is evaluated: " in log_of(tmp_path) and "set DATA.VAL_PATH" in log_of(
         tmp_path
     )
@@ -958,10 +903,8 @@ def test_an_online_teacher_of_another_size_is_refused(tmp_path, capsys):
     line = fault(
         capsys,
         tmp_path,
-        *SHORT,
-        "DISTILL.ONLINE",
-        True,
-        "DISTILL.TEACHER_CFG",
+        SHORT,
+        "DISTILL.ONLINE True DISTILL.TEACHER_CFG",
         tmp_path / "teacher.yaml",
     )
     assert "DATA.IMG_SIZE = 40, but the teacher" in line and "64 pixels" in line
@@ -973,10 +916,9 @@ def test_an_online_teacher_of_another_size_is_refused(tmp_path, capsys):
 def test_evaluation_finds_what_training_printed_and_each_class_by_itself(trained, tmp_path, capsys):
     path = tmp_path / "classes.csv"
     checkpoint = folder(trained) / "checkpoints" / "last.pth"
-    opts = [*OPTS[: len(TINY_MODEL)]]
+    opts = TINY_MODEL
     flags = [
-        "--eval",
-        "--resume",
+        "--eval --resume",
         checkpoint,
         "--per-class-csv",
         path,
@@ -1035,32 +977,24 @@ def test_a_model_of_22k_classes_is_judged_on_1k_through_the_class_map(
 ):
     from models.build import build_model
 
-    words = [
-        "--opts",
-        *map(str, OPTS[: len(TINY_MODEL)]),
-        "MODEL.NUM_CLASSES",
-        "21841",
-        "DATA.IMG_SIZE",
-        "40",
-    ]
     torch.manual_seed(0)
-    model = build_model(load_config(words)).eval()
+    opts = words("--opts", *TINY_MODEL, "MODEL.NUM_CLASSES 21841 DATA.IMG_SIZE 40")
+    model = build_model(load_config(opts)).eval()
     mapping = torch.from_numpy(map_22k_to_1k())
     with torch.no_grad():  # class 5 of the 1k wins among them, another of the 22k among all
         model.head.bias[mapping[5]] = 50
         model.head.bias[next(i for i in range(21841) if i not in set(mapping.tolist()))] = 100
     torch.save(model.state_dict(), tmp_path / "model.pth")
-    opts = ["DATA.DATASET", "imagenet", "DATA.CLASS_LIST", "imagenet1k"]
+    opts = "DATA.DATASET imagenet DATA.CLASS_LIST imagenet1k"
     flags = [
-        "--eval",
-        "--resume",
+        "--eval --resume",
         tmp_path / "model.pth",
         "--data-path",
         wnid_images,
         "--per-class-csv",
         tmp_path / "c.csv",
     ]
-    assert run(tmp_path, *opts, flags=flags) == 0
+    assert run(tmp_path, opts, flags=flags) == 0
     assert "15 validation images: top-1 20.000%" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "c.csv").open()))
     assert len(rows) == 1000 and [int(row["class"]) for row in rows if row["right"] == "3"] == [5]
@@ -1072,8 +1006,8 @@ def test_where_nothing_says_which_class_is_which_accuracies_are_absent(
     wnid_images, trained, tmp_path, capsys
 ):
     weights = folder(trained) / "checkpoints" / "last.pth"
-    flags = ["--eval", "--resume", weights, "--data-path", wnid_images]
-    assert run(tmp_path, "DATA.DATASET", "imagenet", flags=flags) == 0
+    flags = ["--eval --resume", weights, "--data-path", wnid_images]
+    assert run(tmp_path, "DATA.DATASET imagenet", flags=flags) == 0
     out = capsys.readouterr().out
     assert (
         "accuracies are absent: the data has 5 classes and the model 10, and nothing says which is"
@@ -1082,126 +1016,78 @@ def test_where_nothing_says_which_class_is_which_accuracies_are_absent(
     assert "15 validation images\n" in out and "top-1" not in out
     flags += ["--per-class-csv", tmp_path / "c.csv"]
     assert "there are no accuracies" in fault(
-        capsys, tmp_path, "DATA.DATASET", "imagenet", flags=flags
+        capsys, tmp_path, "DATA.DATASET imagenet", flags=flags
     )
 
 
 def test_throughput_is_measured_without_data(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        utils,
-        "time_calls",
-        lambda function, device: [function().shape[0] / 100.0, 0.05, 0.04, 0.05, 0.1],
+    """On a clock of a twentieth of a second between two looks, with a path at which no data is."""
+    clock = itertools.count()
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: next(clock) / 20)
+    flags = ["--throughput --batch-size 5 --data-path", tmp_path / "nowhere", "--resume"]
+    checkpoints = folder(trained) / "checkpoints"
+    assert run(tmp_path, "DATA.DATASET imagenet", flags=[*flags, checkpoints / "last.pth"]) == 0
+    expected = (
+        "tiny: 100.0 images/s (middle half 100.0 to 100.0; 30 batches of 5 at 40 px, float32)"
     )
-    checkpoint = folder(trained) / "checkpoints" / "last.pth"
-    assert (
-        run(
-            tmp_path,
-            "DATA.DATASET",
-            "imagenet",
-            flags=["--throughput", "--batch-size", 5, "--resume", checkpoint],
-        )
-        == 0
-    )
-    assert (
-        "tiny: 100.0 images/s (middle half 100.0 to 100.0; 5 batches of 5 at 40 px, float32), "
-        in capsys.readouterr().out
-    )
+    assert expected in capsys.readouterr().out
     assert not (tmp_path / "tiny").exists()
-
-
-def test_the_real_clock_of_throughput(tmp_path, capsys):
-    assert run(tmp_path, "MODEL.NUM_CLASSES", 7, flags=["--throughput", "--batch-size", 2]) == 0
-    out = capsys.readouterr().out
-    assert re.search(
-        r"tiny: [\d,.]+ images/s \(middle half [\d,.]+ to [\d,.]+; 30 batches of 2 at 40 px,"
-        r" float32\)",
-        out,
-    )
+    assert "no such checkpoint" in fault(capsys, tmp_path, flags=[*flags, checkpoints / "no.pth"])
 
 
 # ---- faults
 
 
-def test_faults_of_the_command_line(trained, tmp_path, capsys, monkeypatch):
-    last = folder(trained) / "checkpoints" / "last.pth"
-    (tmp_path / "file").write_text("")
-    busy = socket.socket()
-    busy.bind(("127.0.0.1", 0))
-    busy.listen()
-    ranks = {
-        "WORLD_SIZE": "2",
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(busy.getsockname()[1]),
-    }
-    cases = [
-        (["DATA.DATASET", "imagenet"], ["--data-path", tmp_path / "nowhere"], {}, "nowhere"),
-        (["DATA.DATASET", "imagenet"], ["--data-path", draw_train(tmp_path / "half")], {}, "val"),
-        (["MODEL.NUM_CLASSES", 7], [], {}, "7 classes are fewer than the 10 of the data"),
-        ([], ["--eval"], {}, "--eval measures weights: name them with --resume or --pretrained"),
-        ([], ["--eval", "--resume", tmp_path / "none.pth"], {}, "there is no such checkpoint file"),
+@pytest.mark.parametrize(
+    ("opts", "flags", "text"),
+    [
+        ("DATA.DATASET imagenet", "--data-path {tmp}/nowhere", "nowhere"),
+        ("DATA.DATASET imagenet", "--data-path {tmp}/half", "neither val/ nor val.tar"),
+        ("MODEL.NUM_CLASSES 7", "", "7 classes are fewer than the 10 of the data"),
+        ("", "--eval", "--eval measures weights: name them"),
+        ("", "--eval --resume {tmp}/none.pth", "there is no such checkpoint file"),
+        ("MODEL.NUM_CLASSES 12", "--eval --resume {last}", "head.weight is [10, 16], the model's"),
         (
-            ["MODEL.NUM_CLASSES", 12],
-            ["--eval", "--resume", last],
-            {},
-            "head.weight is [10, 16], the model's [12, 16]",
-        ),
-        (
-            ["MODEL.TINY_VIT.DEPTHS", "[1,2,1,1]"],
-            ["--eval", "--resume", last],
-            {},
+            "MODEL.TINY_VIT.DEPTHS [1,2,1,1]",
+            "--eval --resume {last}",
             "layers.1.blocks.1.attn.attention_biases is missing",
         ),
-        (["DATA.BATCH_SIZE", 64], [], {}, "fewer than one global step of 64"),
-        (
-            ["DISTILL.ENABLED", True],
-            [],
-            {},
-            "a student needs a teacher: name its store in DISTILL.TEACHER_LOGITS_PATH",
+        ("DATA.BATCH_SIZE 64", "", "fewer than one global step of 64"),
+        ("DISTILL.ENABLED True", "", "a student needs a teacher: name its store in DISTILL."),
+        ("", "--eval --resume {last.parent}", "is a folder, name a checkpoint in it, such as"),
+        ("", "--output {tmp}/file/runs", "is a file, choose another folder"),
+        ("", "--save-model {tmp}/file/w", "name a file in a folder of yours"),
+        ("", "--eval --resume {last} --per-class-csv {tmp}", "can't be written there"),
+        ("", "--use-sync-bn", "need CUDA"),
+        ("TRAIN.LR_SCHEDULER.NAME cosin", "", "did you mean cosine?"),
+    ],
+)
+def test_faults_of_the_command_line(opts, flags, text, trained, tmp_path, capsys):
+    last = folder(trained) / "checkpoints" / "last.pth"
+    (tmp_path / "file").write_text("")
+    draw_train(tmp_path / "half")
+    flags = flags.format(tmp=tmp_path, last=last)
+    assert text in fault(capsys, tmp_path / "out", opts, flags=[flags])
+
+
+@pytest.mark.parametrize(
+    ("opts", "env", "text"),
+    [
+        ("", "WORLD_SIZE=two", "WORLD_SIZE is 'two', not a number"),
+        ("TRAIN.GLOBAL_BATCH 16", "WORLD_SIZE=3", "use one of 1, 2, 4, 8, 16 processes"),
+        ("", "", "If the port is in use, give torchrun another --master-port"),
+        pytest.param("DEVICE cuda", "LOCAL_RANK=1", "no GPU for LOCAL_RANK 1", marks=WITHOUT_GPU),
+        pytest.param(
+            "DEVICE auto TRAIN.SYNC_BN True", "WORLD_SIZE=1", "need CUDA", marks=WITHOUT_GPU
         ),
-        (
-            [],
-            ["--eval", "--resume", last.parent],
-            {},
-            f"is a folder, name a checkpoint in it, such as {last.parent / 'best.pth'}",
-        ),
-        ([], ["--output", tmp_path / "file" / "runs"], {}, "is a file, choose another folder"),
-        ([], ["--save-model", tmp_path / "file" / "w"], {}, "name a file in a folder of yours"),
-        (
-            [],
-            [],
-            {"WORLD_SIZE": "two"},
-            "the environment variable WORLD_SIZE is 'two', not a number",
-        ),
-        (
-            [],
-            ["--eval", "--resume", last, "--per-class-csv", tmp_path],
-            {},
-            "can't be written there",
-        ),
-        ([], ["--use-sync-bn"], {}, "need CUDA"),
-        (["DEVICE", "auto"], ["--use-sync-bn"], {}, "need CUDA"),
-        (
-            ["TRAIN.GLOBAL_BATCH", 16],
-            [],
-            {**ranks, "WORLD_SIZE": "3"},
-            "use one of 1, 2, 4, 8, 16 processes",
-        ),
-        (["DEVICE", "cuda"], [], {**ranks, "LOCAL_RANK": "1"}, "no GPU for LOCAL_RANK 1"),
-        ([], [], ranks, "If the port is in use, give torchrun another --master-port"),
-        (["TRAIN.LR_SCHEDULER.NAME", "cosin"], [], {}, "did you mean cosine?"),
-    ]
-    with busy:
-        for opts, flags, env, text in cases:
-            if ("cuda" in opts and torch.cuda.is_available()) or (
-                "auto" in opts and torch.cuda.is_available()
-            ):
-                continue
-            with monkeypatch.context() as patch:
-                for key, value in env.items():
-                    patch.setenv(key, value)
-                assert text in fault(capsys, tmp_path / "out", *opts, flags=flags), text
+    ],
+)
+def test_faults_of_the_environment(opts, env, text, tmp_path, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        place = f"MASTER_ADDR=127.0.0.1 MASTER_PORT={busy.getsockname()[1]}"
+        for setting in f"WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 {place} {env}".split():
+            monkeypatch.setenv(*setting.split("="))
+        assert text in fault(capsys, tmp_path / "out", opts)
 
 
 def draw_train(root: Path) -> Path:
@@ -1216,10 +1102,10 @@ def draw_train(root: Path) -> Path:
 def test_a_fault_of_the_command_line_is_told_by_one_rank(tmp_path, capsys, monkeypatch):
     for key, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(key, value)
-    assert run(tmp_path, "TRAIN.GLOBAL_BATCH", 16) == 2
+    assert run(tmp_path, "TRAIN.GLOBAL_BATCH 16") == 2
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
-    assert "TRAIN.GLOBAL_BATCH" in fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH", 16)
+    assert "TRAIN.GLOBAL_BATCH" in fault(capsys, tmp_path, "TRAIN.GLOBAL_BATCH 16")
 
 
 BROKEN = """
@@ -1233,11 +1119,11 @@ main.train_step = broken
 
 
 def test_a_fault_of_one_process_ends_all_with_one_line_each(tmp_path):
-    with Job(tmp_path, "DATA.BATCH_SIZE", 4, world=2, prepare=BROKEN) as job:
-        assert job.wait() == [2, 2], job.text()
-    assert "Traceback" not in job.text(0) + job.text(1)  # PyTorch's own warnings are there
+    with job(tmp_path, "DATA.BATCH_SIZE 4", world=2, prepare=BROKEN) as started:
+        assert started.wait().codes == [2, 2], started.text()
+    assert "Traceback" not in started.text(0) + started.text(1)  # PyTorch's own warnings are there
     told = [
-        [line for line in job.text(rank).splitlines() if line.startswith("error: ")]
+        [line for line in started.text(rank).splitlines() if line.startswith("error: ")]
         for rank in (0, 1)
     ]
     assert told[1] == ["error: something is wrong (rank 1)"]
@@ -1249,7 +1135,7 @@ def test_a_fault_of_one_process_ends_all_with_one_line_each(tmp_path):
 
 
 def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
-    assert run(tmp_path, *SHORT, "TRAIN.GLOBAL_BATCH", 8) == 0
+    assert run(tmp_path, SHORT, "TRAIN.GLOBAL_BATCH 8") == 0
     assert (
         "WARNING batch norm sees the 8 images of a pass: another number of processes will change"
         " its statistics" in log_of(tmp_path)
@@ -1257,12 +1143,9 @@ def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
     assert (
         run(
             tmp_path,
-            *SHORT,
-            "TRAIN.GLOBAL_BATCH",
-            8,
-            "TRAIN.EVAL_BN_WHEN_TRAINING",
-            True,
-            flags=["--tag", "fixed"],
+            SHORT,
+            "TRAIN.GLOBAL_BATCH 8 TRAIN.EVAL_BN_WHEN_TRAINING True",
+            flags=["--tag fixed"],
         )
         == 0
     )
@@ -1270,15 +1153,7 @@ def test_a_split_that_batch_norm_would_notice_is_a_warning(tmp_path):
         tmp_path, "fixed"
     ) and "WARNING images are mixed within a pass" in log_of(tmp_path, "fixed")
     assert (
-        run(
-            tmp_path,
-            *SHORT,
-            "TRAIN.GLOBAL_BATCH",
-            8,
-            "AUG.MIXUP_MODE",
-            "pair2",
-            flags=["--tag", "pairs"],
-        )
+        run(tmp_path, SHORT, "TRAIN.GLOBAL_BATCH 8 AUG.MIXUP_MODE pair2", flags=["--tag pairs"])
         == 0
     )
     assert "mixed within a pass" not in log_of(tmp_path, "pairs")
@@ -1322,18 +1197,10 @@ def two_imagenets(tmp_path_factory) -> Path:
 
 
 def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, capsys):
-    tiny = [
-        *OPTS[: len(TINY_MODEL)],
-        "DATA.IMG_SIZE",
-        40,
-        "DATA.NUM_WORKERS",
-        0,
-        "TRAIN.WARMUP_EPOCHS",
-        0,
-        "TRAIN.EPOCHS",
-        1,
+    alone = [
+        *TINY_MODEL[2:],  # the recipes have names of their own
+        "DATA.IMG_SIZE 40 DATA.NUM_WORKERS 0 TRAIN.WARMUP_EPOCHS 0 TRAIN.EPOCHS 1",
     ]
-    alone = [word for word in tiny if word not in ("MODEL.NAME", "tiny")]
     in22k, in1k, store = (
         two_imagenets / "ImageNet-22k",
         two_imagenets / "ImageNet",
@@ -1341,59 +1208,42 @@ def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, caps
     )
 
     def command(recipe: str, data: Path, *opts, flags=(), program=main) -> None:
-        words = [
-            "--only-cpu",
-            "--cfg",
-            f"configs/{recipe}.yaml",
-            "--data-path",
-            data,
-            "--batch-size",
-            4,
-            "--output",
-            tmp_path,
-            *flags,
-        ]
-        assert program.main([*map(str, words), "--opts", *map(str, [*alone, *opts])]) == 0
+        places = ["--data-path", data, "--output", tmp_path]
+        recipe = f"--only-cpu --batch-size 4 --cfg configs/{recipe}.yaml"
+        assert program.main(words(recipe, *places, *flags, "--opts", *alone, *opts)) == 0
 
-    every = ["DATA.CLASS_LIST", "imagenet22k"]  # the real 22k has all of its classes
+    every = "DATA.CLASS_LIST imagenet22k"  # the real 22k has all of its classes
     teacher = [
-        "MODEL.TYPE",
-        "tests.support.teachers:glance",
-        "MODEL.NUM_CLASSES",
-        21841,
+        "MODEL.TYPE tests.support.teachers:glance MODEL.NUM_CLASSES 21841",
         "DISTILL.TEACHER_LOGITS_PATH",
         store,
     ]
     command(
         "22k_distill/tiny_vit_5m_22k_distill",
         in22k,
-        *every,
+        every,
         *teacher,
         flags=["--skip-eval"],
         program=save_logits,
     )
     command(
-        "22k_distill/tiny_vit_5m_22k_distill", in22k, *every, "DISTILL.TEACHER_LOGITS_PATH", store
+        "22k_distill/tiny_vit_5m_22k_distill", in22k, every, "DISTILL.TEACHER_LOGITS_PATH", store
     )
     pretrained = tmp_path / "TinyViT-5M-22k-distill" / "default" / "checkpoints" / "last.pth"
     head = state_of(pretrained)["model"]["head.weight"]
     assert head.shape == (21841, 16)
     capsys.readouterr()
     command(
-        "22k_distill/tiny_vit_5m_22k_distill",
-        in22k,
-        *every,
-        flags=["--eval", "--resume", pretrained],
+        "22k_distill/tiny_vit_5m_22k_distill", in22k, every, flags=["--eval --resume", pretrained]
     )
     # 1k labels, through the class map
     assert re.search(r"last.pth: 4 validation images: top-1 [\d.]+%", capsys.readouterr().out)
-    ids = ["DATA.CLASS_LIST", "imagenet1k"]
+    ids = "DATA.CLASS_LIST imagenet1k"
     command(
         "22kto1k/tiny_vit_5m_22kto1k",
         in1k,
-        *ids,
-        "MODEL.NUM_CLASSES",
-        1000,
+        ids,
+        "MODEL.NUM_CLASSES 1000",
         flags=["--pretrained", pretrained],
     )
     assert (
@@ -1405,13 +1255,13 @@ def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, caps
         torch.allclose(state_of(tuned)["model"]["head.weight"][5], start, atol=0.05)
         and start.abs().max() > 0
     )
-    larger = ["DATA.IMG_SIZE", 64, "MODEL.TINY_VIT.WINDOW_SIZES", "[4,4,4,2]"]
+    larger = "DATA.IMG_SIZE 64 MODEL.TINY_VIT.WINDOW_SIZES [4,4,4,2]"
     command(
         "higher_resolution/tiny_vit_21m_224to384",
         in1k,
-        *ids,
-        *larger,
-        flags=["--pretrained", tuned, "--accumulation-steps", 2],
+        ids,
+        larger,
+        flags=["--pretrained", tuned, "--accumulation-steps 2"],
     )
     assert (
         "attn.attention_biases (window 2 to 4)" in (out := capsys.readouterr().out)

@@ -11,6 +11,7 @@ from configs import dump, load_config
 from data.build import open_run, resolve
 from models.build import build_model
 from tests.support import saving
+from tests.support.jobs import words
 from tests.support.training import (
     RECORD,
     TINY_MODEL,
@@ -27,22 +28,18 @@ from tests.support.training import (
 # Mixing, erasing and RandAugment are on by default; 43 images are an odd number: 5 steps of 8 and a
 # rest.
 TEACHER = [
-    "MODEL.TYPE",
-    "tiny_vit",
+    "MODEL.TYPE tiny_vit",
     *TINY_MODEL,
-    "MODEL.TINY_VIT.EMBED_DIMS",
-    "[16,16,32,32]",
-    "MODEL.NUM_CLASSES",
-    "10",
+    "MODEL.TINY_VIT.EMBED_DIMS [16,16,32,32] MODEL.NUM_CLASSES 10",
 ]
-LEARNING = ["TRAIN.WARMUP_EPOCHS", 0, "MODEL.DROP_PATH_RATE", 0.2]
+LEARNING = "TRAIN.WARMUP_EPOCHS 0 MODEL.DROP_PATH_RATE 0.2"
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> tuple[Path, Path]:
     """The recipe and the weights of a teacher that has learnt nothing, but is sure of itself."""
     folder = tmp_path_factory.mktemp("teacher")
-    cfg = load_config(["--opts", *TEACHER, "DATA.IMG_SIZE", "40"])
+    cfg = load_config(words("--opts", *TEACHER, "DATA.IMG_SIZE 40"))
     model = build_model(cfg)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -60,8 +57,7 @@ def save(teacher: tuple[Path, Path], root: Path, *opts: object, world: int = 1) 
     arguments = saving.command(
         root,
         *TEACHER,
-        "TRAIN.EPOCHS",
-        2,
+        "TRAIN.EPOCHS 2",
         *opts,
         flags=["--cfg", recipe, "--resume", weights, "--skip-eval"],
     )
@@ -71,9 +67,7 @@ def save(teacher: tuple[Path, Path], root: Path, *opts: object, world: int = 1) 
 
 def online(teacher: tuple[Path, Path]) -> list[object]:
     return [
-        "DISTILL.ONLINE",
-        True,
-        "DISTILL.TEACHER_CFG",
+        "DISTILL.ONLINE True DISTILL.TEACHER_CFG",
         teacher[0],
         "DISTILL.TEACHER_WEIGHTS",
         teacher[1],
@@ -85,7 +79,7 @@ def stored_run(teacher, tmp_path_factory) -> tuple[Path, Path]:
     """A store, and the output of a student trained from it by one process."""
     folder = tmp_path_factory.mktemp("stored")
     save(teacher, folder / "store")
-    finish(folder / "run", "DISTILL.TEACHER_LOGITS_PATH", folder / "store", *LEARNING)
+    finish(folder / "run", "DISTILL.TEACHER_LOGITS_PATH", folder / "store", LEARNING)
     return folder / "store", folder / "run"
 
 
@@ -104,21 +98,21 @@ def assert_same_run(one: Path, other: Path, number_of_updates: int) -> None:
 
 
 def test_a_student_of_a_store_is_the_student_of_the_online_teacher(stored_run, teacher, tmp_path):
-    finish(tmp_path, *online(teacher), *LEARNING)
+    finish(tmp_path, *online(teacher), LEARNING)
     assert_same_run(stored_run[1], tmp_path, number_of_updates=10)
 
 
 def test_so_it_is_with_two_processes(teacher, tmp_path):
-    split = ["DATA.BATCH_SIZE", 4]
-    store = save(teacher, tmp_path / "store", *split, world=2)
-    finish(tmp_path / "stored", "DISTILL.TEACHER_LOGITS_PATH", store, *LEARNING, *split, world=2)
-    finish(tmp_path / "online", *online(teacher), *LEARNING, *split, world=2)
+    split = "DATA.BATCH_SIZE 4"
+    store = save(teacher, tmp_path / "store", split, world=2)
+    finish(tmp_path / "stored", "DISTILL.TEACHER_LOGITS_PATH", store, LEARNING, split, world=2)
+    finish(tmp_path / "online", *online(teacher), LEARNING, split, world=2)
     assert_same_run(tmp_path / "stored", tmp_path / "online", number_of_updates=10)
 
 
 def test_any_number_of_workers_does(stored_run, tmp_path):
     store, run = stored_run
-    finish(tmp_path, "DISTILL.TEACHER_LOGITS_PATH", store, *LEARNING, "DATA.NUM_WORKERS", 2)
+    finish(tmp_path, "DISTILL.TEACHER_LOGITS_PATH", store, LEARNING, "DATA.NUM_WORKERS 2")
     assert_same_run(run, tmp_path, number_of_updates=10)
 
 
@@ -132,21 +126,11 @@ SPLITS = {
 }
 # Rounding differs between the ways, so what would blow it up is left out: Adam, and statistics of a
 # pass.
-STEADY = [
-    "TRAIN.OPTIMIZER.NAME",
-    "sgd",
-    "TRAIN.EVAL_BN_WHEN_TRAINING",
-    True,
-    "MODEL.DROP_PATH_RATE",
-    0.0,
-    "TRAIN.WARMUP_EPOCHS",
-    0,
-    "TRAIN.EPOCHS",
-    1,
-    "TRAIN.BASE_LR",
-    1.0,
-]
-MIXING = {"pairs": [], "no mixing": ["AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0]}
+STEADY = (
+    "TRAIN.OPTIMIZER.NAME sgd TRAIN.EVAL_BN_WHEN_TRAINING True MODEL.DROP_PATH_RATE 0.0"
+    " TRAIN.WARMUP_EPOCHS 0 TRAIN.EPOCHS 1 TRAIN.BASE_LR 1.0"
+)
+MIXING = {"pairs": "", "no mixing": "AUG.MIXUP 0.0 AUG.CUTMIX 0.0"}
 
 
 def steps_of(cfg_words: list[str], world: int, batch: int, passes: int) -> list[list]:
@@ -173,26 +157,14 @@ def steps_of(cfg_words: list[str], world: int, batch: int, passes: int) -> list[
 def test_each_step_has_the_same_images_seeds_partners_and_records_however_it_is_split(
     images, mixing, tmp_path
 ):
-    opts = ["DATA.SHAPES.TRAIN_IMAGES", images, *MIXING[mixing]]
+    opts = ["DATA.SHAPES.TRAIN_IMAGES", images, MIXING[mixing]]
     assert saving.run(tmp_path / "store", *opts) == 0
     found = []
     for world, batch, passes in SPLITS.values():
-        words = command(
-            tmp_path,
-            *opts,
-            "DATA.BATCH_SIZE",
-            batch,
-            "DISTILL.TEACHER_LOGITS_PATH",
-            tmp_path / "store",
-        )
-        found.append(
-            steps_of(
-                [*words, "TRAIN.EPOCHS", "1", "TRAIN.ACCUMULATION_STEPS", str(passes)],
-                world,
-                batch,
-                passes,
-            )
-        )
+        split = ["DATA.BATCH_SIZE", batch, "TRAIN.ACCUMULATION_STEPS", passes, "TRAIN.EPOCHS 1"]
+        store = ["DISTILL.TEACHER_LOGITS_PATH", tmp_path / "store"]
+        arguments = command(tmp_path, *opts, *store, *split)
+        found.append(steps_of(arguments, world, batch, passes))
     assert [len(step) for step in found[0]] == [16] * (images // 16)
     assert all(other == found[0] for other in found[1:])
 
@@ -209,7 +181,7 @@ def test_each_step_has_the_same_images_seeds_partners_and_records_however_it_is_
     ],
 )
 def test_weights_agree_however_a_step_is_split(images, mixing, tmp_path):
-    opts = ["DATA.SHAPES.TRAIN_IMAGES", images, *MIXING[mixing]]
+    opts = ["DATA.SHAPES.TRAIN_IMAGES", images, MIXING[mixing]]
     assert saving.run(tmp_path / "store", *opts) == 0
     sets, weights = {}, {}
     for name, (world, batch, passes) in SPLITS.items():
@@ -221,7 +193,7 @@ def test_weights_agree_however_a_step_is_split(images, mixing, tmp_path):
             "DISTILL.TEACHER_LOGITS_PATH",
             tmp_path / "store",
             *opts,
-            *STEADY,
+            STEADY,
             *split,
             world=world,
             prepare=RECORD,
@@ -247,5 +219,5 @@ def build_and_start(opts: list[object]) -> dict[str, torch.Tensor]:
     """The weights that these runs begin with."""
     torch.manual_seed(0)
     return build_model(
-        resolve(load_config(command("output", *opts, "MODEL.DROP_PATH_RATE", 0.0)))
+        resolve(load_config(command("output", *opts, "MODEL.DROP_PATH_RATE 0.0")))
     ).state_dict()

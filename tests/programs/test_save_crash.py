@@ -17,11 +17,12 @@ import save_logits
 from data.augment.rng import sample_seed
 from data.images import shapes
 from data.store import LogitsStoreReader, LogitsStoreWriter
+from tests.support.jobs import Job
 from tests.support.mounts import READ_ONLY, alone, mount_small, needs_mounts
-from tests.support.saving import IMAGES, Job, command, finish, run, sealed_bytes, wait_for
+from tests.support.saving import IMAGES, command, finish, run, sealed_bytes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-SCRIPTED = ("MODEL.TYPE", "tests.support.teachers:scripted")
+SCRIPTED = "MODEL.TYPE tests.support.teachers:scripted"
 SLOW = {"TEACHER_SCRIPT": "import time; time.sleep(0.1)"}
 
 
@@ -34,7 +35,7 @@ def store(tmp_path) -> Path:
 def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     """Two epochs of the scripted teacher, written by one process without interruption."""
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
-    assert run(folder, *SCRIPTED, "TRAIN.EPOCHS", 2) == 0
+    assert run(folder, SCRIPTED, "TRAIN.EPOCHS 2") == 0
     return sealed_bytes(folder)
 
 
@@ -46,8 +47,8 @@ def kill_at_random(arguments: list[str], times: int, seed: int) -> None:
     """Start and SIGKILL a job again and again, each time at another moment of its work."""
     rng = random.Random(seed)
     for _ in range(times):
-        with Job(arguments, env=SLOW) as job:
-            wait_for(lambda: "epochs" in job.text(), job)
+        with Job("save_logits", arguments, env=SLOW) as job:
+            job.wait_for(lambda: "epochs" in job.text())
             time.sleep(rng.uniform(0.0, 2.4 / times))  # all the work takes about 1.2 s
             job.ranks[0].kill()
 
@@ -57,30 +58,18 @@ def test_killed_again_and_again_the_bytes_are_the_same(store, tmp_path, times):
     """Even with a teacher whose answers depend on the whole batch: what is missing is computed in
     the batches that it belongs to.
     """
-    arguments = command(store, "MODEL.TYPE", "tests.support.teachers:crowd", "TRAIN.EPOCHS", 2)
+    arguments = command(store, "MODEL.TYPE tests.support.teachers:crowd TRAIN.EPOCHS 2")
     kill_at_random(arguments, times, seed=times)
     assert parts_size(store) > 0 or sealed_bytes(store)
     finish(arguments).expect([0])
     assert (
-        run(
-            tmp_path / "undisturbed",
-            "MODEL.TYPE",
-            "tests.support.teachers:crowd",
-            "TRAIN.EPOCHS",
-            2,
-        )
-        == 0
+        run(tmp_path / "undisturbed", "MODEL.TYPE tests.support.teachers:crowd TRAIN.EPOCHS 2") == 0
     )
     assert sealed_bytes(store) == sealed_bytes(tmp_path / "undisturbed")
     assert (
         run(
             tmp_path / "other batches",
-            "MODEL.TYPE",
-            "tests.support.teachers:crowd",
-            "TRAIN.EPOCHS",
-            2,
-            "DATA.BATCH_SIZE",
-            6,
+            "MODEL.TYPE tests.support.teachers:crowd TRAIN.EPOCHS 2 DATA.BATCH_SIZE 6",
         )
         == 0
     )
@@ -92,9 +81,9 @@ def test_another_world_size_finishes_what_a_killed_job_began(store, undisturbed)
     """The seeds are the same; and so are the bytes, with a teacher that looks at each image by
     itself.
     """
-    arguments = command(store, *SCRIPTED, "TRAIN.EPOCHS", 2)
-    with Job(arguments, 2, env=SLOW) as job:
-        wait_for(lambda: parts_size(store) > 2000, job)
+    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2")
+    with Job("save_logits", arguments, 2, env=SLOW) as job:
+        job.wait_for(lambda: parts_size(store) > 2000)
     ended = finish([*arguments, "DATA.BATCH_SIZE", "6"], 3)
     ended.expect([0, 0, 0])
     reader = LogitsStoreReader(store)
@@ -106,9 +95,9 @@ def test_another_world_size_finishes_what_a_killed_job_began(store, undisturbed)
 
 
 def test_a_torn_tail_is_computed_again(store, undisturbed):
-    arguments = command(store, *SCRIPTED, "TRAIN.EPOCHS", 2)
-    with Job(arguments, env=SLOW) as job:
-        wait_for(lambda: parts_size(store) > 1500, job)
+    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2")
+    with Job("save_logits", arguments, env=SLOW) as job:
+        job.wait_for(lambda: parts_size(store) > 1500)
         job.ranks[0].kill()
         job.ranks[0].join()
     part = max(store.glob("epoch_*.parts/*"), key=lambda path: path.stat().st_size)
@@ -128,9 +117,9 @@ def test_a_torn_tail_is_computed_again(store, undisturbed):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_request_to_stop_keeps_what_is_written(store, undisturbed, name):
-    arguments = command(store, *SCRIPTED, "TRAIN.EPOCHS", 2, "DATA.NUM_WORKERS", 1)
-    with Job(arguments, env=SLOW) as job:
-        wait_for(lambda: parts_size(store) > 1000, job)
+    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2 DATA.NUM_WORKERS 1")
+    with Job("save_logits", arguments, env=SLOW) as job:
+        job.wait_for(lambda: parts_size(store) > 1000)
         os.kill(job.ranks[0].pid, getattr(signal, name))
         ended = job.wait()
     ended.expect([75], "stopped on request: what is written is kept")
@@ -140,7 +129,7 @@ def test_a_request_to_stop_keeps_what_is_written(store, undisturbed, name):
 
 
 def test_a_killed_rank_ends_the_others(store, undisturbed):
-    arguments = command(store, *SCRIPTED, "TRAIN.EPOCHS", 2)
+    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2")
     script = (
         "import os, signal\nif call == 1 and os.environ['RANK'] == '1': os.kill(os.getpid(),"
         " signal.SIGKILL)"
@@ -153,7 +142,7 @@ def test_a_killed_rank_ends_the_others(store, undisturbed):
 
 
 def test_a_killed_loader_process_is_named(store, undisturbed):
-    arguments = command(store, *SCRIPTED, "TRAIN.EPOCHS", 2, "DATA.NUM_WORKERS", 2)
+    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2 DATA.NUM_WORKERS 2")
     script = "import multiprocessing\nif call == 2: multiprocessing.active_children()[0].kill()"
     ended = finish(arguments, env={"TEACHER_SCRIPT": script})
     ended.expect([2], "error: a loader process has died")
@@ -178,15 +167,10 @@ def test_a_corrupt_image_is_named_and_stops_all_ranks(store, tmp_path):
     broken.write_bytes(whole[: len(whole) // 2])
     arguments = command(
         store,
-        *SCRIPTED,
-        "DATA.DATASET",
-        "imagenet",
-        "DATA.DATA_PATH",
+        SCRIPTED,
+        "DATA.DATASET imagenet DATA.DATA_PATH",
         data,
-        "MODEL.NUM_CLASSES",
-        3,
-        "DATA.NUM_WORKERS",
-        1,
+        "MODEL.NUM_CLASSES 3 DATA.NUM_WORKERS 1",
     )
     ended = finish(arguments, 2)
     ended.expect([2, 2], f"{broken}: can't be decoded")
@@ -204,19 +188,10 @@ def test_an_image_that_breaks_while_the_epoch_runs(store, tmp_path):
     whole = victim.read_bytes()
     arguments = command(
         store,
-        *SCRIPTED,
-        "DATA.DATASET",
-        "imagenet",
-        "DATA.DATA_PATH",
+        SCRIPTED,
+        "DATA.DATASET imagenet DATA.DATA_PATH",
         data,
-        "MODEL.NUM_CLASSES",
-        3,
-        "DATA.NUM_WORKERS",
-        2,
-        "DATA.PREFETCH",
-        1,
-        "DATA.BATCH_SIZE",
-        2,
+        "MODEL.NUM_CLASSES 3 DATA.NUM_WORKERS 2 DATA.PREFETCH 1 DATA.BATCH_SIZE 2",
     )
     script = (
         f"import os\nif call == 0 and os.environ['RANK'] == '1': open({str(victim)!r},"
@@ -232,15 +207,15 @@ def test_an_image_that_breaks_while_the_epoch_runs(store, tmp_path):
 
 def test_a_second_job_keeps_off_an_epoch(store, tmp_path, undisturbed):
     gate = tmp_path / "gate"
-    arguments = command(store, *SCRIPTED, "TRAIN.EPOCHS", 2)
+    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2")
     waiting = {
         "TEACHER_SCRIPT": (
             f"import os, time\nwhile call == 1 and not os.path.exists({str(gate)!r}):"
             " time.sleep(0.01)"
         )
     }
-    with Job(arguments, env=waiting) as first:
-        wait_for(lambda: parts_size(store) > 0, first)
+    with Job("save_logits", arguments, env=waiting) as first:
+        first.wait_for(lambda: parts_size(store) > 0)
         second = finish(arguments)
         second.expect([2], "epoch_0000.lock: in use by", f"process {first.ranks[0].pid} on")
         third = finish([*arguments, "TRAIN.START_EPOCH", "1"])  # another epoch may be shared out
@@ -257,7 +232,7 @@ def test_ranks_that_do_not_see_the_same_folder(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    arguments = command("store", *SCRIPTED, "OUTPUT", tmp_path / "output")
+    arguments = command("store", SCRIPTED, "OUTPUT", tmp_path / "output")
     impatient = (
         "import functools, save_logits; join = save_logits.LogitsStoreWriter.join;"
         " save_logits.LogitsStoreWriter.join = functools.partial(join, attempts=2)"
@@ -272,7 +247,7 @@ def test_a_rank_on_a_machine_that_augments_otherwise(store):
         "import os, data.augment.decoder\nif os.environ['RANK'] == '1':"
         " data.augment.decoder.AugmentDecoder.canary = lambda self: {}"
     )
-    ended = finish(command(store, *SCRIPTED), 2, prepare=drifted)
+    ended = finish(command(store, SCRIPTED), 2, prepare=drifted)
     ended.expect(
         [2, 2],
         f"error: this machine does not augment as the writer of the store {store} (rank 0) did",
@@ -326,7 +301,7 @@ def on_a_read_only_disk(folder: str, arguments: list[str]) -> dict:
 @needs_mounts
 def test_a_disk_that_fills_up(tmp_path):
     (tmp_path / "disk").mkdir()
-    large = (*SCRIPTED, "MODEL.NUM_CLASSES", 1000, "DISTILL.LOGITS_TOPK", 100, "OUTPUT", tmp_path)
+    large = (SCRIPTED, "MODEL.NUM_CLASSES 1000 DISTILL.LOGITS_TOPK 100 OUTPUT", tmp_path)
     result = alone(
         on_a_full_disk, str(tmp_path / "disk"), command(tmp_path / "disk" / "store", *large)
     )
@@ -348,7 +323,7 @@ def test_a_folder_that_is_read_only(tmp_path):
     result = alone(
         on_a_read_only_disk,
         str(tmp_path / "disk"),
-        command(tmp_path / "disk" / "store", *SCRIPTED, "OUTPUT", tmp_path),
+        command(tmp_path / "disk" / "store", SCRIPTED, "OUTPUT", tmp_path),
     )
     code, text = result["refused"]
     assert (

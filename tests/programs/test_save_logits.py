@@ -24,6 +24,7 @@ from models.distill import encode
 from models.teacher import Teacher
 from save_logits import Tally, main
 from tests.support.helpers import torchrun
+from tests.support.jobs import words
 from tests.support.saving import IMAGES, command, finish, run, sealed_bytes, write_upstream
 from tests.support.teachers import Glance
 
@@ -39,7 +40,7 @@ def store(tmp_path) -> Path:
 def four(tmp_path_factory) -> Path:
     """Epochs 0 to 3, written by one process."""
     folder = tmp_path_factory.mktemp("four") / "store"
-    assert run(folder, "TRAIN.EPOCHS", 4) == 0
+    assert run(folder, "TRAIN.EPOCHS 4") == 0
     return folder
 
 
@@ -79,16 +80,15 @@ def test_every_image_has_its_seed_and_probabilities_in_order(four):
 
 
 def test_an_epoch_written_alone_is_the_same(store, four):
-    assert run(store, "TRAIN.START_EPOCH", 3, "TRAIN.EPOCHS", 4, "DATA.NUM_WORKERS", 2) == 0
+    assert run(store, "TRAIN.START_EPOCH 3 TRAIN.EPOCHS 4 DATA.NUM_WORKERS 2") == 0
     assert sealed_bytes(store) == {"epoch_0003.npy": sealed_bytes(four)["epoch_0003.npy"]}
 
 
 @pytest.mark.parametrize(("world", "batch", "workers"), [(2, 8, 1), (4, 6, 0)])
 def test_other_processes_batches_and_workers_write_the_same(store, four, world, batch, workers):
-    """The teacher looks at each image by itself, so equal bytes mean equal seeds, pairs and pixels."""
+    """The teacher looks at each image by itself: equal bytes mean equal seeds, pairs, pixels."""
     finish(
-        command(store, "TRAIN.EPOCHS", 2, "DATA.BATCH_SIZE", batch, "DATA.NUM_WORKERS", workers),
-        world,
+        command(store, "TRAIN.EPOCHS 2 DATA.BATCH_SIZE", batch, "DATA.NUM_WORKERS", workers), world
     ).expect([0] * world)
     expected = sealed_bytes(four)
     assert sealed_bytes(store) == {
@@ -102,9 +102,7 @@ def test_two_ranks_with_the_same_batches_write_the_same_bytes_whatever_their_wor
         finish(
             command(
                 tmp_path / str(workers),
-                "MODEL.TYPE",
-                "tests.support.teachers:crowd",
-                "DATA.NUM_WORKERS",
+                "MODEL.TYPE tests.support.teachers:crowd DATA.NUM_WORKERS",
                 workers,
             ),
             2,
@@ -116,7 +114,7 @@ def test_a_stored_answer_is_the_teachers_for_that_mixed_image(four):
     """Replayed by hand from nothing but the recipe, the seeds and the pairs."""
     cfg = resolve(
         load_config(
-            command(four, "DISTILL.SAVE_TEACHER_LOGITS", True, "TRAIN.WARMUP_EPOCHS", 0, flags=())
+            command(four, "DISTILL.SAVE_TEACHER_LOGITS True TRAIN.WARMUP_EPOCHS 0", flags=())
         )
     )
     teacher, mix, records = (
@@ -139,7 +137,7 @@ def test_online_is_the_same_thing(four):
     """What main.py asks of a teacher in the loop equals what was stored, bit for bit, densified
     target and all.
     """
-    cfg = resolve(load_config(command(four, "TRAIN.WARMUP_EPOCHS", 0, flags=())))
+    cfg = resolve(load_config(command(four, "TRAIN.WARMUP_EPOCHS 0", flags=())))
     mean_and_std = (0.5,) * 3, (0.2,) * 3
     teacher = Teacher("glance", Glance(10), 10).in_the_loop(
         cfg.DISTILL.LOGITS_TOPK, cfg.DISTILL.TEMPERATURE, mean_and_std, mean_and_std
@@ -152,7 +150,7 @@ def test_online_is_the_same_thing(four):
 
 def test_a_complete_store_is_left_alone(four, capsys):
     before = sealed_bytes(four)
-    assert run(four, "TRAIN.EPOCHS", 4) == 0
+    assert run(four, "TRAIN.EPOCHS 4") == 0
     assert f"{four}: epochs 0-3 are complete, nothing is left to do" in capsys.readouterr().out
     assert sealed_bytes(four) == before
 
@@ -162,7 +160,7 @@ def test_what_a_crash_left_beside_a_sealed_epoch_is_cleared_away(store, four):
     (store / "epoch_0002.parts").mkdir()
     (store / "epoch_0002.parts" / "0000-1.part").write_bytes(b"rest")
     (store / "epoch_0002.lock").write_text("{}")
-    assert run(store, "TRAIN.EPOCHS", 4) == 0
+    assert run(store, "TRAIN.EPOCHS 4") == 0
     assert (
         not list(store.glob("*.parts"))
         and not list(store.glob("*.lock"))
@@ -172,7 +170,7 @@ def test_what_a_crash_left_beside_a_sealed_epoch_is_cleared_away(store, four):
 
 def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
     monkeypatch.setattr(save_logits, "progress", partial(save_logits.progress, interval=0))
-    assert run(store, "TRAIN.EPOCHS", 2) == 0
+    assert run(store, "TRAIN.EPOCHS 2") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "/6 [" in line]
     assert len(lines) == 12
     shown = (
@@ -183,7 +181,7 @@ def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
 
 
 def test_temperature_and_k(store, four):
-    assert run(store, "DISTILL.TEMPERATURE", 4.0, "DISTILL.LOGITS_TOPK", 3) == 0
+    assert run(store, "DISTILL.TEMPERATURE 4.0 DISTILL.LOGITS_TOPK 3") == 0
     hot, cold = LogitsStoreReader(store).open_epoch(0), LogitsStoreReader(four).open_epoch(0)
     assert hot["index"].shape == (IMAGES, 3) and (hot["index"][:, 0] == cold["index"][:, 0]).all()
     powered = cold["prob"].astype(float) ** (1 / 4)
@@ -201,10 +199,7 @@ def test_end_to_end_with_two_ranks(store, tmp_path, capsys):
     """
     tiny = "MODEL.TINY_VIT."
     shape = [
-        "MODEL.TYPE",
-        "tiny_vit",
-        "MODEL.NAME",
-        "small",
+        "MODEL.TYPE tiny_vit MODEL.NAME small",
         tiny + "DEPTHS",
         [1, 1, 1, 1],
         tiny + "NUM_HEADS",
@@ -220,19 +215,17 @@ def test_end_to_end_with_two_ranks(store, tmp_path, capsys):
     ]
     weights = tmp_path / "teacher's weights.pth"
     torch.manual_seed(3)
-    model = build_model(
-        load_config(["--opts", *map(str, shape), "MODEL.NUM_CLASSES", "10"]), load=False
-    )
+    model = build_model(load_config(words("--opts", *shape, "MODEL.NUM_CLASSES 10")), load=False)
     torch.save({"model": model.state_dict()}, weights)
     done = torchrun(
-        ["save_logits.py", *command(store, *shape, "TRAIN.EPOCHS", 2, flags=("--resume", weights))],
+        ["save_logits.py", *command(store, *shape, "TRAIN.EPOCHS 2", flags=("--resume", weights))],
         2,
     )
     assert done.returncode == 0, done.stderr
     assert "teacher: top-1" in done.stdout and "75 images" in done.stdout
     reader = LogitsStoreReader(store)
     assert reader.epochs() == [0, 1] and len(reader) == 75
-    assert run(store, *shape, "TRAIN.EPOCHS", 2, flags=(*CHECK, "--resume", weights)) == 0
+    assert run(store, *shape, "TRAIN.EPOCHS 2", flags=(*CHECK, "--resume", weights)) == 0
     shown = capsys.readouterr().out
     assert (
         "checked epochs 0-1: 150 images: 0 wrong seeds, 0 other top-1 classes, 0 other classes"
@@ -240,7 +233,7 @@ def test_end_to_end_with_two_ranks(store, tmp_path, capsys):
         and "PASSED" in shown
     )
     finish(
-        command(store, *shape, "TRAIN.EPOCHS", 2, flags=(*CHECK, "--exact", "--resume", weights)), 2
+        command(store, *shape, "TRAIN.EPOCHS 2", flags=(*CHECK, "--exact --resume", weights)), 2
     ).expect([0, 0], "PASSED")
 
 
@@ -248,7 +241,7 @@ def test_end_to_end_with_two_ranks(store, tmp_path, capsys):
 
 
 def test_the_check_passes_exactly_on_what_was_just_written(four, capsys):
-    assert run(four, "TRAIN.EPOCHS", 4, "DATA.BATCH_SIZE", 6, flags=(*CHECK, "--exact")) == 0
+    assert run(four, "TRAIN.EPOCHS 4 DATA.BATCH_SIZE 6", flags=(*CHECK, "--exact")) == 0
     shown = capsys.readouterr().out
     assert (
         f"{4 * IMAGES} images: 0 wrong seeds" in shown
@@ -258,9 +251,9 @@ def test_the_check_passes_exactly_on_what_was_just_written(four, capsys):
 
 
 def test_the_check_reports_what_is_not_there(four, capsys):
-    assert run(four, "TRAIN.EPOCHS", 90, flags=CHECK) == 0
+    assert run(four, "TRAIN.EPOCHS 90", flags=CHECK) == 0
     assert "checked epochs 0-3" in capsys.readouterr().out
-    assert run(four, "TRAIN.START_EPOCH", 4, "TRAIN.EPOCHS", 6, flags=CHECK) == 2
+    assert run(four, "TRAIN.START_EPOCH 4 TRAIN.EPOCHS 6", flags=CHECK) == 2
     assert (
         "of the epochs 4 to 5 none is there (there: 0-3): set TRAIN.START_EPOCH and TRAIN.EPOCHS"
         in capsys.readouterr().err
@@ -268,7 +261,7 @@ def test_the_check_reports_what_is_not_there(four, capsys):
 
 
 def test_a_share_of_the_batches(four, capsys):
-    assert run(four, "TRAIN.EPOCHS", 4, flags=(*CHECK, "--percent", "34")) == 0
+    assert run(four, "TRAIN.EPOCHS 4", flags=(*CHECK, "--percent 34")) == 0
     counted = int(
         re.search(
             r"checked 34% of the batches of epochs 0-3: (\d+) images", capsys.readouterr().out
@@ -332,14 +325,14 @@ def test_all_columns_are_checked_whatever_the_recipe_reads(store, four):
     spoil(
         copied(four, store) / "epoch_0000.npy", lambda r: r["prob"].__setitem__((slice(None), 3), 0)
     )
-    assert run(store, "DISTILL.LOGITS_TOPK", 2, flags=CHECK) == 1
+    assert run(store, "DISTILL.LOGITS_TOPK 2", flags=CHECK) == 1
 
 
 def test_another_teacher_does_not_pass(four, capsys):
-    assert run(four, "SEED", 1, flags=CHECK) == 1
+    assert run(four, "SEED 1", flags=CHECK) == 1
     shown = capsys.readouterr().out
     assert "written by another teacher" in shown and "FAILED" in shown
-    assert run(four, "MODEL.NUM_CLASSES", 12, flags=CHECK) == 2
+    assert run(four, "MODEL.NUM_CLASSES 12", flags=CHECK) == 2
     assert "MODEL.NUM_CLASSES" in capsys.readouterr().err
 
 
@@ -349,13 +342,13 @@ def test_a_store_of_the_original_is_checked(tmp_path, capsys, classes, k):
     spoiled.
     """
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    assert run(ours, "MODEL.NUM_CLASSES", classes, "DISTILL.LOGITS_TOPK", k, "TRAIN.EPOCHS", 2) == 0
+    assert run(ours, "MODEL.NUM_CLASSES", classes, "DISTILL.LOGITS_TOPK", k, "TRAIN.EPOCHS 2") == 0
     reader = LogitsStoreReader(ours)
     epochs = {epoch: np.array(reader.open_epoch(epoch)) for epoch in reader.epochs()}
     write_upstream(
         theirs, epochs, order=np.random.Generator(np.random.PCG64(0)).permutation(IMAGES)
     )
-    assert run(theirs, "MODEL.NUM_CLASSES", classes, "TRAIN.EPOCHS", 2, flags=CHECK) == 0
+    assert run(theirs, "MODEL.NUM_CLASSES", classes, "TRAIN.EPOCHS 2", flags=CHECK) == 0
     shown = capsys.readouterr().out
     assert (
         f"checked epochs 0-1: {2 * IMAGES - 2} images: 0 wrong" in shown
@@ -366,7 +359,7 @@ def test_a_store_of_the_original_is_checked(tmp_path, capsys, classes, k):
         records["seed"] = np.roll(records["seed"], 1)
     shutil.rmtree(theirs)
     write_upstream(theirs, epochs)
-    assert run(theirs, "MODEL.NUM_CLASSES", classes, "TRAIN.EPOCHS", 2, flags=CHECK) == 1
+    assert run(theirs, "MODEL.NUM_CLASSES", classes, "TRAIN.EPOCHS 2", flags=CHECK) == 1
     assert "FAILED" in capsys.readouterr().out
 
 
@@ -387,23 +380,15 @@ def test_one_of_two_stores_of_the_original_in_a_folder(tmp_path, capsys):
         in capsys.readouterr().err
     )
     shutil.rmtree(tmp_path / "theirs" / "logits_top4_epoch0")
-    assert run(tmp_path / "theirs", "DISTILL.LOGITS_TOPK", 3, flags=CHECK) == 0
+    assert run(tmp_path / "theirs", "DISTILL.LOGITS_TOPK 3", flags=CHECK) == 0
 
 
 def test_the_originals_own_store_is_read(goldens, tmp_path, capsys):
     """The teacher that wrote it is not at hand: another one of as many classes must not pass."""
     opts = (
-        "DATA.DATASET",
-        "imagenet",
-        "DATA.DATA_PATH",
+        "DATA.DATASET imagenet DATA.DATA_PATH",
         goldens / "train" / "data",
-        "DATA.IMG_SIZE",
-        64,
-        "MODEL.NUM_CLASSES",
-        1000,
-        "TRAIN.EPOCHS",
-        2,
-        "OUTPUT",
+        "DATA.IMG_SIZE 64 MODEL.NUM_CLASSES 1000 TRAIN.EPOCHS 2 OUTPUT",
         tmp_path,
     )
     store = copied(goldens / "train" / "store", tmp_path / "store")
@@ -454,12 +439,12 @@ def test_the_teacher_is_evaluated_first(store, tmp_path, monkeypatch, capsys):
 
 def test_a_teacher_at_chance_is_told(store, capsys):
     # the original's command has --eval in it
-    assert run(store, "SEED", 3, "DATA.SHAPES.VAL_IMAGES", 100, flags=("--eval",)) == 0
+    assert run(store, "SEED 3 DATA.SHAPES.VAL_IMAGES 100", flags=("--eval",)) == 0
     assert "THE TEACHER IS NO BETTER THAN CHANCE" in capsys.readouterr().out
 
 
 def test_a_teacher_of_other_classes_is_not_evaluated(store, capsys):
-    assert run(store, "MODEL.NUM_CLASSES", 12, flags=()) == 0
+    assert run(store, "MODEL.NUM_CLASSES 12", flags=()) == 0
     shown = capsys.readouterr().out
     assert "not evaluated: the data has 10 classes and the model 12" in shown
     assert LogitsStoreReader(store).seal(0)["teacher"] == {}
@@ -468,7 +453,7 @@ def test_a_teacher_of_other_classes_is_not_evaluated(store, capsys):
 def test_without_validation_images_or_by_request_nothing_is_evaluated(store, tmp_path, capsys):
     images = tmp_path / "images"
     write_images(images / "train", 9)
-    opts = ("DATA.DATASET", "imagenet", "DATA.DATA_PATH", images, "DATA.BATCH_SIZE", 4)
+    opts = ("DATA.DATASET imagenet DATA.DATA_PATH", images, "DATA.BATCH_SIZE 4")
     assert run(store, *opts, flags=()) == 0
     assert "the teacher is not evaluated, there are no validation images" in capsys.readouterr().out
     assert run(tmp_path / "other", *opts) == 0
@@ -490,9 +475,7 @@ def test_a_part_of_the_classes(store, tmp_path, four, capsys):
     opts = (
         "DISTILL.CLASS_SUBSET",
         tmp_path / "classes",
-        "DATA.DATASET",
-        "folder",
-        "DATA.DATA_PATH",
+        "DATA.DATASET folder DATA.DATA_PATH",
         tmp_path / "images",
     )
     write_images(tmp_path / "images", 12)
@@ -500,12 +483,9 @@ def test_a_part_of_the_classes(store, tmp_path, four, capsys):
     assert (
         run(
             tmp_path / "whole",
-            "DATA.DATASET",
-            "folder",
-            "DATA.DATA_PATH",
+            "DATA.DATASET folder DATA.DATA_PATH",
             tmp_path / "images",
-            "MODEL.NUM_CLASSES",
-            10,
+            "MODEL.NUM_CLASSES 10",
         )
         == 0
     )
@@ -529,12 +509,12 @@ def test_a_part_of_the_classes(store, tmp_path, four, capsys):
         " DISTILL.CLASS_SUBSET" in shown
     )
     (tmp_path / "classes").write_text("2\n7\n5\n")
-    assert run(store, *opts, "TRAIN.EPOCHS", 2) == 2
+    assert run(store, *opts, "TRAIN.EPOCHS 2") == 2
     assert "teacher.classes_sha256 is" in capsys.readouterr().err
 
 
 def test_bfloat16_is_declined_aloud(store, capsys):
-    assert run(store, "AMP_DTYPE", "bf16") == 0
+    assert run(store, "AMP_DTYPE bf16") == 0
     assert (
         "AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in float32"
         in capsys.readouterr().out
@@ -566,21 +546,21 @@ def test_a_tally_counts():
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (("SEED", 1), "is another store: teacher.weights_sha256 is"),
+        ("SEED 1", "is another store: teacher.weights_sha256 is"),
         (
-            ("AUG.REPROB", 0.5),
+            "AUG.REPROB 0.5",
             "is another store: identity.recipe.AUG.REPROB is 0.25 there and 0.5 here",
         ),
-        (("DATA.SEED", 5), "identity.base_seed is 0 there and 5 here"),
-        (("DISTILL.LOGITS_TOPK", 4), "identity.k is 10 there and 4 here"),
-        (("MODEL.NUM_CLASSES", 12), "identity.num_classes is 10 there and 12 here"),
-        (("DATA.IMG_SIZE", 48), "identity.image_size is 40 there and 48 here"),
-        (("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0), "identity.paired is true there and false here"),
-        (("DATA.SHAPES.TRAIN_IMAGES", 41), "was begun with other images: 2 removed: "),
+        ("DATA.SEED 5", "identity.base_seed is 0 there and 5 here"),
+        ("DISTILL.LOGITS_TOPK 4", "identity.k is 10 there and 4 here"),
+        ("MODEL.NUM_CLASSES 12", "identity.num_classes is 10 there and 12 here"),
+        ("DATA.IMG_SIZE 48", "identity.image_size is 40 there and 48 here"),
+        ("AUG.MIXUP 0.0 AUG.CUTMIX 0.0", "identity.paired is true there and false here"),
+        ("DATA.SHAPES.TRAIN_IMAGES 41", "was begun with other images: 2 removed: "),
     ],
 )
 def test_a_store_of_other_settings_is_not_continued(four, capsys, opts, message):
-    assert run(four, "TRAIN.EPOCHS", 5, *opts) == 2
+    assert run(four, "TRAIN.EPOCHS 5", opts) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and shown.count("\n") == 1 and message in shown
     assert (
@@ -593,33 +573,33 @@ def test_a_store_of_other_settings_is_not_continued(four, capsys, opts, message)
     ("opts", "flags", "message"),
     [
         (
-            ("DISTILL.TEACHER_LOGITS_PATH", ""),
+            "DISTILL.TEACHER_LOGITS_PATH ''",
             (),
             "DISTILL.TEACHER_LOGITS_PATH: name the store's folder",
         ),
         (
-            ("DISTILL.TEACHER_LOGITS_PATH", ""),
+            "DISTILL.TEACHER_LOGITS_PATH ''",
             CHECK,
             "DISTILL.TEACHER_LOGITS_PATH: name the store's folder",
         ),
         (
-            ("MODEL.TYPE", "tiny_vit"),
+            "MODEL.TYPE tiny_vit",
             (),
             "MODEL.RESUME: name the weights of the teacher tiny_vit (--resume or --pretrained)",
         ),
         (
-            ("MODEL.TYPE", "tests.support.teachers:glanse"),
+            "MODEL.TYPE tests.support.teachers:glanse",
             (),
             "has no function glanse; did you mean glance?",
         ),
-        (("DATA.BATCH_SIZE", 7), (), "images are mixed in pairs, the batch must be even (e.g. 8)"),
-        (("DISTILL.LOGITS_TOPKK", 7), (), "did you mean DISTILL.LOGITS_TOPK?"),
-        (("MODEL.NUM_CLASSES", 7), (), "7 classes are fewer than the 10 of the data"),
-        ((), CHECK, "no store there (neither manifest.json nor logits_top*_epoch*/)"),
+        ("DATA.BATCH_SIZE 7", (), "images are mixed in pairs, the batch must be even (e.g. 8)"),
+        ("DISTILL.LOGITS_TOPKK 7", (), "did you mean DISTILL.LOGITS_TOPK?"),
+        ("MODEL.NUM_CLASSES 7", (), "7 classes are fewer than the 10 of the data"),
+        ("", CHECK, "no store there (neither manifest.json nor logits_top*_epoch*/)"),
     ],
 )
 def test_what_cannot_work_is_told_in_one_line(store, capsys, opts, flags, message):
-    assert run(store, *opts, flags=flags) == 2
+    assert run(store, opts, flags=flags) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and shown.count("\n") == 1 and message in shown
 
@@ -627,21 +607,21 @@ def test_what_cannot_work_is_told_in_one_line(store, capsys, opts, flags, messag
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--throughput",), "--throughput belongs to main.py"),
-        (("--exact",), "--exact and --percent go with --check-saved-logits"),
-        (("--percent", "3"), "--exact and --percent go with --check-saved-logits"),
-        ((*CHECK, "--percent", "0"), "--percent 0: expected more than 0 and at most 100"),
+        ("--throughput", "--throughput belongs to main.py"),
+        ("--exact", "--exact and --percent go with --check-saved-logits"),
+        ("--percent 3", "--exact and --percent go with --check-saved-logits"),
+        ("--check-saved-logits --percent 0", "--percent 0: expected more than 0 and at most 100"),
     ],
 )
 def test_flags_that_do_not_go_together(capsys, flags, message):
     with pytest.raises(SystemExit) as ended:
-        main([*flags])
+        main(words(flags))
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_disk_must_be_large_enough(store, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 1000))
-    assert run(store, "TRAIN.EPOCHS", 3) == 2
+    assert run(store, "TRAIN.EPOCHS 3") == 2
     assert "writing 3 epochs of 43 images with top-10 needs" in capsys.readouterr().err
 
 

@@ -10,46 +10,16 @@ import safetensors.numpy
 import torch
 
 import main
+from tests.support.jobs import words
 from tools import logits
 
-COMMAND = [
-    "--only-cpu",
-    "--cfg",
-    "configs/1k/tiny_vit_5m.yaml",
-    "--batch-size",
-    "16",
-    "--disable_amp",
-]
-OPTS = [
-    "DATA.IMG_SIZE",
-    "64",
-    "MODEL.TINY_VIT.DEPTHS",
-    "[1,1,1,1]",
-    "MODEL.TINY_VIT.NUM_HEADS",
-    "[1,1,1,1]",
-    "MODEL.TINY_VIT.WINDOW_SIZES",
-    "[2,2,4,2]",
-    "MODEL.TINY_VIT.EMBED_DIMS",
-    "[16,32,32,32]",
-    "MODEL.DROP_PATH_RATE",
-    "0.0",
-    "DISTILL.LOGITS_TOPK",
-    "10",
-    "TRAIN.EPOCHS",
-    "2",
-    "TRAIN.WARMUP_EPOCHS",
-    "1",
-    "TRAIN.BASE_LR",
-    "0.01",
-    "TRAIN.AUTO_RESUME",
-    "False",
-    "MODEL.NUM_CLASSES",
-    "1000",
-    "PRINT_FREQ",
-    "1",
-    "DATA.NUM_WORKERS",
-    "0",
-]
+COMMAND = "--only-cpu --cfg configs/1k/tiny_vit_5m.yaml --batch-size 16 --disable_amp"
+OPTS = (
+    "--opts DATA.IMG_SIZE 64 MODEL.TINY_VIT.DEPTHS [1,1,1,1] MODEL.TINY_VIT.NUM_HEADS [1,1,1,1]"
+    " MODEL.TINY_VIT.WINDOW_SIZES [2,2,4,2] MODEL.TINY_VIT.EMBED_DIMS [16,32,32,32] PRINT_FREQ 1"
+    " MODEL.DROP_PATH_RATE 0.0 MODEL.NUM_CLASSES 1000 DISTILL.LOGITS_TOPK 10 DATA.NUM_WORKERS 0"
+    " TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 1 TRAIN.BASE_LR 0.01 TRAIN.AUTO_RESUME False"
+)
 
 
 def trained(
@@ -62,29 +32,10 @@ def trained(
     torch.set_num_threads(1)
     output.mkdir(exist_ok=True)
     try:
-        paths = [
-            "--data-path",
-            train / "data",
-            "--pretrained",
-            train / "init.pth",
-            "--output",
-            output,
-            "--save-model",
-            output / "weights",
-        ]
-        assert (
-            main.main(
-                [
-                    *COMMAND,
-                    *map(str, paths),
-                    "--opts",
-                    *OPTS,
-                    "DISTILL.TEACHER_LOGITS_PATH",
-                    str(store or train / "store"),
-                ]
-            )
-            == 0
-        )
+        paths = ["--data-path", train / "data", "--pretrained", train / "init.pth"]
+        paths += ["--output", output, "--save-model", output / "weights"]
+        last = ["DISTILL.TEACHER_LOGITS_PATH", store or train / "store"]
+        assert main.main(words(COMMAND, *paths, OPTS, *last)) == 0
     finally:
         torch.set_num_threads(threads)
     lines = map(
@@ -138,7 +89,7 @@ def test_a_converted_store_trains_the_same(goldens, tmp_path, monkeypatch):
         "--data-path",
         str(goldens / "train" / "data"),
     ]
-    opts = ["--opts", "DATA.IMG_SIZE", "64", "AUG.MIXUP_MODE", "pair2", "MODEL.NUM_CLASSES", "1000"]
+    opts = words("--opts DATA.IMG_SIZE 64 AUG.MIXUP_MODE pair2 MODEL.NUM_CLASSES 1000")
     assert (
         logits.main(
             ["convert", str(goldens / "train" / "store"), str(tmp_path / "store"), *recipe, *opts]

@@ -62,10 +62,7 @@ def write_tar(path: Path, members: Mapping[str, bytes | None], **options) -> Pat
 
 
 def write_zip(
-    path: Path,
-    members: Mapping[str, bytes],
-    method: int = zipfile.ZIP_STORED,
-    comment: bytes = b"",
+    path: Path, members: Mapping[str, bytes], method: int = zipfile.ZIP_STORED, comment: bytes = b""
 ) -> Path:
     """A zip file."""
     with zipfile.ZipFile(path, "w", method) as file:

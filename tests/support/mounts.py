@@ -29,11 +29,7 @@ def mount_small(folder: Path, kilobytes: int) -> Callable[[int], None]:
     """Give this process a tmpfs of its own on a folder; returns what changes its flags."""
     system = ctypes.CDLL(None, use_errno=True)
     # before they become those of nobody
-    maps = {
-        "setgroups": "deny",
-        "uid_map": f"0 {os.getuid()} 1",
-        "gid_map": f"0 {os.getgid()} 1",
-    }
+    maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
     try:
         call(system.unshare, NEW_NAMESPACE)
     except OSError:
