@@ -142,8 +142,9 @@ def test_a_killed_rank_ends_the_others(store, undisturbed):
 
 
 def test_a_killed_loader_process_is_named(store, undisturbed):
-    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2 DATA.NUM_WORKERS 2")
-    script = "import multiprocessing\nif call == 2: multiprocessing.active_children()[0].kill()"
+    arguments = command(store, SCRIPTED, "TRAIN.EPOCHS 2 DATA.NUM_WORKERS 2 DATA.PREFETCH 1")
+    # so early that batches are left which nobody has prepared
+    script = "import multiprocessing\nif call == 1: multiprocessing.active_children()[0].kill()"
     ended = finish(arguments, env={"TEACHER_SCRIPT": script})
     ended.expect([2], "error: a loader process has died")
     assert not sealed_bytes(store)

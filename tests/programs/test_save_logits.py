@@ -18,7 +18,7 @@ from data.augment.pairs import PairMix
 from data.augment.rng import sample_seed
 from data.build import open_run, resolve
 from data.images import shapes
-from data.store.reader import LogitsStoreReader
+from data.store import LogitsStoreReader
 from models.build import build_model
 from models.distill import encode
 from models.teacher import Teacher
