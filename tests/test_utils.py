@@ -93,12 +93,12 @@ def exchange():
     return result, torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_one_process_of_torchrun_is_alone():
+    assert run_ranks(exchange_alone, 1) == [(Distributed(0, 1, 0, CPU), False)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_exchange_tensors_and_objects(world_size):
-    if world_size == 1:
-        (result, _), *_ = run_ranks(exchange_alone, 1)
-        assert result == ((0, 1, 0, "cpu", True), False)
-        return
     for rank, (result, left) in enumerate(run_ranks(exchange, world_size)):
         assert not left
         assert result == {
@@ -152,10 +152,7 @@ def test_processes_that_join_find_nothing_of_those_before(left_behind):
 
 def exchange_alone():
     world = init_distributed("cpu")  # one process under torchrun needs no group
-    return (
-        (world.rank, world.world_size, world.local_rank, str(world.device), world.is_main),
-        torch.distributed.is_initialized(),
-    ), 0
+    return world, torch.distributed.is_initialized()
 
 
 def test_torchrun_itself_is_understood(tmp_path):
@@ -180,11 +177,7 @@ def test_a_port_in_use_is_a_clear_error(monkeypatch):
         for key, value in zip(TORCHRUN_KEYS, ("0", "2", "0", "127.0.0.1", str(port))):
             monkeypatch.setenv(key, value)
         with pytest.raises(
-            ValueError,
-            match=(
-                rf"process 0 of 2 can't join the others at 127.0.0.1:{port}: .*another"
-                r" --master-port"
-            ),
+            ValueError, match=f"can't join the others at 127.0.0.1:{port}: .*another --master-port"
         ):
             init_distributed("cpu", join_timeout=timedelta(seconds=2))
 
@@ -250,27 +243,14 @@ def test_devices_are_chosen_by_name_and_local_rank(machine):
 @pytest.mark.parametrize(
     ("name", "gpus", "visible", "message"),
     [
-        (
-            "cuda",
-            0,
-            None,
-            r"DEVICE cuda: no GPU for LOCAL_RANK 2: no GPU is visible to PyTorch; use --device cpu",
-        ),
+        ("cuda", 0, None, "no GPU is visible to PyTorch; use --device cpu"),
         ("cuda", 0, "", r"no GPU is visible to PyTorch \(CUDA_VISIBLE_DEVICES is ''\)"),
-        (
-            "cuda",
-            1,
-            None,
-            "no GPU for LOCAL_RANK 2: 1 GPU is visible; start at most 1 processes on this machine",
-        ),
+        ("cuda", 1, None, "1 GPU is visible; start at most 1 processes"),
         (
             "auto",
             2,
             "0,1",
-            (
-                r"DEVICE auto: no GPU for LOCAL_RANK 2: 2 GPUs are visible \(CUDA_VISIBLE_DEVICES"
-                r" is '0,1'\); start at most 2"
-            ),
+            r"LOCAL_RANK 2: 2 GPUs are visible \(CUDA_VISIBLE_DEVICES is '0,1'\); start at most 2",
         ),
         ("mps", 0, None, "DEVICE mps: this machine or this PyTorch has no MPS device"),
         ("tpu", 0, None, "DEVICE 'tpu' is none of auto, cuda, mps, cpu"),
@@ -343,11 +323,7 @@ def test_whoever_asks_twice_on_the_keyboard_need_not_wait(capfd):
     with StopRequest() as stop, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         assert stop.received == "SIGINT"
-        assert (
-            capfd.readouterr().err
-            == "SIGINT: stopping as soon as the state is whole; Ctrl-C again ends now, without"
-            " saving\n"
-        )
+        assert "Ctrl-C again ends now" in capfd.readouterr().err
         signal.raise_signal(signal.SIGINT)
 
 
@@ -570,7 +546,9 @@ def test_evaluate_against_a_naive_loop(size, missing):
     model, images, labels = evaluation()
     labels[:missing] = -1
     model.train()
-    found = evaluate(model, batches(images, labels, size), CPU, num_classes=7)
+    parts = batches(images, labels.to(torch.int32), size)  # narrow labels, and more than is needed
+    loader = [(*part, "seed", "position") for part in parts]
+    found = evaluate(model, loader, CPU, num_classes=7)
     assert model.training  # and the running statistics did not move:
     assert_results(found, naive(model, images, labels))
     without = evaluate(model.eval(), batches(images, labels, size), CPU)
@@ -625,14 +603,6 @@ def test_evaluate_runs_under_autocast_and_counts_in_float32():
     exact = evaluate(model, batches(images, labels, 8), CPU)
     assert {kind for kind, _ in seen} == {torch.float32} and rough["loss"] != exact["loss"]
     assert rough["loss"] == pytest.approx(exact["loss"], rel=0.05)
-
-
-def test_evaluate_takes_longer_batches_and_narrow_labels():
-    model, images, labels = evaluation()
-    loader = [
-        (i, label.to(torch.int32), "seed", "position") for i, label in batches(images, labels, 8)
-    ]
-    assert_results(evaluate(model, loader, CPU, num_classes=7), naive(model, images, labels))
 
 
 def evaluate_part(counts):

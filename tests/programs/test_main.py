@@ -33,6 +33,7 @@ from tests.support.jobs import words
 from tests.support.mounts import alone, mount_small, needs_mounts
 from tests.support.training import (
     TINY_MODEL,
+    checkpoint,
     folder,
     job,
     metrics,
@@ -281,12 +282,9 @@ def test_where_nothing_can_be_read_nothing_is_overwritten(copy, capsys, monkeypa
 
 
 def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, copy):
-    checkpoint = folder(copy) / "checkpoints" / "epoch_0001.pth"
-    assert (
-        run(copy, "TRAIN.EMA_DECAY 0.9 TRAIN.AUTO_RESUME False", flags=["--resume", checkpoint])
-        == 0
-    )
-    assert f"continuing from {checkpoint}: 5 updates are done" in log_of(copy)
+    saved = checkpoint(copy, "epoch_0001.pth")
+    assert run(copy, "TRAIN.EMA_DECAY 0.9 TRAIN.AUTO_RESUME False", flags=["--resume", saved]) == 0
+    assert f"continuing from {saved}: 5 updates are done" in log_of(copy)
     assert len(list(folder(copy).glob("checkpoints_before_1/*.pth"))) == 4
     assert same_bits(state(copy)["model"], state(trained)["model"])
 
@@ -306,20 +304,20 @@ def test_weights_alone_or_another_model_are_no_state_to_go_on_from(trained, tmp_
 
 def test_where_a_run_begins(trained, tmp_path):
     weights = trained / "weights.safetensors"
-    checkpoint = folder(trained) / "checkpoints" / "epoch_0001.pth"
+    saved = checkpoint(trained, "epoch_0001.pth")
     opts = "TRAIN.EMA_DECAY 0.9"
     # the checkpoint wins
-    assert run(tmp_path, opts, flags=["--resume", checkpoint, "--pretrained", weights]) == 0
-    assert f"continuing from {checkpoint}: 5 updates are done" in log_of(
+    assert run(tmp_path, opts, flags=["--resume", saved, "--pretrained", weights]) == 0
+    assert f"continuing from {saved}: 5 updates are done" in log_of(
         tmp_path
     ) and f"not loaded: {weights}" in log_of(tmp_path)
     assert same_bits(state(tmp_path)["model"], state(trained)["model"])  # and goes on exactly
     assert [line["step"] for line in metrics(tmp_path)] == [6, 7, 8, 9, 10, 10]
     # the folder's own wins
-    assert run(tmp_path, opts, "TRAIN.EPOCHS 3", flags=["--resume", checkpoint]) == 0
+    assert run(tmp_path, opts, "TRAIN.EPOCHS 3", flags=["--resume", saved]) == 0
     assert "last.pth: 10 updates are done, the next is in epoch 3\n" in log_of(
         tmp_path
-    ) and f"not loaded: {checkpoint}" in log_of(tmp_path)
+    ) and f"not loaded: {saved}" in log_of(tmp_path)
     still = "TRAIN.BASE_LR 0.0 TRAIN.WARMUP_LR 0.0 TRAIN.MIN_LR 0.0"
     assert run(tmp_path, SHORT, still, flags=["--pretrained", weights, "--tag tuned"]) == 0
     tuned, start = state(tmp_path, tag="tuned")["model"], safetensors.torch.load_file(weights)
@@ -341,7 +339,7 @@ def test_without_auto_resume_earlier_checkpoints_move_aside(tmp_path):
 
 
 def test_what_is_loaded_is_not_called_left_out(copy):
-    own = folder(copy) / "checkpoints" / "last.pth"
+    own = checkpoint(copy)
     assert run(copy, "TRAIN.EMA_DECAY 0.9", flags=["--resume", own]) == 0
     assert f"continuing from {own}" in log_of(copy) and "not loaded" not in log_of(copy)
 
@@ -352,7 +350,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(trained, copy, capsy
         ("epoch_0002.pth", b"PK\x03\x04 no"),
         ("best.pth", None),
     ):
-        path = folder(copy) / "checkpoints" / name
+        path = checkpoint(copy, name)
         path.unlink() if content is None else path.write_bytes(content)
     assert run(copy, "TRAIN.EMA_DECAY 0.9") == 0
     assert len(re.findall("WARNING skipped: the checkpoint .* is damaged", log_of(copy))) == 2
@@ -729,8 +727,8 @@ def test_mixed_precision_trains_and_is_continued_exactly(dtype, tmp_path, monkey
         assert scaler["scale"] < 65536 and 1 <= lines[-1]["skipped"] < 5
     else:
         assert scaler == {} and not lines[-1]["skipped"]
-    checkpoint = folder(tmp_path) / "checkpoints" / "epoch_0001.pth"
-    assert run(tmp_path, opts, flags=["--resume", checkpoint, "--tag again"]) == 0
+    saved = checkpoint(tmp_path, "epoch_0001.pth")
+    assert run(tmp_path, opts, flags=["--resume", saved, "--tag again"]) == 0
     assert (
         same_bits(state(tmp_path)["model"], state(tmp_path, tag="again")["model"])
         and state(tmp_path, tag="again")["scaler"] == scaler
@@ -806,7 +804,7 @@ def test_a_store_that_does_not_fit_is_told_before_the_first_step(
     opts, text, store, tmp_path, capsys
 ):
     line = fault(capsys, tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, opts)
-    assert text in line and not (folder(tmp_path) / "checkpoints" / "last.pth").exists()
+    assert text in line and not checkpoint(tmp_path).exists()
 
 
 def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
@@ -905,11 +903,11 @@ def test_an_online_teacher_of_another_size_is_refused(tmp_path, capsys):
 
 def test_evaluation_finds_what_training_printed_and_each_class_by_itself(trained, tmp_path, capsys):
     path = tmp_path / "classes.csv"
-    checkpoint = folder(trained) / "checkpoints" / "last.pth"
+    saved = checkpoint(trained)
     opts = TINY_MODEL
     flags = [
         "--eval --resume",
-        checkpoint,
+        saved,
         "--per-class-csv",
         path,
         "--save-model",
@@ -918,10 +916,7 @@ def test_evaluation_finds_what_training_printed_and_each_class_by_itself(trained
     assert run(tmp_path, *opts, flags=flags) == 0
     out = capsys.readouterr().out
     last = metrics(trained)[-1]
-    for label, prefix in (
-        (f"{checkpoint}: ", "val"),
-        (f"{checkpoint}, averaged weights: ", "average"),
-    ):
+    for label, prefix in ((f"{saved}: ", "val"), (f"{saved}, averaged weights: ", "average")):
         found = re.search(
             re.escape(label)
             + r"20 validation images: top-1 ([\d.]+)%, top-5 ([\d.]+)%, loss ([\d.]+)",
@@ -995,7 +990,7 @@ def test_a_model_of_22k_classes_is_judged_on_1k_through_the_class_map(
 def test_where_nothing_says_which_class_is_which_accuracies_are_absent(
     wnid_images, trained, tmp_path, capsys
 ):
-    weights = folder(trained) / "checkpoints" / "last.pth"
+    weights = checkpoint(trained)
     flags = ["--eval --resume", weights, "--data-path", wnid_images]
     assert run(tmp_path, "DATA.DATASET imagenet", flags=flags) == 0
     out = capsys.readouterr().out
@@ -1053,7 +1048,7 @@ def test_throughput_is_measured_without_data(trained, tmp_path, capsys, monkeypa
     ],
 )
 def test_faults_of_the_command_line(opts, flags, text, trained, tmp_path, capsys):
-    last = folder(trained) / "checkpoints" / "last.pth"
+    last = checkpoint(trained)
     (tmp_path / "file").write_text("")
     draw_train(tmp_path / "half")
     flags = flags.format(tmp=tmp_path, last=last)

@@ -70,9 +70,14 @@ def updates(output: Path | str, tag: str = "default") -> list[dict]:
     return [line for line in metrics(output, tag) if "lr" in line]
 
 
+def checkpoint(output: Path | str, name: str = "last.pth", tag: str = "default") -> Path:
+    """The path of a checkpoint."""
+    return folder(output, tag) / "checkpoints" / name
+
+
 def state(output: Path | str, name: str = "last.pth", tag: str = "default") -> dict[str, Any]:
     """A checkpoint."""
-    return torch.load(folder(output, tag) / "checkpoints" / name, weights_only=True)
+    return torch.load(checkpoint(output, name, tag), weights_only=True)
 
 
 def recorded(step: Callable, folder: str, rank: int) -> Callable:
