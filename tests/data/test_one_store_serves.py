@@ -104,24 +104,18 @@ def assert_right_targets(root: Path, got: dict[int, tuple], epoch: int, k: int =
     """Each record is the store's for that key, its seed the stored one, and the teacher says the
     same of the image the student saw.
     """
-    reader, teacher, listed = (
-        LogitsStoreReader(root),
-        Glance(CLASSES),
-        Path(root / "keys.txt").read_text().splitlines(),
-    )
+    reader = LogitsStoreReader(root)
+    teacher = Glance(CLASSES)
+    listed = (root / "keys.txt").read_text().splitlines()
     records = reader.open_epoch(epoch)
     assert got
     for position, (key, label, seed, classes, probs, _, image) in got.items():
         record = records[position]
-        assert key == listed[position] == reader.keys[
-            position
-        ] and label == shapes.CLASS_NAMES.index(key.partition("/")[0])
+        assert key == listed[position] == reader.keys[position]
+        assert label == shapes.CLASS_NAMES.index(key.partition("/")[0])
         assert seed == record["seed"] == sample_seed(11, epoch, position)
-        assert (
-            classes == record["index"][:k].tolist()
-            and probs == record["prob"][:k].tolist()
-            and len(probs) == k
-        )
+        assert classes == record["index"][:k].tolist() and len(probs) == k
+        assert probs == record["prob"][:k].tolist()
         answer = encode(teacher(image[None]), k)
         assert classes == answer[0][0].tolist() and probs == answer[1][0].tolist()
 
@@ -274,51 +268,28 @@ def test_the_table_of_bytes(store):
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
-        (
-            "DISTILL.LOGITS_TOPK 11",
-            (
-                "DISTILL.LOGITS_TOPK = 11, but the store {store} holds top-10: set"
-                " DISTILL.LOGITS_TOPK 10 or less"
-            ),
-        ),
-        (
-            "MODEL.NUM_CLASSES 30",
-            "MODEL.NUM_CLASSES = 30, but the store {store} was written with 20",
-        ),
+        ("DISTILL.LOGITS_TOPK 11", "11, but the store {store} holds top-10: set"),
+        ("MODEL.NUM_CLASSES 30", "30, but the store {store} was written with 20"),
         (
             "AUG.REPROB 0.5",
-            (
-                "AUG.REPROB = 0.5, but the store {store} was written with 0.25: leave AUG.REPROB"
-                " out to take the store's"
-            ),
+            "0.5, but the store {store} was written with 0.25: leave AUG.REPROB out",
         ),
-        ("AUG.MIXUP 0.0", "AUG.MIXUP = 0.0, but the store {store} was written with 0.8"),
-        (
-            "AUG.FILL [1,2,3]",
-            "AUG.FILL = [1, 2, 3], but the store {store} was written with [128, 128, 128]",
-        ),
-        ("DATA.SEED 12", "DATA.SEED = 12, but the store {store} was written with 11"),
+        ("AUG.MIXUP 0.0", "0.0, but the store {store} was written with 0.8"),
+        ("AUG.FILL [1,2,3]", "[1, 2, 3], but the store {store} was written with [128, 128, 128]"),
+        ("DATA.SEED 12", "12, but the store {store} was written with 11"),
         (
             "DATA.IMG_SIZE 48",
-            (
-                "but the store {store} was written with 40: set DATA.IMG_SIZE 40, or"
-                " DISTILL.OTHER_SIZE True"
-            ),
+            "48, but the store {store} was written with 40: set DATA.IMG_SIZE 40,",
         ),
-        (
-            "DISTILL.TEMPERATURE 2.0",
-            "DISTILL.TEMPERATURE = 2.0, but the store {store} was written with 1.0",
-        ),
-        (
-            "DATA.INTERPOLATION bilinear",
-            "DATA.INTERPOLATION = 'bilinear', but the store {store} was written with 'bicubic'",
-        ),
+        ("DISTILL.TEMPERATURE 2.0", "2.0, but the store {store} was written with 1.0"),
+        ("DATA.INTERPOLATION bilinear", "'bilinear', but the store {store} was written with 'bic"),
     ],
 )
 def test_an_explicit_value_that_differs(store, opts, message):
     with pytest.raises(ValueError) as refused:
         student(store, opts)
-    assert message.format(store=store) in str(refused.value)
+    key = opts.split()[0]
+    assert f"{key} = {message.format(store=store)}" in str(refused.value)
 
 
 def test_values_that_are_equal_or_allowed_to_differ(store):

@@ -258,10 +258,8 @@ def test_a_continuation_of_other_data_or_another_teacher_is_refused(store, tmp_p
 
 
 def test_where_nothing_can_be_read_nothing_is_overwritten(copy, capsys, monkeypatch):
-    checkpoints, lines = (
-        folder(copy) / "checkpoints",
-        (folder(copy) / "metrics.jsonl").read_bytes(),
-    )
+    checkpoints = folder(copy) / "checkpoints"
+    lines = (folder(copy) / "metrics.jsonl").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(
             main.checkpoints.zipfile,
@@ -808,16 +806,10 @@ def test_a_store_that_does_not_fit_is_told_before_the_first_step(
 
 
 def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
-    first, ways = (
-        {},
-        {
-            "both": "DISTILL.ALPHA 0.5",
-            "teacher": "",
-            "labels": "DISTILL.ALPHA 0.0",
-            "hard": "DISTILL.HARD True",
-        },
-    )
-    for tag, opts in ways.items():
+    first = {}
+    ways = {"both": "ALPHA 0.5", "teacher": "ALPHA 1.0", "labels": "ALPHA 0.0", "hard": "HARD True"}
+    for tag, way in ways.items():
+        opts = f"DISTILL.{way}"
         assert (
             run(tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store, opts, flags=["--tag", tag])
             == 0
@@ -1153,11 +1145,8 @@ def two_imagenets(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data")
     (root / "ImageNet-22k").mkdir()
     of_1k = imagenet_wnids(1000)
-    wnids = [
-        of_1k[5],
-        of_1k[700],
-        next(wnid for wnid in imagenet_wnids(21841) if wnid not in of_1k),
-    ]
+    added = next(wnid for wnid in imagenet_wnids(21841) if wnid not in of_1k)
+    wnids = [of_1k[5], of_1k[700], added]
     names = []
     for number, wnid in enumerate(sorted(wnids)):
         with zipfile.ZipFile(root / "ImageNet-22k" / f"{wnid}.zip", "w") as archive:
@@ -1186,11 +1175,9 @@ def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, caps
         *TINY_MODEL[2:],  # the recipes have names of their own
         "DATA.IMG_SIZE 40 DATA.NUM_WORKERS 0 TRAIN.WARMUP_EPOCHS 0 TRAIN.EPOCHS 1",
     ]
-    in22k, in1k, store = (
-        two_imagenets / "ImageNet-22k",
-        two_imagenets / "ImageNet",
-        tmp_path / "logits",
-    )
+    in22k = two_imagenets / "ImageNet-22k"
+    in1k = two_imagenets / "ImageNet"
+    store = tmp_path / "logits"
 
     def command(recipe: str, data: Path, *opts, flags=(), program=main) -> None:
         places = ["--data-path", data, "--output", tmp_path]
