@@ -2,13 +2,16 @@
 bits for ever.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from data.augment import canary, pillow
+from data.augment.device import PackedBatch, apply_batch, pack, unsupported
 from data.augment.pairs import PairMix
 from data.augment.pillow import RESAMPLING, Statistics, as_rgb, to_float
 from data.augment.plan import ColorJitter, Flip, PaddedCrop, Plan, RandomErasing, RandomResizedCrop
@@ -95,6 +98,23 @@ class AugmentDecoder:
     def decode(self, image: Image.Image, seed: int) -> Tensor:
         """The float32 tensor [3, size, size] of an image under a seed in [0, 2**31)."""
         return self.apply(self.plan(image.width, image.height, seed), image)
+
+    def pack(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> PackedBatch:
+        """What `device.apply_batch` needs of images to decode them on any torch device."""
+        if name := unsupported(self):
+            raise ValueError(f"{name} cannot be executed on a device, only by Pillow")
+        sizes = [image.size for image in images]
+        plans = [self.plan(*size, seed) for size, seed in zip(sizes, seeds, strict=True)]
+        return pack(plans, images, self.fill, self.mean, self.std)
+
+    def decode_batch(
+        self,
+        images: Sequence[Image.Image],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """`decode` of many images at once, with the same bits: float32 [B, 3, size, size]."""
+        return apply_batch(self.pack(images, seeds).to(device))
 
     def canary(self) -> dict[str, str]:
         """Digests of built-in images under fixed seeds, not normalised: they change where Pillow or
