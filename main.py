@@ -42,7 +42,7 @@ from data.augment.decoder import mean_and_std
 from data.augment.pairs import BatchMix, Mixer, PairMix
 from data.augment.rng import run_seed
 from data.build import EpochLoader, RunData, open_run
-from data.replay import Batch
+from data.replay import Batch, on_device
 from data.store.files import sole_user
 from logger import (
     NullWriter,
@@ -170,14 +170,13 @@ def forward(run: Training, batch: Batch, index: int) -> dict[str, Tensor]:
     Supervision alone decides where the target comes from: labels [B, C], stored or online [B, K].
     """
     cfg, device = run.cfg, run.world.device
-    images = batch.image.to(device, non_blocking=True)  # [B, 3, H, W]
     labels = None
     if run.labels is not None:
-        labels = run.labels.labels(batch.label.to(device, non_blocking=True))
+        labels = run.labels.labels(batch.label)
     seeds = batch.seed  # of pairs; a whole batch is mixed from its step's own
     if isinstance(run.mix, BatchMix):
         seeds = run_seed(cfg.DATA.SEED, run.progress.epoch, index, run.world.rank)
-    images, targets = run.mix(images, labels, seeds)
+    images, targets = run.mix(batch.image, labels, seeds)  # [B, 3, H, W], [B, C]
     if cfg.TRAIN.CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
     with utils.autocast(device, run.dtype):
@@ -185,11 +184,7 @@ def forward(run: Training, batch: Batch, index: int) -> dict[str, Tensor]:
     if not cfg.DISTILL.ENABLED:
         loss = label_cross_entropy(logits, targets)
         return {"loss": loss, **accuracy(cfg, "top1", targets, logits.argmax(1))}
-    if run.teacher:
-        indices, probs = run.teacher(images)
-    else:
-        indices = batch.indices.to(device, non_blocking=True)
-        probs = batch.probs.to(device, non_blocking=True)
+    indices, probs = run.teacher(images) if run.teacher else (batch.indices, batch.probs)
     loss = run.distill_loss(logits, indices, probs, targets)
     student = accuracy(cfg, "top1", targets, logits.argmax(1))
     teacher = accuracy(cfg, "teacher_top1", targets, indices[:, 0])
@@ -217,6 +212,7 @@ def train(run: Training) -> None:
         batches = run.loader.batches(now.epoch, now.step * passes * run.plan.per_process)
         has_bar = run.world.is_main and sys.stderr.isatty()
         to_come = (steps - now.step) * passes
+        batches = on_device(batches, run.world.device)
         batches = progress(batches, to_come, f"epoch {now.epoch + 1}", enabled=has_bar)
         training_log.begin_epoch(now.update)
         while now.step < steps:
@@ -417,7 +413,8 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     in_the_loop = f"the teacher {teacher.name} runs in the loop" if teacher else ""
     log.info(world.on_main(data.check_store) or in_the_loop or "no teacher, labels alone")
     plan = batch_plan(cfg)
-    loader = data.train_loader(plan.per_process, world.rank, plan.per_update)
+    executor = world.everywhere(lambda: data.choose_executor(world.device, log.info))
+    loader = data.train_loader(plan.per_process, world.rank, plan.per_update, executor=executor)
     steps = loader.count() // plan.accumulation  # updates of an epoch
     labels = labels_of_training(data, world)
     validate = open_validation(data, world, log, not cfg.DISTILL.ENABLED, stop)

@@ -37,7 +37,7 @@ from data.augment.decoder import mean_and_std
 from data.augment.rng import generator, run_seed, sample_seed
 from data.build import EpochLoader, RunData, open_run
 from data.identity import check_proof, identity_of, proof_of
-from data.replay import Batch
+from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
 from data.store.format import pack_records, ranges
 from data.store.keys import Keys
@@ -70,17 +70,22 @@ class Run:
         """The teacher's outputs [B, C] for a batch mixed as its seeds say, and the main label of
         each mixed image [B], -1 for none.
         """
-        device = self.world.device
         labels = None
         if self.labels is not None:
-            labels = self.labels.labels(batch.label.to(device, non_blocking=True))
-        images = batch.image.to(device, non_blocking=True)  # [B, 3, H, W]
-        images, targets = self.data.mix(images, labels, batch.seed)
+            labels = self.labels.labels(batch.label)
+        images, targets = self.data.mix(batch.image, labels, batch.seed)  # [B, 3, H, W], [B, C]
         if targets is None:
             main_labels = torch.full((len(images),), -1)
         else:
             main_labels = targets.argmax(1).masked_fill_(targets.amax(1) <= 0, -1)
         return self.teacher(images), main_labels
+
+    def open_loader(self, topk: int = 0) -> EpochLoader:
+        """This rank's batches of an epoch, every image once over all ranks."""
+        world, log = self.world, self.log
+        executor = world.everywhere(lambda: self.data.choose_executor(world.device, log.info))
+        size = self.cfg.DATA.BATCH_SIZE
+        return self.data.train_loader(size, world.rank, topk=topk, executor=executor)
 
     def watched(
         self, batches: Iterable[Item], total: int, what: str, note: Callable[[], str] = str
@@ -226,7 +231,7 @@ def save(run: Run, skip_eval: bool) -> int:
             log.info("the teacher is not evaluated (--skip-eval)")
         else:
             evaluate_teacher(run)
-        loader = data.train_loader(cfg.DATA.BATCH_SIZE, world.rank)
+        loader = run.open_loader()
         for number, epoch in enumerate(pending):
             bits = world.on_main(partial(begin, writer, epoch))
             if bits is None:
@@ -293,7 +298,7 @@ def write_epoch(
             f"rank 0: {tally}, {megabytes:,.1f} MB, {rate:,.0f} images/s; all epochs done in {left}"
         )
 
-    batches = loader.batches(epoch, wanted=is_wanted)
+    batches = on_device(loader.batches(epoch, wanted=is_wanted), run.world.device)
     batches = run.watched(batches, round(loader.count(epoch) * share), f"epoch {epoch}", note)
     for positions, records in one_late(answers(run, batches, tally)):
         writer.append(positions, records())
@@ -450,7 +455,7 @@ def check(run: Run, exact: bool, percent: float | None) -> int:
             f"the store was written by another teacher, or in another precision: {written_by}"
         )
     # All columns are checked, however few the recipe would read.
-    loader = run.data.train_loader(cfg.DATA.BATCH_SIZE, world.rank, topk=store.k)
+    loader = run.open_loader(topk=store.k)
     total, left_out = Agreement(), 0
     for found, unknown in world.gather_objects(compare_all(run, epochs, loader, percent)):
         total.merge(found)
@@ -486,6 +491,7 @@ def compare_all(
             most = max(1, round(number * percent / 100))
             chosen = set(rng.permutation(number)[:most].tolist())
         batches = loader.batches(epoch, wanted=lambda index, _, chosen=chosen: index in chosen)
+        batches = on_device(batches, run.world.device)
         for batch in run.watched(batches, len(chosen), f"check of epoch {epoch}"):
             left_out += compare_batch(run, epoch, batch, found)
     return found, left_out
@@ -504,9 +510,8 @@ def compare_batch(run: Run, epoch: int, batch: Batch, found: Agreement) -> int:
     if is_ours(store):
         right_seeds = [sample_seed(run.cfg.DATA.SEED, epoch, place) for place in positions]
     wrong_seeds = torch.tensor([a != b for a, b in zip(seeds, right_seeds)], dtype=torch.bool)
-    indices = batch.indices[:count].to(logits.device)
-    probs = batch.probs[:count].to(logits.device)
-    comparison = compare(indices, probs, logits[:count], run.cfg.DISTILL.TEMPERATURE)
+    record = batch.indices[:count], batch.probs[:count]
+    comparison = compare(*record, logits[:count], run.cfg.DISTILL.TEMPERATURE)
     found.add(comparison, wrong_seeds, lambda row: f"epoch {epoch}, {store.keys[positions[row]]}")
     return int(is_unknown)
 

@@ -44,6 +44,7 @@ CHOICES = {
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "TRAIN.FREEZE": ("", "backbone"),
     "AUG.REMODE": ("const", "rand", "pixel"),
+    "AUG.EXECUTOR": ("auto", "pillow", "device"),
     "AUG.MIXUP_MODE": ("batch", "pair2"),
     "AMP_DTYPE": ("auto", "bf16", "fp16", "off"),
     "DEVICE": ("auto", "cuda", "mps", "cpu"),

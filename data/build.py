@@ -11,18 +11,20 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data.augment import AugmentDecoder, PairMix
+from data.augment import AugmentDecoder, PairMix, canary
 from data.augment.decoder import eval_transform, mean_and_std
-from data.identity import adopted_values, check_proof, excess_of
+from data.augment.device import differing_operation, unsupported
+from data.identity import PROOF_IMAGES, adopted_values, check_proof, excess_of
 from data.images.datasets import build_dataset
 from data.replay import Batch, ReplayDataset
 from data.sampler import EpochBatches, EpochSampler, Wanted
@@ -80,12 +82,18 @@ class RunData:
         return self.images if self.cfg.EVAL_MODE else build_dataset(self.cfg, "val")
 
     def train_loader(
-        self, batch_size: int, rank: int = 0, step_images: int = 1, topk: int = 0
+        self,
+        batch_size: int,
+        rank: int = 0,
+        step_images: int = 1,
+        topk: int = 0,
+        executor: str = "pillow",
     ) -> EpochLoader:
         """One rank's training batches.
 
         `step_images`: images of an update over all ranks, to a multiple of which an epoch is cut (1
         keeps every image, for saving). `topk` of the store's columns are read (0: as configured).
+        The batches of `executor` "device" are for `data.replay.on_device`.
         """
         cfg = self.cfg
         replay = ReplayDataset(
@@ -95,6 +103,7 @@ class RunData:
             cfg.DATA.SEED,
             topk=topk or cfg.DISTILL.LOGITS_TOPK,
             index_of=self.index_of,
+            executor=executor,
         )
         sampler = EpochSampler(
             len(replay),
@@ -113,6 +122,35 @@ class RunData:
         sampler = EpochSampler(len(dataset), self.cfg.WORLD_SIZE, rank, shuffle=False)
         batch_size = self.cfg.TEST.BATCH_SIZE or self.cfg.DATA.BATCH_SIZE
         return EpochLoader(self.cfg, dataset, sampler, batch_size)
+
+    def choose_executor(self, device: torch.device, log: Callable[[str], object]) -> str:
+        """What carries out the plans, "pillow" or "device", as AUG.EXECUTOR says and the proof allows.
+
+        Before the device does so, it must make the same bits of the canary's and of own images.
+        """
+        wanted = self.cfg.AUG.EXECUTOR
+        if wanted == "pillow" or (wanted == "auto" and device.type != "cuda"):
+            return "pillow"
+        fault = None
+        if device.type == "mps":
+            fault = "MPS has no float64"
+        elif name := unsupported(self.decoder):
+            fault = f"{name} has no form on a device"
+        elif name := differing_operation(self.decoder, self._proof_images(), device):
+            fault = f"{device} computes other bits than Pillow in {name}"
+        if fault is None:
+            log(f"images are augmented on {device}, with Pillow's bits (AUG.EXECUTOR {wanted})")
+            return "device"
+        if wanted == "device":
+            raise ValueError(f"AUG.EXECUTOR = device: {fault}: set AUG.EXECUTOR pillow")
+        log(f"IMAGES ARE AUGMENTED BY PILLOW, in the loader's processes: {fault}")
+        return "pillow"
+
+    def _proof_images(self) -> list[Image.Image]:
+        """The canary's images, and some of the run's own."""
+        count = min(PROOF_IMAGES, len(self.images))
+        own = [self.images[i * len(self.images) // count][0] for i in range(count)]
+        return [canary.drawn_image(), canary.jpeg_image(), *own]
 
     def store_epoch(self, epoch: int) -> int:
         """The epoch whose seeds, records, pairs and order serve an epoch of the run."""
@@ -195,7 +233,7 @@ class EpochLoader:
             self._loader = DataLoader(
                 _Guarded(dataset),
                 batch_sampler=self._batches,
-                collate_fn=_collate,
+                collate_fn=partial(_collate, getattr(dataset, "collate", default_collate)),
                 generator=torch.Generator(),  # else each epoch draws from the global one
                 **options,
             )
@@ -280,12 +318,12 @@ class _Guarded(Dataset):
             return ValueError(str(error))
 
 
-def _collate(samples: list[Any]) -> Any:
+def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     """A batch of samples, or the first fault among them."""
     for sample in samples:
         if isinstance(sample, ValueError):
             return sample
-    return default_collate(samples)
+    return collate(samples)
 
 
 @contextmanager

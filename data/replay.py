@@ -4,22 +4,25 @@ the teacher's record.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from data.augment import AugmentDecoder
+from data.augment.device import PackedBatch, apply_batch
 from data.augment.rng import sample_seed
 
 
 class Batch(NamedTuple):
     """What a step needs of one image; collated, of a batch: one tensor [B, ...] a field."""
 
-    image: torch.Tensor  # [3, H, W] float32, augmented and normalised, not yet mixed
+    image: (
+        torch.Tensor
+    )  # [3, H, W] float32, augmented and normalised, not yet mixed (see `collate`)
     label: int  # -1 where there is none
     seed: int  # of the augmentation; neighbours' seeds together decide how they are mixed
     position: int  # the image's line in the store, or in the listing where there is no store
@@ -51,15 +54,20 @@ class ReplayDataset(Dataset[Batch]):
         *,
         topk: int = 0,
         index_of: np.ndarray | None = None,
+        executor: str = "pillow",
     ) -> None:
         """`topk` of the store's columns are read (0: all). `index_of` is the data set's index of
         the image at each position of the store, -1 where it has none; None: they are equal.
+
+        With `executor` "device" images stay undecoded: `collate` packs them with their plans, and
+        `on_device` makes the same tensors of them.
         """
         self.dataset = dataset
         self.decoder = decoder
         self.store = store
         self.seed = seed  # of the whole run; with a store each record has its image's own
         self.index_of = index_of
+        self.executor = executor
         self.topk = 0 if store is None else topk or store.k
         self._epoch = 0
         self._opened: tuple[int, np.ndarray] | None = None  # the epoch that is mapped, its records
@@ -111,7 +119,17 @@ class ReplayDataset(Dataset[Batch]):
             seed = int(record["seed"])
             indices = torch.from_numpy(record["index"][: self.topk].astype(np.int64))
             probs = torch.from_numpy(record["prob"][: self.topk].astype(np.float32))
-        return Batch(self.decoder.decode(image, seed), int(label), seed, position, indices, probs)
+        if self.executor == "pillow":
+            image = self.decoder.decode(image, seed)
+        return Batch(image, int(label), seed, position, indices, probs)
+
+    def collate(self, samples: list[Batch]) -> Batch:
+        """A batch of samples: the `collate_fn` of a loader."""
+        if self.executor == "pillow":
+            return default_collate(samples)
+        images, seeds = [sample.image for sample in samples], [sample.seed for sample in samples]
+        batch = default_collate([sample._replace(image=0) for sample in samples])
+        return batch._replace(image=self.decoder.pack(images, seeds))
 
     def _records(self, epoch: int) -> np.ndarray:
         """The store's records of an epoch, mapped once for each process and epoch."""
@@ -122,3 +140,44 @@ class ReplayDataset(Dataset[Batch]):
     def __getstate__(self) -> dict:
         # An open map does not travel to a worker, its path does.
         return {**self.__dict__, "_opened": None}
+
+
+def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
+    """The batches with images, labels and records on a device, packed images executed there.
+
+    On CUDA the next batch is sent and executed on a stream of its own while one is used. Seeds and
+    positions stay on the CPU, where mixes are drawn.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        for batch in batches:
+            yield _sent(batch, device)
+        return
+    stream = torch.cuda.Stream(device)
+    ahead: list[tuple[Batch, Any]] = []
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            ahead.append((_sent(batch, device), stream.record_event()))
+        if len(ahead) > 1:
+            yield _arrived(*ahead.pop(0), device)
+    for batch, event in ahead:
+        yield _arrived(batch, event, device)
+
+
+def _sent(batch: Batch, device: torch.device) -> Batch:
+    image = batch.image.to(device, non_blocking=True)
+    return batch._replace(
+        image=apply_batch(image) if isinstance(image, PackedBatch) else image,
+        label=batch.label.to(device, non_blocking=True),
+        indices=batch.indices.to(device, non_blocking=True),
+        probs=batch.probs.to(device, non_blocking=True),
+    )
+
+
+def _arrived(batch: Batch, event, device: torch.device) -> Batch:
+    """A batch that was made on another stream, for use on the current one."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(event)
+    for tensor in (batch.image, batch.label, batch.indices, batch.probs):
+        tensor.record_stream(current)  # else its memory may be given away while it is still used
+    return batch

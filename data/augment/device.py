@@ -124,6 +124,27 @@ def unsupported(decoder) -> str | None:
     return next((name for name in pillow.EFFECTS if name not in known), None)
 
 
+def differing_operation(decoder, images: Sequence[Image.Image], device: torch.device) -> str | None:
+    """What a device computes otherwise than Pillow, on some images; None if nothing."""
+    seeds = range(len(images))
+    batch = apply_batch(decoder.pack(images, seeds).to(device)).cpu()
+    for image, seed, found in zip(images, seeds, batch):
+        plan = decoder.plan(*image.size, seed)
+        if torch.equal(found, decoder.apply(plan, image)):
+            continue
+        # The first part of the plan with which the two differ.
+        for count, name in enumerate(["the crop", *map(str, plan.effects), "erasing"]):
+            part = replace(plan, effects=plan.effects[:count])
+            if name != "erasing":
+                part = replace(part, erasures=())
+            settings = decoder.fill, decoder.mean, decoder.std
+            again = apply_batch(pack([part], [image], *settings).to(device)).cpu()[0]
+            if not torch.equal(again, decoder.apply(part, image)):
+                return name
+        return "a batch of several images"
+    return None
+
+
 def pack(
     plans: Sequence[Plan],
     images: Iterable[Image.Image],
