@@ -136,7 +136,7 @@ class RunData:
             fault = "MPS has no float64"
         elif name := unsupported(self.decoder):
             fault = f"{name} has no form on a device"
-        elif name := differing_operation(self.decoder, self._proof_images(), device):
+        elif name := differing_operation(self.decoder, self._proof_cases(), device):
             fault = f"{device} computes other bits than Pillow in {name}"
         if fault is None:
             log(f"images are augmented on {device}, with Pillow's bits (AUG.EXECUTOR {wanted})")
@@ -146,11 +146,16 @@ class RunData:
         log(f"IMAGES ARE AUGMENTED BY PILLOW, in the loader's processes: {fault}")
         return "pillow"
 
-    def _proof_images(self) -> list[Image.Image]:
-        """The canary's images, and some of the run's own."""
+    def _proof_cases(self) -> list[tuple[Image.Image, int]]:
+        """(image, seed): the canary's, whose seeds draw every effect of the default recipe, a drawn
+        image under more seeds, and images of the run's own.
+        """
+        drawn, jpeg = canary.drawn_image(), canary.jpeg_image()
+        cases = [(image, seed) for image in (drawn, jpeg) for seed in canary.SEEDS]
+        cases += [(drawn, seed) for seed in range(PROOF_IMAGES)]
         count = min(PROOF_IMAGES, len(self.images))
         own = [self.images[i * len(self.images) // count][0] for i in range(count)]
-        return [canary.drawn_image(), canary.jpeg_image(), *own]
+        return cases + [(image, seed) for seed, image in enumerate(own)]
 
     def store_epoch(self, epoch: int) -> int:
         """The epoch whose seeds, records, pairs and order serve an epoch of the run."""

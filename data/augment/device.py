@@ -124,9 +124,11 @@ def unsupported(decoder) -> str | None:
     return next((name for name in pillow.EFFECTS if name not in known), None)
 
 
-def differing_operation(decoder, images: Sequence[Image.Image], device: torch.device) -> str | None:
-    """What a device computes otherwise than Pillow, on some images; None if nothing."""
-    seeds = range(len(images))
+def differing_operation(
+    decoder, cases: Sequence[tuple[Image.Image, int]], device: torch.device
+) -> str | None:
+    """What a device computes otherwise than Pillow, for some (image, seed); None if nothing."""
+    images, seeds = zip(*cases)
     batch = apply_batch(decoder.pack(images, seeds).to(device)).cpu()
     for image, seed, found in zip(images, seeds, batch):
         plan = decoder.plan(*image.size, seed)
