@@ -1,0 +1,149 @@
+"""Augmenting on the device against augmenting in the loader's processes: bits, then speed.
+
+    python -m benchmarks.executor                    # on a GPU: about 5 minutes
+    python -m benchmarks.executor --batch 8 --images 64 --workers 1 --steps 2 --model tiny
+
+First every executed batch is compared with Pillow's bits. Then: milliseconds of a batch on the
+device beside those of a training step; processor milliseconds that a worker spends on an image;
+images a second of whole trainings by main.py's own `train_step`, from JPEG files, with both
+executors in turn. The report goes to stdout as JSON.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import main
+from benchmarks.augment import open_photo, photo
+from benchmarks.timing import machine, report
+from configs import load_config
+from data.augment import AugmentDecoder
+from data.augment.device import apply_batch
+from data.replay import on_device
+from logger import create_logger
+from utils import Distributed, StopRequest, choose_device, time_calls
+
+PHOTOS = 64  # different ones; further files hold the same
+TINY = "MODEL.TINY_VIT.DEPTHS [1,1,1,1] MODEL.TINY_VIT.NUM_HEADS [1,1,1,1] DATA.IMG_SIZE 64"
+TINY += " MODEL.TINY_VIT.WINDOW_SIZES [2,2,2,2] MODEL.TINY_VIT.EMBED_DIMS [8,16,16,16]"
+
+
+def write_images(folder: Path, count: int) -> None:
+    """JPEG files in the layout of ImageNet, ten classes."""
+    photos = [photo(seed) for seed in range(min(PHOTOS, count))]
+    for split, images in (("train", count), ("val", 10)):
+        for i in range(images):
+            path = folder / split / f"class{i % 10}" / f"{i:06d}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photos[i % len(photos)])
+
+
+def compare(decoder: AugmentDecoder, device: torch.device, batch: int) -> dict[str, object]:
+    """Whether the device makes Pillow's bits, and what a worker spends with either executor."""
+    images = [open_photo(photo(seed)) for seed in range(min(batch, PHOTOS))]
+    images = [images[i % len(images)] for i in range(batch)]
+    start = time.process_time()
+    expected = torch.stack([decoder.decode(image, seed) for seed, image in enumerate(images)])
+    decoding = time.process_time() - start
+    start = time.process_time()
+    packed = decoder.pack(images, range(batch))
+    packing = time.process_time() - start
+    data = photo(0)
+    start = time.process_time()
+    for _ in range(batch):
+        open_photo(data)
+    opening = time.process_time() - start
+    found = decoder.decode_batch(images, range(batch), device).cpu()
+    ready = packed.to(device)
+    seconds = time_calls(lambda: apply_batch(ready), device, 20)
+    return {
+        "equal_bits": torch.equal(found, expected),
+        "worker_ms_per_image": {
+            "JPEG": 1000 * opening / batch,
+            "decode": 1000 * decoding / batch,
+            "cut_and_pack": 1000 * packing / batch,
+        },
+        "bytes_per_image": packed.buffer.numel() / batch,
+        "apply_batch_ms": 1000 * statistics.median(seconds),
+    }
+
+
+def train(words: list[str], device: torch.device, steps: int) -> dict[str, float]:
+    """Images a second of a training, after a tenth of the steps, and the share of it spent waiting."""
+    log = create_logger(None, rank=1)  # which has nothing to say
+    world = Distributed(device=device)
+    run = main.build_training(load_config(words), world, log, StopRequest())
+    main.set_training_mode(run.model, False, False)
+    warm_up = max(1, steps // 10)
+    batches = on_device(run.loader.batches(0), device)
+    for step in range(warm_up + steps):
+        if step == warm_up:
+            wait(device)
+            begun, waited = time.perf_counter(), run.loader.waited
+        run.meters.add(main.train_step(run, batches))
+        run.progress.step += 1
+    wait(device)
+    seconds = time.perf_counter() - begun
+    waiting = (run.loader.waited - waited) / seconds
+    images = steps * run.plan.per_update
+    return {"images_per_second": images / seconds, "data_wait": waiting}
+
+
+def wait(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_ms(words: list[str], device: torch.device) -> float:
+    """Milliseconds of a training step whose batch lies ready."""
+    run = main.build_training(
+        load_config(words), Distributed(device=device), create_logger(None, 1), StopRequest()
+    )
+    main.set_training_mode(run.model, False, False)
+    batch = next(on_device(run.loader.batches(0), device))
+
+    def step() -> None:
+        main.train_step(run, iter([batch] * run.plan.accumulation))
+
+    return 1000 * statistics.median(time_calls(step, device, 20))
+
+
+def measure() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    add = parser.add_argument
+    add("--device", default="auto")
+    add("--batch", type=int, default=256)
+    add("--images", type=int, default=16384, help="JPEG files that are trained on")
+    add("--workers", type=int, nargs="+", default=[4, 8, 16])
+    add("--steps", type=int, default=40, help="updates of each training that are timed")
+    add("--model", choices=["5m", "tiny"], default="5m")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder) / "images", args.images)
+        recipe = Path(main.__file__).parent / "configs/1k/tiny_vit_5m.yaml"
+        words = ["--cfg", str(recipe), "--data-path", f"{folder}/images"]
+        words += ["--batch-size", str(args.batch), "--output", f"{folder}/output"]
+        words += ["--device", device.type, "--opts", "DATA.INDEX_DIR", f"{folder}/index"]
+        words += ["TRAIN.AUTO_RESUME", "False", "AUG.MIXUP_MODE", "pair2"]
+        words += TINY.split() if args.model == "tiny" else []
+        one = [*words, "DATA.NUM_WORKERS", "0"]
+        found = compare(AugmentDecoder.from_config(load_config(one)), device, args.batch)
+        found["step_ms"] = step_ms(one, device)
+        found["training"] = {}
+        for workers in args.workers:
+            for executor in ("pillow", "device"):
+                chosen = ["AUG.EXECUTOR", executor, "DATA.NUM_WORKERS", str(workers)]
+                name = f"{executor}, {workers} workers"
+                found["training"][name] = train([*words, *chosen], device, args.steps)
+    report({"model": args.model, "batch": args.batch, **found, **machine()})
+
+
+if __name__ == "__main__":
+    measure()
