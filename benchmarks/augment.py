@@ -76,6 +76,12 @@ class Epochs:
             image = open_photo(self.files[position]) if with_jpeg else self.pictures[position]
             self.decoder.decode(image, sample_seed(0, self.turn, position))
 
+    def packed(self) -> None:
+        """One turn of what a worker does for the device executor: JPEG, plan, cut, packing."""
+        self.turn += 1
+        seeds = [sample_seed(0, self.turn, position) for position in range(IMAGES)]
+        self.decoder.pack([open_photo(data) for data in self.files], seeds)
+
     def timm(self, with_jpeg: bool) -> None:
         """One turn of timm's transform."""
         for position in range(IMAGES):
@@ -113,6 +119,7 @@ def main() -> None:
     sides = {
         "decode_with_jpeg": lambda: epochs.ours(True),
         "timm_with_jpeg": lambda: epochs.timm(True),
+        "worker_of_device_executor_with_jpeg": epochs.packed,
         "decode": lambda: epochs.ours(False),
         "timm": lambda: epochs.timm(False),
     }
@@ -132,6 +139,11 @@ def main() -> None:
             },
             "ratio_with_jpeg": round(
                 seconds["timm_with_jpeg"]["median"] / seconds["decode_with_jpeg"]["median"], 3
+            ),
+            "ratio_of_device_executors_worker": round(
+                seconds["timm_with_jpeg"]["median"]
+                / seconds["worker_of_device_executor_with_jpeg"]["median"],
+                3,
             ),
             "ratio": round(seconds["timm"]["median"] / seconds["decode"]["median"], 3),
             "timm_failures": epochs.failures,

@@ -26,6 +26,7 @@ import save_logits
 from benchmarks.timing import alternate, machine, report
 from configs import argument_parser as base_parser
 from configs import config_from_args, load_config
+from data.replay import on_device
 from logger import create_logger
 from models.build import build_model, count_multiply_adds, count_parameters
 from models.checkpoints import save_atomic
@@ -105,7 +106,7 @@ def work(pipe: Connection, words: list[str]) -> None:
     while (epoch := pipe.recv()) is not None:
         main.set_training_mode(run.model, False, False)
         run.progress.epoch, run.progress.step = epoch, 0
-        batches = run.loader.batches(epoch)
+        batches = on_device(run.loader.batches(epoch), world.device)
         for _ in range(run.loader.count(epoch)):
             run.meters.add(main.train_step(run, batches))
             run.progress.step += 1
