@@ -129,8 +129,8 @@ class Training:
 def train_step(run: Training, batches: Iterator[Batch]) -> dict[str, Tensor]:
     """One update from as many batches as it accumulates; what it measures, still on the device."""
     passes = run.plan.accumulation
-    statistics = running_statistics(run.model)
-    before = [tensor.clone() for tensor in statistics]
+    norms = running_statistics(run.model)  # of batch norm, which the forward pass moves
+    before = [tensor.clone() for tensor in norms]
     measured, positions = [], []
     for index in range(run.progress.step * passes, (run.progress.step + 1) * passes):
         batch = next(batches)
@@ -155,7 +155,7 @@ def train_step(run: Training, batches: Iterator[Batch]) -> dict[str, Tensor]:
     # A bad update moves nothing; whether it is bad only the device knows.
     guarded_step(run.optimizer, is_good)
     run.scaler.update()
-    restore_unless(is_good, statistics, before)
+    restore_unless(is_good, norms, before)
     if run.ema:
         run.ema.update(run.progress.update, is_good)
     run.optimizer.zero_grad()
@@ -395,7 +395,8 @@ def restore(run: Training, state: dict[str, Any]) -> None:
     """Bring a training to where a checkpoint left it."""
     checkpoints.restore(run.model, state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # nothing where the checkpoint's training needed no loss scale
+        run.scaler.load_state_dict(state["scaler"])
     if run.ema:
         run.ema.model.load_state_dict(state["model_ema"])
     for name, value in state["progress"].items():
