@@ -428,9 +428,6 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     model = build_student(cfg, world, log, start=state is None)
     optimizer = build_optimizer(cfg, model)
     dtype = utils.amp_dtype(cfg, world.device)
-    names = ["norm", "loss"]
-    if labels is not None:
-        names += ["top1", "teacher_top1"] if cfg.DISTILL.ENABLED else ["top1"]
     run = Training(
         cfg=cfg,
         world=world,
@@ -453,7 +450,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         dtype=dtype,
         progress=Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps),
         sources=sources,
-        meters=Meters(names, world),
+        meters=Meters(world),
         recent=deque(maxlen=cfg.TRAIN.MAX_BAD_STEPS),
     )
     if state:

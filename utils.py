@@ -400,7 +400,8 @@ class StopRequest:
     """Notes that the process was asked to stop: SIGTERM, SIGUSR1 as batch systems send before the
     time is up, Ctrl-C.
 
-    A second Ctrl-C is a KeyboardInterrupt. A context manager: on leaving it, the handlers from
+    Who works looks at `received` between two pieces of work: main.py's `train` after each update,
+    `in_step` before each batch of an evaluation, save_logits.py's `watched` after each batch. A second Ctrl-C is a KeyboardInterrupt. A context manager: on leaving it, the handlers from
     before are back."""
 
     def __init__(self, names: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGINT")) -> None:
@@ -476,22 +477,26 @@ def check_writable(option: str, path: str | Path) -> None:
 class Meters:
     """What updates measure, as means since the last log line and over the epoch.
 
-    Values stay on their device until `collect`. An update whose gradient norm is not finite counts
-    as skipped. `state` is plain values: with it a resumed run goes on exactly.
+    Values stay on their device until `collect`. An update whose "norm", the gradient's, is not
+    finite counts as skipped. `state` is plain values: with it a resumed run goes on exactly.
     """
 
-    def __init__(
-        self, names: Sequence[str], world: Distributed, state: dict[str, Any] | None = None
-    ) -> None:
-        """`names` of what is measured begin with "norm"."""
-        self.names = tuple(names)
+    def __init__(self, world: Distributed) -> None:
         self.world = world
-        self.state = state or {"window": [], "epoch": [], "skipped": 0, "skipped_in_a_row": 0}
+        self.state: dict[str, Any] = {
+            "names": [],  # of the values, in the order of the rows
+            "window": [],  # rows since the last log line
+            "epoch": [],  # the sum of the epoch's rows, and how many they are
+            "skipped": 0,
+            "skipped_in_a_row": 0,
+        }
         self._pending: list[Tensor] = []
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take what one update has measured; nothing waits for the device."""
-        self._pending.append(torch.stack([values[name].detach() for name in self.names]))
+        """Take what one update has measured, always the same names; nothing waits for the device."""
+        names = self.state["names"] = self.state["names"] or list(values)
+        assert set(names) == set(values), f"an update measures {list(values)}, others {names}"
+        self._pending.append(torch.stack([values[name].detach() for name in names]))
 
     def collect(self) -> None:
         """Wait for the values of the updates so far, as means over all processes."""
@@ -501,8 +506,9 @@ class Meters:
         rows = self.world.all_reduce_sum(rows) / self.world.world_size
         self._pending = []
         state = self.state
+        norm = state["names"].index("norm")
         for row in rows.tolist():
-            if math.isfinite(row[0]):
+            if math.isfinite(row[norm]):
                 state["window"].append(row)
                 sums = state["epoch"] or [0.0] * (len(row) + 1)  # of each value, and their count
                 state["epoch"] = [total + value for total, value in zip(sums, [*row, 1.0])]
@@ -515,13 +521,14 @@ class Meters:
         """The means since this was last called."""
         rows = self.state["window"]
         self.state["window"] = []
-        return {name: sum(column) / len(rows) for name, column in zip(self.names, zip(*rows))}
+        columns = zip(self.state["names"], zip(*rows))
+        return {name: sum(column) / len(rows) for name, column in columns}
 
     def take_epoch(self) -> dict[str, float]:
         """The means over the epoch, which ends here."""
         sums = self.state["epoch"]
         self.state["epoch"] = []
-        return {name: total / sums[-1] for name, total in zip(self.names, sums)}
+        return {name: total / sums[-1] for name, total in zip(self.state["names"], sums)}
 
 
 def peak_memory(device: torch.device) -> float:

@@ -132,7 +132,7 @@ _C.DISTILL.ENABLED = False
 _C.DISTILL.TEACHER_LOGITS_PATH = ""
 # no setting of a user's but the mode of the program, as in the original: save_logits.py sets it
 _C.DISTILL.SAVE_TEACHER_LOGITS = False
-# 0 = when saving 100 beyond 1,000 classes, else 10 (at most all classes); when reading the store's
+# 0 = when saving 10, or 100 beyond 1,000 classes (data.build.default_topk); reading: the store's
 _C.DISTILL.LOGITS_TOPK = 0
 # saving: probabilities are softmax(logits / T); a student takes T from the store
 _C.DISTILL.TEMPERATURE = 1.0

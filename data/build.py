@@ -34,7 +34,6 @@ from data.store.original import UpstreamStoreReader
 from data.store.reader import LogitsStoreReader
 
 ORIGINAL_CLASSES = {"imagenet22k": 21841}  # an original's store does not say how many it has
-DEFAULT_TOPK, DEFAULT_TOPK_OF_MANY = 10, 100  # of up to 1,000 classes, and of more
 
 
 def open_run(cfg, num_outputs: int = 0) -> RunData:
@@ -418,12 +417,17 @@ def _resolved_values(cfg, images, store, num_outputs: int) -> dict[str, Any]:
             " MODEL.NUM_CLASSES, or give the data that these weights or this store belong to"
         )
     if cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.DISTILL.ONLINE:
-        default = DEFAULT_TOPK_OF_MANY if classes > 1000 else DEFAULT_TOPK
-        values["DISTILL.LOGITS_TOPK"] = min(cfg.DISTILL.LOGITS_TOPK or default, classes)
+        topk = cfg.DISTILL.LOGITS_TOPK or default_topk(classes)
+        values["DISTILL.LOGITS_TOPK"] = min(topk, classes)
     if not list(values.get("AUG.FILL", cfg.AUG.FILL)):
         mean, _ = mean_and_std(cfg)
         values["AUG.FILL"] = [min(255, round(255 * value)) for value in mean]
     return values
+
+
+def default_topk(num_classes: int) -> int:
+    """How many of the teacher's probabilities are kept where DISTILL.LOGITS_TOPK does not say."""
+    return 100 if num_classes > 1000 else 10
 
 
 def _values_of_original(cfg, store: UpstreamStoreReader) -> dict[str, Any]:

@@ -40,8 +40,10 @@ UNMIXED = Mix(1.0)
 
 @dataclass(frozen=True)
 class Mixer:
-    """The probabilities of mixing, and how labels become targets; the subclasses say who is mixed
-    with whom.
+    """The probabilities of mixing, and how labels become targets.
+
+    The subclasses mix neighbours of a batch, or all of it; who is whose neighbour in an epoch is
+    data/sampler.py's matter.
     """
 
     mixup_alpha: float
