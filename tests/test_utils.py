@@ -440,44 +440,53 @@ def test_a_fault_after_a_signal_stays_a_fault(capsys):
 
 
 def filled(meters: Meters, rows: torch.Tensor) -> Meters:
-    """The meters with rows of values added and collected."""
+    """The meters with rows of values added and collected; the last one is the norm."""
+    names = ["a", "b", "norm"][-rows.shape[1] :]
     for row in rows:
-        meters.add(dict(zip(meters.names, row)))
+        meters.add(dict(zip(names, row)))
     meters.collect()
     return meters
 
 
 def test_meters_are_means_in_float64_over_windows_and_epochs():
+    names = ("a", "b", "norm")
     rows = torch.rand(7, 3)
-    rows[2, 0], rows[3, 0] = float("nan"), float("inf")  # skipped
+    rows[2, 2], rows[3, 2] = float("nan"), float("inf")  # skipped
     good = [row.tolist() for i, row in enumerate(rows) if i not in (2, 3)]
-    mean = {name: sum(row[i] for row in good) / 5 for i, name in enumerate("abc")}
-    part = {name: (good[0][i] + good[1][i]) / 2 for i, name in enumerate("abc")}
-    meters = Meters("abc", Distributed())
+    mean = {name: sum(row[i] for row in good) / 5 for i, name in enumerate(names)}
+    part = {name: (good[0][i] + good[1][i]) / 2 for i, name in enumerate(names)}
+    meters = Meters(Distributed())
     meters.collect()
     assert meters.take_window() == {} and meters.take_epoch() == {}
     filled(meters, rows[:4].requires_grad_())
     assert meters.state["skipped_in_a_row"] == 2
     assert meters.take_window() == pytest.approx(part, rel=1e-14)
-    # as through a checkpoint
-    again = filled(Meters("abc", Distributed(), json.loads(json.dumps(meters.state))), rows[4:])
+    again = Meters(Distributed())
+    again.state.update(json.loads(json.dumps(meters.state)))  # as through a checkpoint
+    filled(again, rows[4:])
     assert again.state["skipped"] == 2 and again.state["skipped_in_a_row"] == 0
     assert again.take_epoch() == pytest.approx(mean, rel=1e-14)
-    assert list(again.take_window()) == list("abc")
+    assert list(again.take_window()) == list(names)
     assert again.take_window() == {} and again.take_epoch() == {}
-    big = filled(Meters("a", Distributed()), torch.tensor([[16777216.0], [1.0]]))
-    assert big.take_window()["a"] * 2 == 16777217  # float32 would lose the last one
+    big = filled(Meters(Distributed()), torch.tensor([[16777216.0], [1.0]]))
+    assert big.take_window()["norm"] * 2 == 16777217  # float32 would lose the last one
+
+
+def test_a_value_that_only_some_updates_measure_is_noticed():
+    meters = filled(Meters(Distributed()), torch.ones(1, 2))
+    with pytest.raises(AssertionError, match="others"):
+        meters.add({"norm": torch.ones(())})
 
 
 def test_meters_do_not_wait_for_the_device_before_they_are_collected(monkeypatch):
-    meters = Meters("a", Distributed())
+    meters = Meters(Distributed())
 
     def waits(*args):
         raise AssertionError("the device was waited for")
 
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, waits)
-    meters.add({"a": torch.ones(())})
+    meters.add({"norm": torch.ones(())})
     with pytest.raises(AssertionError, match="waited for"):
         meters.collect()
 
@@ -617,7 +626,7 @@ def evaluate_part(counts):
     part = slice(start, start + counts[world.rank])
     loader = batches(images[part], labels[part], 4) if counts[world.rank] else []
     result = evaluate(model, loader, world.device, world=world, num_classes=7)
-    meters = filled(Meters("ab", world), torch.tensor([[1.0, world.rank]]))
+    meters = filled(Meters(world), torch.tensor([[1.0, 1.0 + world.rank]]))
     world.destroy()
     return result, meters.take_window()
 
@@ -627,7 +636,7 @@ def test_ranks_with_different_counts_evaluate_each_image_once(counts):
     expected = naive(*evaluation())
     for result, mean in run_ranks(evaluate_part, len(counts), counts):
         assert_results(result, expected)
-        assert mean == {"a": 1.0, "b": (len(counts) - 1) / 2}
+        assert mean == {"b": 1.0, "norm": 1 + (len(counts) - 1) / 2}
 
 
 def test_a_failing_rank_fails_the_test_with_its_traceback():
