@@ -122,12 +122,13 @@ def measure() -> None:
     add("--images", type=int, default=16384, help="JPEG files that are trained on")
     add("--workers", type=int, nargs="+", default=[4, 8, 16])
     add("--steps", type=int, default=40, help="updates of each training that are timed")
-    add("--model", choices=["5m", "tiny"], default="5m")
+    add("--model", choices=["5m", "11m", "21m", "tiny"], default="5m")
     args = parser.parse_args()
     device = choose_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", args.images)
-        recipe = Path(main.__file__).parent / "configs/1k/tiny_vit_5m.yaml"
+        name = "5m" if args.model == "tiny" else args.model
+        recipe = Path(main.__file__).parent / f"configs/1k/tiny_vit_{name}.yaml"
         words = ["--cfg", str(recipe), "--data-path", f"{folder}/images"]
         words += ["--batch-size", str(args.batch), "--output", f"{folder}/output"]
         words += ["--device", device.type, "--opts", "DATA.INDEX_DIR", f"{folder}/index"]
