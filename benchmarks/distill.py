@@ -28,8 +28,9 @@ from configs import argument_parser as base_parser
 from configs import config_from_args, load_config
 from data.replay import on_device
 from logger import create_logger
-from models.build import build_model, count_multiply_adds, count_parameters
+from models.build import build_model, count_parameters
 from models.checkpoints import save_atomic
+from models.tiny_vit import count_multiply_adds
 from utils import StopRequest, choose_kernels, init_distributed, peak_memory
 
 MODES = ("labels", "stored", "online")

@@ -6,13 +6,10 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import timm
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
 from models.clip_vit import clip_vit_large14_224
@@ -27,7 +24,7 @@ from models.pretrained import (
     read_state_dict,
     zoo_url,
 )
-from models.tiny_vit import VARIANTS, TinyViT
+from models.tiny_vit import VARIANTS, TinyViT, count_multiply_adds
 
 _WINDOWS = (7, 7, 14, 7)  # of the variants that do not say otherwise
 
@@ -110,24 +107,13 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     )
 
 
-def count_multiply_adds(model: nn.Module, image_size: int) -> int | None:
-    """Multiply-accumulates of one image of so many pixels a side; None for a model that can't be
-    run without values.
-    """
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            deepcopy(model).to("meta").eval()(
-                torch.empty(1, 3, image_size, image_size, device="meta")
-            )
-    except Exception:  # whatever a user's model does in its forward pass
-        return None
-    return counter.get_total_flops() // 2
-
-
 def multiply_adds_in_words(model: nn.Module, image_size: int) -> str:
-    """What one image costs, in words."""
-    count = count_multiply_adds(model, image_size)
-    return f"{f'{count / 1e9:.3f} G' if count else 'unknown'} multiply-adds at {image_size} px"
+    """What one image of so many pixels a side costs, in words."""
+    try:
+        cost = f"{count_multiply_adds(model, image_size) / 1e9:.3f} G"
+    except Exception:  # whatever a user's model does when it is run without values
+        cost = "unknown"
+    return f"{cost} multiply-adds at {image_size} px"
 
 
 def load_function(spec: str) -> Callable[..., Any]:

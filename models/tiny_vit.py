@@ -2,7 +2,8 @@
 of the official checkpoints.
 
 Between modules a map is [B, C, H, W] in channels-last memory, so that blocks see it as [B, H, W, C]
-without a copy."""
+without a copy.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,24 +32,18 @@ __all__ = [
 ]
 
 SMALLEST_IMAGE = 32  # pixels a side: the last stage's map is then a single point
-# fast convolutions
-CPU_HAS_BFLOAT16 = (
-    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "5m": {"embed_dims": (64, 128, 160, 320), "num_heads": (2, 4, 5, 10), "drop_path_rate": 0.0},
     "11m": {"embed_dims": (64, 128, 256, 448), "num_heads": (2, 4, 8, 14), "drop_path_rate": 0.1},
     "21m": {"embed_dims": (96, 192, 384, 576), "num_heads": (3, 6, 12, 18), "drop_path_rate": 0.2},
 }
-VARIANTS["21m_384"] = {
-    **VARIANTS["21m"],
+VARIANTS["21m_384"] = VARIANTS["21m"] | {
     "drop_path_rate": 0.1,
     "img_size": 384,
     "window_sizes": (12, 12, 24, 12),
 }
-VARIANTS["21m_512"] = {
-    **VARIANTS["21m"],
+VARIANTS["21m_512"] = VARIANTS["21m"] | {
     "drop_path_rate": 0.1,
     "img_size": 512,
     "window_sizes": (16, 16, 32, 16),
@@ -71,20 +66,6 @@ class Gelu(nn.Module):
         return gelu(x)
 
 
-class Convolution(nn.Conv2d):
-    """A convolution that computes bfloat16 in float32 on a CPU without bfloat16 kernels, ten times
-    as fast there and no less exact.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not x.is_cpu or dtype != torch.bfloat16 or CPU_HAS_BFLOAT16:
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            bias = None if self.bias is None else self.bias.float()
-            return self._conv_forward(x.float(), self.weight.float(), bias).to(dtype)
-
-
 class ConvBn(nn.Sequential):
     """A convolution without bias, then batch norm; after `fuse` a convolution with bias alone."""
 
@@ -98,7 +79,7 @@ class ConvBn(nn.Sequential):
         bn_weight: float = 1.0,
     ):
         super().__init__()
-        self.c = Convolution(
+        self.c = nn.Conv2d(
             in_chans, out_chans, kernel, stride, kernel // 2, groups=groups, bias=False
         )
         self.bn = nn.BatchNorm2d(out_chans)
@@ -112,7 +93,8 @@ class ConvBn(nn.Sequential):
         """Fold the running statistics and the affine part of the batch norm into the convolution."""
         if isinstance(self.bn, nn.Identity):
             return
-        bn, kernel = self.bn, self.c.weight
+        bn = self.bn
+        kernel = self.c.weight
         exact = torch.promote_types(kernel.dtype, torch.float32)
         scale = bn.weight.to(exact) / torch.sqrt(bn.running_var.to(exact) + bn.eps)
         self.c.bias = nn.Parameter((bn.bias - bn.running_mean * scale).to(kernel.dtype))
@@ -167,7 +149,8 @@ def window_offsets(window: int, device: torch.device) -> Tensor:
     |dy|, |dx| in `attention_biases`.
 
     Offsets are numbered in the order first met scanning points row by row, and the first point
-    alone meets them all."""
+    alone meets them all.
+    """
     side = torch.arange(window, device=device)
     distance = (side[:, None] - side).abs()
     return (distance[:, None, :, None] * window + distance[:, None, :]).flatten()
@@ -188,18 +171,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         windows, points, dim = x.shape
-        query, key, value = (
-            self.qkv(self.norm(x))
-            .view(windows, points, self.num_heads, -1)
-            .transpose(1, 2)
-            .chunk(3, dim=-1)
-        )
+        # a head's query, key and value lie together: [windows, heads, N, 3 * C / heads]
+        qkv = self.qkv(self.norm(x)).view(windows, points, self.num_heads, -1).transpose(1, 2)
+        query, key, value = qkv.chunk(3, dim=-1)
         # Spread anew each time: a kept copy would go stale, and would hold N^2 values per head.
-        bias = (
-            self.attention_biases.to(query.dtype)
-            .index_select(1, offsets)
-            .view(1, self.num_heads, points, points)
-        )
+        biases = self.attention_biases.to(query.dtype).index_select(1, offsets)
+        bias = biases.view(1, self.num_heads, points, points)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(windows, points, dim))
 
@@ -251,21 +228,16 @@ class Block(nn.Module):
         """
         batch, height, width, dim = x.shape
         window = self.window
-        below, right = -height % window, -width % window
+        rows = -(-height // window)
+        columns = -(-width // window)
+        below = rows * window - height
+        right = columns * window - width
         if below or right:
             x = F.pad(x, (0, 0, 0, right, 0, below))
-        rows, columns = (height + below) // window, (width + right) // window
-        x = (
-            x.reshape(batch, rows, window, columns, window, dim)
-            .transpose(2, 3)
-            .reshape(-1, window * window, dim)
-        )
-        x = self.attn(x, offsets)
-        x = (
-            x.view(batch, rows, columns, window, window, dim)
-            .transpose(2, 3)
-            .reshape(batch, rows * window, columns * window, dim)
-        )
+        x = x.reshape(batch, rows, window, columns, window, dim).transpose(2, 3)
+        x = self.attn(x.reshape(-1, window * window, dim), offsets)
+        x = x.view(batch, rows, columns, window, window, dim).transpose(2, 3)
+        x = x.reshape(batch, rows * window, columns * window, dim)
         return x[:, :height, :width]
 
 
@@ -301,11 +273,9 @@ def _recompute_options(block: nn.Module) -> dict[str, Callable]:
     """A recomputed forward pass must not count its batch twice in the running statistics (a
     compiled one never does).
     """
-    return (
-        {}
-        if torch.compiler.is_compiling()
-        else {"context_fn": lambda: (nullcontext(), frozen_statistics(block))}
-    )
+    if torch.compiler.is_compiling():
+        return {}
+    return {"context_fn": lambda: (nullcontext(), frozen_statistics(block))}
 
 
 class TinyViT(nn.Module):
@@ -350,23 +320,25 @@ class TinyViT(nn.Module):
         self.embed_dims = tuple(embed_dims)
         self.num_features = embed_dims[-1]
 
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        last_block = max(sum(depths) - 1, 1)
+        rates = iter([drop_path_rate * i / last_block for i in range(sum(depths))])
         self.patch_embed = PatchEmbed(in_chans, embed_dims[0])
         self.layers = nn.ModuleList()
-        for i, (dim, depth, heads, window) in enumerate(
-            zip(embed_dims, depths, num_heads, window_sizes)
-        ):
-            if i == 0:
-                blocks = [MBConv(dim, mbconv_expand_ratio, next(rates)) for _ in range(depth)]
-            else:
-                blocks = [
-                    Block(dim, heads, window, mlp_ratio, drop_rate, next(rates), local_conv_size)
-                    for _ in range(depth)
-                ]
-            downsample = (
-                PatchMerging(dim, embed_dims[i + 1]) if i + 1 < len(embed_dims) else nn.Identity()
-            )
-            self.layers.append(Stage(blocks, downsample, window if i else None, use_checkpoint))
+        for stage, dim in enumerate(embed_dims):
+            window = window_sizes[stage] if stage > 0 else None
+            blocks: list[nn.Module] = []
+            for _ in range(depths[stage]):
+                if window is None:
+                    block = MBConv(dim, mbconv_expand_ratio, next(rates))
+                else:
+                    heads = num_heads[stage]
+                    rate = next(rates)
+                    block = Block(dim, heads, window, mlp_ratio, drop_rate, rate, local_conv_size)
+                blocks.append(block)
+            downsample: nn.Module = nn.Identity()
+            if stage + 1 < len(embed_dims):
+                downsample = PatchMerging(dim, embed_dims[stage + 1])
+            self.layers.append(Stage(blocks, downsample, window, use_checkpoint))
         self.norm_head = nn.LayerNorm(self.num_features)
         self.head = _head(self.num_features, num_classes)
         self.apply(_init_linear)
@@ -378,7 +350,8 @@ class TinyViT(nn.Module):
         """Build a variant by name (5m, 11m, 21m, 21m_384, 21m_512), with official weights if asked.
 
         `pretrained` is True (22kto1k_distill), a name of WEIGHTS, or one of kornia's: in1k, in22k,
-        and for 21m in1k_384, in1k_512."""
+        and for 21m in1k_384, in1k_512.
+        """
         if variant not in VARIANTS:
             raise ValueError(f"no TinyViT variant {variant!r}: there are {', '.join(VARIANTS)}")
         settings = {**VARIANTS[variant], **overrides}
@@ -458,12 +431,7 @@ class TinyViT(nn.Module):
 
     def flops(self) -> int:
         """Multiply-accumulates of one image of `img_size` pixels a side."""
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter:
-            deepcopy(self).to("meta").eval()(
-                torch.empty(1, self.in_chans, self.img_size, self.img_size, device="meta")
-            )
-        return counter.get_total_flops() // 2
+        return count_multiply_adds(self, self.img_size, self.in_chans)
 
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of the names of parameters, beside biases and norms, that weight decay should leave
@@ -505,6 +473,14 @@ class TinyViT(nn.Module):
         }
 
 
+def count_multiply_adds(model: nn.Module, image_size: int, in_chans: int = 3) -> int:
+    """Multiply-accumulates of one image of so many pixels a side, counted without computing any."""
+    image = torch.empty(1, in_chans, image_size, image_size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        deepcopy(model).to("meta").eval()(image)
+    return counter.get_total_flops() // 2
+
+
 def pretrained_source(variant: str, pretrained: bool | str, img_size: int) -> tuple[str, str]:
     """The variant whose official checkpoint is meant, and the checkpoint's name among WEIGHTS."""
     if variant == "21m" and pretrained is True and img_size >= 384:
@@ -513,11 +489,9 @@ def pretrained_source(variant: str, pretrained: bool | str, img_size: int) -> tu
         return f"21m{pretrained.removeprefix('in1k')}", WEIGHTS[0]
     name = WEIGHTS[0] if pretrained is True else WEIGHT_ALIASES.get(pretrained, pretrained)
     if name not in WEIGHTS:
-        names = (
-            *WEIGHTS,
-            *WEIGHT_ALIASES,
-            *(("in1k_384", "in1k_512") if variant.startswith("21m") else ()),
-        )
+        names = [*WEIGHTS, *WEIGHT_ALIASES]
+        if variant.startswith("21m"):
+            names += ["in1k_384", "in1k_512"]
         raise ValueError(
             f"no pretrained weights {pretrained!r} for TinyViT {variant}: there are"
             f" {', '.join(names)}; True means the first"
@@ -538,25 +512,19 @@ def _init_linear(module: nn.Module) -> None:
 def _check_stages(**stages: Sequence[int]) -> None:
     """One value per stage and setting, all positive, and heads that share the channels."""
     if len({len(values) for values in stages.values()}) > 1:
-        raise ValueError(
-            "each stage needs one value of each:"
-            f" {', '.join(f'{name} has {len(values)}' for name, values in stages.items())}"
-        )
+        counts = ", ".join(f"{name} has {len(values)}" for name, values in stages.items())
+        raise ValueError(f"each stage needs one value of each: {counts}")
     for name, values in stages.items():
         if not values or min(values) < 1:
             raise ValueError(f"{name} {list(values)}: each stage's is 1 or more")
-    dims, heads = stages["embed_dims"], stages["num_heads"]
-    for stage in range(1, len(dims)):
-        if dims[stage] % heads[stage]:
+    dims = stages["embed_dims"]
+    for stage, (dim, heads) in enumerate(zip(dims, stages["num_heads"])):
+        if stage > 0 and dim % heads:
             raise ValueError(
-                f"num_heads {heads[stage]} of stage {stage} does not divide its embed_dims"
-                f" {dims[stage]}"
+                f"num_heads {heads} of stage {stage} does not divide its embed_dims {dim}"
             )
     if dims[0] % 2:
-        raise ValueError(
-            f"embed_dims {dims[0]} of stage 0 is odd: the first convolution of the patch embedding"
-            " has half of it"
-        )
+        raise ValueError(f"embed_dims {dims[0]} of stage 0 is odd: the patch embedding halves it")
 
 
 def _check_least(least: int, **values: int) -> None:
@@ -571,50 +539,25 @@ def _check_probabilities(**values: float) -> None:
             raise ValueError(f"{name} {value}: a probability in [0, 1)")
 
 
-def tiny_vit_5m_224(
-    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
-) -> TinyViT:
-    """TinyViT-5M: 5.4 M parameters, 1.3 G multiply-accumulates."""
-    return TinyViT.from_config("5m", pretrained, num_classes=num_classes, **overrides)
-
-
-def tiny_vit_11m_224(
-    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
-) -> TinyViT:
-    """TinyViT-11M: 11 M parameters, 2.0 G multiply-accumulates."""
-    return TinyViT.from_config("11m", pretrained, num_classes=num_classes, **overrides)
-
-
-def tiny_vit_21m_224(
-    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
-) -> TinyViT:
-    """TinyViT-21M: 21 M parameters, 4.3 G multiply-accumulates."""
-    return TinyViT.from_config("21m", pretrained, num_classes=num_classes, **overrides)
-
-
-def tiny_vit_21m_384(
-    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
-) -> TinyViT:
-    """TinyViT-21M for 384-pixel images: 13.7 G multiply-accumulates."""
-    return TinyViT.from_config("21m_384", pretrained, num_classes=num_classes, **overrides)
-
-
-def tiny_vit_21m_512(
-    pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any
-) -> TinyViT:
-    """TinyViT-21M for 512-pixel images: 26.9 G multiply-accumulates."""
-    return TinyViT.from_config("21m_512", pretrained, num_classes=num_classes, **overrides)
-
-
 # timm reads what data its models take under this name
-default_cfgs = {f"tinyvit_{name}": {} for name in ("5m_224", "11m_224", "21m_224")}
-default_cfgs |= {
-    f"tinyvit_21m_{size}": {"input_size": (3, size, size), "crop_pct": 1.0} for size in (384, 512)
+default_cfgs = {
+    "tinyvit_5m_224": {},
+    "tinyvit_11m_224": {},
+    "tinyvit_21m_224": {},
+    "tinyvit_21m_384": {"input_size": (3, 384, 384), "crop_pct": 1.0},
+    "tinyvit_21m_512": {"input_size": (3, 512, 512), "crop_pct": 1.0},
 }
 
 
-def _registered(build: Callable[..., TinyViT]) -> Callable[..., TinyViT]:
-    """Make `build` known to timm, under a name that timm does not have."""
+def _builders(
+    variant: str, name: str, cost: str
+) -> tuple[Callable[..., TinyViT], Callable[..., TinyViT]]:
+    """Two functions that build a variant: tiny_vit_<name>, and tinyvit_<name> for timm, which has
+    models of the first name.
+    """
+
+    def build(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
+        return TinyViT.from_config(variant, pretrained, num_classes=num_classes, **overrides)
 
     def entry(pretrained: bool | str = False, **options: Any) -> TinyViT:
         for handled_by_timm in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
@@ -623,13 +566,14 @@ def _registered(build: Callable[..., TinyViT]) -> Callable[..., TinyViT]:
         model.pretrained_cfg = get_pretrained_cfg(entry.__name__).to_dict()
         return model
 
-    entry.__name__ = entry.__qualname__ = build.__name__.replace("tiny_vit", "tinyvit")
-    entry.__doc__ = build.__doc__
-    return register_model(entry)
+    for function, prefix in ((build, "tiny_vit"), (entry, "tinyvit")):
+        function.__name__ = function.__qualname__ = f"{prefix}_{name}"
+        function.__doc__ = f"TinyViT-{variant.upper()}: {cost} multiply-accumulates."
+    return build, register_model(entry)
 
 
-tinyvit_5m_224 = _registered(tiny_vit_5m_224)
-tinyvit_11m_224 = _registered(tiny_vit_11m_224)
-tinyvit_21m_224 = _registered(tiny_vit_21m_224)
-tinyvit_21m_384 = _registered(tiny_vit_21m_384)
-tinyvit_21m_512 = _registered(tiny_vit_21m_512)
+tiny_vit_5m_224, tinyvit_5m_224 = _builders("5m", "5m_224", "5.4 M parameters, 1.3 G")
+tiny_vit_11m_224, tinyvit_11m_224 = _builders("11m", "11m_224", "11 M parameters, 2.0 G")
+tiny_vit_21m_224, tinyvit_21m_224 = _builders("21m", "21m_224", "21 M parameters, 4.3 G")
+tiny_vit_21m_384, tinyvit_21m_384 = _builders("21m_384", "21m_384", "21 M parameters, 13.7 G")
+tiny_vit_21m_512, tinyvit_21m_512 = _builders("21m_512", "21m_512", "21 M parameters, 26.9 G")

@@ -18,6 +18,7 @@ from models.build import (
     count_parameters,
     load_function,
     load_named_weights,
+    multiply_adds_in_words,
     num_outputs,
 )
 from models.tiny_vit import TinyViT
@@ -463,10 +464,13 @@ def test_outputs_are_counted():
         num_outputs(nn.Sequential(nn.Linear(2, 3)))
 
 
-def test_parameters_are_counted():
+def test_parameters_and_products_are_counted():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model[0].weight.requires_grad_(False)
     assert (count_parameters(model), count_parameters(model, trainable=True)) == (24, 12)
+    convolution = nn.Conv2d(3, 1000, 1)
+    assert multiply_adds_in_words(convolution, 1000) == "3.000 G multiply-adds at 1000 px"
+    assert multiply_adds_in_words(model, 8) == "unknown multiply-adds at 8 px"
 
 
 def test_activations_are_recomputed_where_that_is_known(user_module):

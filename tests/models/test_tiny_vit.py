@@ -357,9 +357,7 @@ def test_no_copies_of_the_biases_are_kept():
 # bfloat16
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_is_close_to_float32(monkeypatch, native):
-    monkeypatch.setattr(module, "CPU_HAS_BFLOAT16", native)
+def test_bfloat16_is_close_to_float32():
     model = tiny().eval()
     batch = images(2, 3, 64, 64)
     with torch.no_grad():
@@ -374,17 +372,6 @@ def test_bfloat16_is_close_to_float32(monkeypatch, native):
         torch.testing.assert_close(
             found.float(), exact, rtol=0, atol=0.05 * exact.abs().max().item()
         )
-
-
-def test_without_bfloat16_kernels_convolutions_compute_in_float32(monkeypatch):
-    monkeypatch.setattr(module, "CPU_HAS_BFLOAT16", False)
-    layer = module.Convolution(3, 8, 3, bias=True).bfloat16()
-    batch = images(1, 3, 9, 9).bfloat16().requires_grad_()
-    expected = F.conv2d(batch.float(), layer.weight.float(), layer.bias.float()).bfloat16()
-    found = layer(batch)
-    assert torch.equal(found, expected)
-    found.sum().backward()
-    assert layer.weight.grad.dtype == layer.bias.grad.dtype == batch.grad.dtype == torch.bfloat16
 
 
 def test_gradients_under_autocast():
