@@ -401,7 +401,8 @@ class StopRequest:
     time is up, Ctrl-C.
 
     Who works looks at `received` between two pieces of work: main.py's `train` after each update,
-    `in_step` before each batch of an evaluation, save_logits.py's `watched` after each batch. A second Ctrl-C is a KeyboardInterrupt. A context manager: on leaving it, the handlers from
+    `in_step` before each batch of an evaluation, save_logits.py's `watched` after each batch.
+    A second Ctrl-C is a KeyboardInterrupt. A context manager: on leaving it, the handlers from
     before are back."""
 
     def __init__(self, names: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGINT")) -> None:
@@ -493,7 +494,7 @@ class Meters:
         self._pending: list[Tensor] = []
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Take what one update has measured, always the same names; nothing waits for the device."""
+        """Take what one update measured, always the same names; nothing waits for the device."""
         names = self.state["names"] = self.state["names"] or list(values)
         assert set(names) == set(values), f"an update measures {list(values)}, others {names}"
         self._pending.append(torch.stack([values[name].detach() for name in names]))

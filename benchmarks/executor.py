@@ -73,7 +73,7 @@ def compare(decoder: AugmentDecoder, device: torch.device, batch: int) -> dict[s
 
 
 def train(words: list[str], device: torch.device, steps: int) -> dict[str, float]:
-    """Images a second of a training, after a tenth of the steps, and the share of it spent waiting."""
+    """Images a second of a training, after a tenth of the steps, and the share spent waiting."""
     log = create_logger(None, rank=1)  # which has nothing to say
     world = Distributed(device=device)
     run = main.build_training(load_config(words), world, log, StopRequest())

@@ -258,8 +258,8 @@ _C.AUG.HFLIP = 0.5
 _C.AUG.VFLIP = 0.0
 # RGB, 0..255, of pixels that geometric ops bring in; [] = round(255 * mean)
 _C.AUG.FILL = []
-# what makes the pixels, with equal bits: pillow (in the loader's processes) | device (in batches where
-# the model is) | auto (device on CUDA, where a proof at the start passes)
+# what makes the pixels, with equal bits: pillow (in the loader's processes) | device (in batches,
+# where the model is) | auto (device on CUDA, where a proof at the start passes)
 _C.AUG.EXECUTOR = "auto"
 
 # Evaluation

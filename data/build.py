@@ -123,7 +123,7 @@ class RunData:
         return EpochLoader(self.cfg, dataset, sampler, batch_size)
 
     def choose_executor(self, device: torch.device, log: Callable[[str], object]) -> str:
-        """What carries out the plans, "pillow" or "device", as AUG.EXECUTOR says and the proof allows.
+        """What carries out the plans, "pillow" or "device": AUG.EXECUTOR, if the proof allows it.
 
         Before the device does so, it must make the same bits of the canary's and of own images.
         """

@@ -26,7 +26,7 @@ def imagenet_wnids(num_classes: int) -> tuple[str, ...]:
 
 
 def map_22k_to_1k() -> np.ndarray:
-    """For each of the 1,000 classes its position among the 21,841, -1 where it is absent (one is)."""
+    """For each of the 1,000 classes its position among the 21,841; -1 for the absent one."""
     return class_map(21841, 1000)
 
 
@@ -60,7 +60,7 @@ class LabelMap:
         return LabelMap(self.outputs.to(device))
 
     def labels(self, labels: Tensor) -> Tensor:
-        """The data's labels [B] as outputs [B]; -1 without a label and where no output stands for it."""
+        """The data's labels [B] as outputs [B]; -1 without a label or an output for it."""
         outputs = self.outputs[labels.clamp(min=0)]
         return outputs.masked_fill(labels < 0, -1)
 
@@ -86,7 +86,7 @@ def find_label_map(
     subset: Sequence[int] | None = None,
     data_numbers_outputs: bool = False,
 ) -> tuple[LabelMap | None, str]:
-    """The map from the data's classes to a model's outputs; None and the reason where none is known.
+    """The map from the data's classes to a model's outputs; None and the reason if none is known.
 
     With `subset` only these outputs are kept, and numbered anew. `data_numbers_outputs` says that
     the model learns from this data, so that an output means what the data's number means.
@@ -106,9 +106,9 @@ def find_label_map(
         outputs = np.arange(num_classes)
     if outputs is None:
         return None, (
-            f"the data has {num_classes} classes and the model {num_outputs}, and nothing says which"
-            " is which: name the model's classes in DATA.CLASS_LIST, so that the data's get their"
-            " ids"
+            f"the data has {num_classes} classes and the model {num_outputs}, and nothing says"
+            " which is which: name the model's classes in DATA.CLASS_LIST, so that the data's get"
+            " their ids"
         )
     return LabelMap(torch.from_numpy(outputs)), ""
 

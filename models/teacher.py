@@ -108,7 +108,7 @@ class Teacher(nn.Module):
         return targets
 
     def label_map(self, num_data_classes: int) -> tuple[LabelMap | None, str]:
-        """The map from the data's classes to the kept outputs; None and the reason if none is known."""
+        """The map from the data's classes to the kept outputs; None and why if none is known."""
         return find_label_map(self.num_outputs, num_data_classes, subset=self.classes)
 
     def identity(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def teacher_dtype(cfg: CfgNode, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def strict_float32() -> Iterator[None]:
-    """Let float32 mean float32: no TF32 in convolutions and products, whatever the student is given."""
+    """Let float32 mean float32: no TF32 in convolutions and products, whatever the student has."""
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
@@ -148,7 +148,7 @@ def strict_float32() -> Iterator[None]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The sha256 of a model's state, in hex: names, types, shapes and bytes in the order of names."""
+    """The sha256 of a model's state, in hex: names, types, shapes and bytes, by name."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())

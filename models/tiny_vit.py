@@ -90,7 +90,7 @@ class ConvBn(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """Fold the running statistics and the affine part of the batch norm into the convolution."""
+        """Fold the batch norm's running statistics and affine part into the convolution."""
         if isinstance(self.bn, nn.Identity):
             return
         bn = self.bn
@@ -116,7 +116,7 @@ class PatchEmbed(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Inverted bottleneck: 1x1 up, 3x3 depthwise, 1x1 down, with a GELU after the residual sum too."""
+    """Inverted bottleneck: 1x1 up, 3x3 depthwise, 1x1 down; the residual sum has a GELU too."""
 
     def __init__(self, dim: int, expand_ratio: float, drop_path: float):
         super().__init__()

@@ -13,7 +13,7 @@ from tests.support.teachers import Glance
 
 
 def test_labels_of_1k_in_a_part_of_22k():
-    """The 22k positions of three 1k classes, in another order: labels of the 1k data follow them."""
+    """The 22k positions of three 1k classes, in another order: the 1k data's labels follow."""
     positions = map_22k_to_1k()[[5, 3, 900]]
     teacher = Teacher("", nn.Identity(), 21841, positions.tolist())
     label_map, _ = teacher.label_map(1000)

@@ -484,7 +484,7 @@ def test_a_fused_model_in_float32_and_bfloat16():
 
 @pytest.mark.parametrize("built_with_it", [True, False])
 def test_checkpointing_changes_nothing_but_memory(built_with_it):
-    """Same loss, gradients and statistics, with drop path and dropout drawn alike in both passes."""
+    """Same loss, gradients and statistics; both passes draw drop path and dropout alike."""
     plain = tiny(drop_path_rate=0.5, drop_rate=0.2).train()
     model = TinyViT(
         **{**TINY, "drop_path_rate": 0.5, "drop_rate": 0.2, "use_checkpoint": built_with_it}

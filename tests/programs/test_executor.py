@@ -1,4 +1,4 @@
-"""AUG.EXECUTOR device makes the same store and the same weights as Pillow, and may take its place."""
+"""AUG.EXECUTOR device makes the same store and weights as Pillow, and may take its place."""
 
 import pytest
 import torch
