@@ -3,7 +3,8 @@ model zoo.
 
 Checkpoints of the official release, of this project and of timm are read, as .pth or .safetensors.
 No file can run code: only tensors, plain containers and the configuration node that some official
-files hold are accepted."""
+files hold are accepted.
+"""
 
 import http.client
 import os
@@ -34,15 +35,32 @@ StateDict = dict[str, torch.Tensor]
 ZOO_NAMES = ("22k_distill", "22kto1k_distill", "1k")
 CLIP_VARIANT = "clip_vit_large14_224"
 _ZOO_URL = "https://github.com/wkcn/TinyViT-model-zoo/releases/download"
-_SIZES = ("5m", "11m", "21m")
-_WEIGHT_KEYS = ("model", "state_dict", "model_state_dict")
-_EMA_KEYS = ("model_ema", "state_dict_ema", "ema")
+_VARIANTS = ("5m", "11m", "21m", "21m_384", "21m_512")
+_WEIGHT_KEYS = ("model_state_dict", "state_dict", "model")  # the first found is taken
+_EMA_KEYS = ("ema", "state_dict_ema", "model_ema")
 # what DistributedDataParallel and torch.compile put before every name
 _WRAPPERS = ("module.", "_orig_mod.")
 _OPTIONAL = "num_batches_tracked"  # a counter that no output depends on; files of old have none
-# a buffer of official checkpoints that follows from the window size
-_RECOMPUTED = "attention_bias_idxs"
+_RECOMPUTED = "attention_bias_idxs"  # a buffer of official files that the window size tells
 _TIMEOUT = 30  # seconds without a byte
+
+# timm numbers the two convolutions of the stem, and counts a merging layer to the stage after it
+_OURS_TO_TIMM = {
+    r"^patch_embed\.seq\.(\d)": lambda found: f"patch_embed.conv{int(found[1]) // 2 + 1}",
+    r"^layers\.(\d+)\.downsample": lambda found: f"stages.{int(found[1]) + 1}.downsample",
+    r"^layers\.": "stages.",
+    r"^head\.": "head.fc.",
+    r"^norm_head\.": "head.norm.",
+    r"\.c\.(weight|bias)$": r".conv.\1",
+}
+_TIMM_TO_OURS = {
+    r"^patch_embed\.conv(\d)": lambda found: f"patch_embed.seq.{int(found[1]) * 2 - 2}",
+    r"^stages\.(\d+)\.downsample": lambda found: f"layers.{int(found[1]) - 1}.downsample",
+    r"^stages\.": "layers.",
+    r"^head\.norm\.": "norm_head.",
+    r"^head\.fc\.": "head.",
+    r"\.conv\.(weight|bias)$": r".c.\1",
+}
 
 
 @dataclass(frozen=True)
@@ -52,22 +70,20 @@ class LoadReport:
     source: str
     loaded: int  # tensors taken as they are
     adapted: tuple[str, ...] = ()  # tensors taken in another shape, each with what was done
-    # tensors of the head that the file could not give, each with the reason
-    zeroed: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()  # tensors of the head that the file lacks, each with the reason
     missing: tuple[str, ...] = ()  # counters that the file lacks; they keep their values
     unexpected: tuple[str, ...] = ()  # tensors of the file that have no place in the model
 
     def __str__(self) -> str:
-        lines = [f"weights of {self.source}: {self.loaded} tensors loaded"]
         kinds = {
             "adapted": self.adapted,
             "head set to zero": self.zeroed,
             "not in the file": self.missing,
             "not in the model": self.unexpected,
         }
-        return "\n".join(
-            lines + [f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
-        )
+        lines = [f"weights of {self.source}: {self.loaded} tensors loaded"]
+        lines += [f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+        return "\n".join(lines)
 
 
 def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
@@ -85,12 +101,12 @@ def read_notes(source: str | Path) -> dict[str, object]:
     `class_names`; others tell nothing.
     """
     content, _ = _read(source)
-    kinds = {"config": str, "class_names": list}
-    return {
-        key: content[key]
-        for key, kind in kinds.items()
-        if isinstance(content, Mapping) and isinstance(content.get(key), kind)
-    }
+    notes = {}
+    if isinstance(content, Mapping):
+        for key, kind in (("config", str), ("class_names", list)):
+            if isinstance(content.get(key), kind):
+                notes[key] = content[key]
+    return notes
 
 
 def load_weights(
@@ -106,10 +122,14 @@ def load_weights(
     The naming (ours or timm's) is converted as needed. Unless `exact`, attention biases are
     interpolated to the model's windows, a 22k head becomes a 1k head through the class map, and a
     head of any other size is set to zero. A tensor that the model needs and cannot get is an error;
-    with `exact` so is one that it has no place for. `label` names the weights in messages."""
-    named = isinstance(source, (str, Path))
-    state = read_state_dict(source) if named else _without_wrappers(source)
-    label = label or (str(source) if named else "the given state dict")
+    with `exact` so is one that it has no place for. `label` names the weights in messages.
+    """
+    if isinstance(source, Mapping):
+        state = _without_wrappers(source)
+        label = label or "the given state dict"
+    else:
+        state = read_state_dict(source)
+        label = label or str(source)
     targets = model.state_dict()
     state = _in_naming_of(
         targets, {key: value for key, value in state.items() if not key.endswith(_RECOMPUTED)}
@@ -123,12 +143,14 @@ def load_weights(
         if value is not None and value.shape == target.shape:
             fitting[key] = value
         elif key.startswith(head):
-            rows = _head_rows(value, target)
-            fitting[key] = torch.zeros_like(target) if rows is None else rows
             given = "not in the file" if value is None else f"{list(value.shape)} in the file"
-            (zeroed if rows is None else adapted).append(
-                f"{key} ({given}, {list(target.shape)} here)"
-            )
+            what = f"{key} ({given}, {list(target.shape)} here)"
+            if _is_22k_head_for_1k(value, target):
+                fitting[key] = _head_rows(value)
+                adapted.append(what)
+            else:
+                fitting[key] = torch.zeros_like(target)
+                zeroed.append(what)
         elif value is None and key.endswith(_OPTIONAL):
             missing.append(key)
         elif value is None:
@@ -142,9 +164,9 @@ def load_weights(
     if exact:
         misfits += [f"{key} has no place" for key in unexpected]
     if misfits:
-        shown = "; ".join(misfits[:6]) + (
-            f"; and {len(misfits) - 6} more" if len(misfits) > 6 else ""
-        )
+        shown = "; ".join(misfits[:6])
+        if len(misfits) > 6:
+            shown += f"; and {len(misfits) - 6} more"
         raise ValueError(
             f"{label} does not fit {type(model).__name__}: {shown}. Check that the model's"
             " configuration is the weights' own"
@@ -191,20 +213,17 @@ def zoo_url(variant: str, which: str) -> str:
     a mirror.
 
     21m_384 and 21m_512 have weights of their own for 22kto1k_distill, else they start from 21m's.
-    The teacher is ("clip_vit_large14_224", "22k")."""
+    The teacher is ("clip_vit_large14_224", "22k").
+    """
     base = os.environ.get("TINYVIT_ZOO_URL", _ZOO_URL).rstrip("/")
     if (variant, which) == (CLIP_VARIANT, "22k"):
         return f"{base}/pretrained_teacher/clip_vit_large_patch14_22k.pth"
-    size, _, resolution = variant.partition("_")
-    if (
-        size not in _SIZES
-        or resolution not in (("", "384", "512") if size == "21m" else ("",))
-        or which not in ZOO_NAMES
-    ):
+    if variant not in _VARIANTS or which not in ZOO_NAMES:
         raise ValueError(
             f"the model zoo has no {which!r} weights for {variant!r}: it has {', '.join(ZOO_NAMES)}"
-            f" for {', '.join((*_SIZES, '21m_384', '21m_512'))}, and 22k for {CLIP_VARIANT}"
+            f" for {', '.join(_VARIANTS)}, and 22k for {CLIP_VARIANT}"
         )
+    size, _, resolution = variant.partition("_")
     if resolution and which == "22kto1k_distill":
         return f"{base}/checkpoints/tiny_vit_21m_22kto1k_{resolution}_distill.pth"
     return f"{base}/checkpoints/tiny_vit_{size}_{which}.pth"
@@ -215,9 +234,8 @@ def cached_download(url: str | Path) -> Path:
     folder; it is whole or not there.
     """
     url = str(url)
-    folder = Path(
-        os.environ.get("TINYVIT_CACHE") or Path(torch.hub.get_dir()) / "checkpoints"
-    ).expanduser()
+    folder = os.environ.get("TINYVIT_CACHE") or f"{torch.hub.get_dir()}/checkpoints"
+    folder = Path(folder).expanduser()
     name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name or "weights"
     # other sites' names may coincide
     if not name.startswith(("tiny_vit_", "clip_vit_large_patch14_22k")):
@@ -249,46 +267,33 @@ def cached_download(url: str | Path) -> Path:
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> StateDict:
     """Official names to those of timm.models.tiny_vit."""
-    return {
-        _to_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)
-    }
+    return _renamed(state, _OURS_TO_TIMM)
 
 
 def from_timm(state: Mapping[str, torch.Tensor]) -> StateDict:
     """The names of timm.models.tiny_vit to the official ones."""
-    return {
-        _from_timm_name(key): value for key, value in state.items() if not key.endswith(_RECOMPUTED)
-    }
+    return _renamed(state, _TIMM_TO_OURS)
 
 
 def resize_attention_biases(biases: torch.Tensor, positions: int) -> torch.Tensor:
     """Attention biases [heads, side^2] for another window of `positions` offsets: bicubic, head by
     head.
     """
-    old, new = isqrt(biases.shape[1]), isqrt(positions)
+    old = isqrt(biases.shape[1])
+    new = isqrt(positions)
     grid = biases.float().view(1, -1, old, old)
-    return (
-        functional.interpolate(grid, size=(new, new), mode="bicubic")
-        .view(-1, positions)
-        .to(biases.dtype)
-    )
+    resized = functional.interpolate(grid, size=(new, new), mode="bicubic")
+    return resized.view(-1, positions).to(biases.dtype)
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that turn features into classes, as far as they have parameters."""
-    found = (
-        model.get_classifier()
-        if hasattr(model, "get_classifier")
-        else next(
-            (
-                getattr(model, name)
-                for name in ("head", "fc", "classifier")
-                if isinstance(getattr(model, name, None), nn.Module)
-            ),
-            None,
-        )
-    )
-    heads = found if isinstance(found, (tuple, list)) else (found,)
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+        heads = found if isinstance(found, (tuple, list)) else [found]
+    else:
+        usual = [getattr(model, name, None) for name in ("head", "fc", "classifier")]
+        heads = [part for part in usual if isinstance(part, nn.Module)][:1]
     return tuple(
         name
         for name, module in model.named_modules()
@@ -301,48 +306,24 @@ def head_classes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
     none.
     """
     state = _in_naming_of(model.state_dict(), dict(state))
-    return next(
-        (
-            len(state[f"{name}.weight"])
-            for name in classifier_names(model)
-            if f"{name}.weight" in state
-        ),
-        0,
-    )
+    for name in classifier_names(model):
+        if f"{name}.weight" in state:
+            return len(state[f"{name}.weight"])
+    return 0
 
 
-def _to_timm_name(key: str) -> str:
-    if key.startswith("patch_embed.seq."):
-        key = re.sub(r"seq\.(\d)", lambda match: f"conv{int(match[1]) // 2 + 1}", key)
-    elif key.startswith("layers."):  # timm counts a merging layer to the stage after it
-        key = re.sub(
-            r"^layers\.(\d+)\.downsample",
-            lambda match: f"stages.{int(match[1]) + 1}.downsample",
-            key,
-        )
-        key = key.replace("layers.", "stages.", 1)
-    elif key.startswith("norm_head."):
-        return key.replace("norm_head.", "head.norm.", 1)
-    elif key.startswith("head."):
-        return key.replace("head.", "head.fc.", 1)
-    return re.sub(r"\.c\.(weight|bias)$", r".conv.\1", key)
-
-
-def _from_timm_name(key: str) -> str:
-    if key.startswith("patch_embed."):
-        key = re.sub(r"conv(\d)\.", lambda match: f"seq.{(int(match[1]) - 1) * 2}.", key)
-    elif key.startswith("stages."):
-        key = re.sub(
-            r"^stages\.(\d+)\.downsample",
-            lambda match: f"layers.{int(match[1]) - 1}.downsample",
-            key,
-        )
-        key = key.replace("stages.", "layers.", 1)
-    elif key.startswith("head.norm."):
-        return key.replace("head.norm.", "norm_head.", 1)
-    elif key.startswith("head.fc."):
-        return key.replace("head.fc.", "head.", 1)
-    return re.sub(r"\.conv\.(weight|bias)$", r".c.\1", key)
+def _renamed(
+    state: Mapping[str, torch.Tensor], rules: Mapping[str, str | Callable[[re.Match], str]]
+) -> StateDict:
+    names = {}
+    for key, value in state.items():
+        if key.endswith(_RECOMPUTED):
+            continue
+        name = key
+        for pattern, replacement in rules.items():
+            name = re.sub(pattern, replacement, name)
+        names[name] = value
+    return names
 
 
 def _in_naming_of(targets: Mapping[str, torch.Tensor], state: StateDict) -> StateDict:
@@ -354,16 +335,16 @@ def _in_naming_of(targets: Mapping[str, torch.Tensor], state: StateDict) -> Stat
     return state
 
 
-def _head_rows(value: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor | None:
+def _is_22k_head_for_1k(value: torch.Tensor | None, target: torch.Tensor) -> bool:
+    if value is None or value.shape[1:] != target.shape[1:]:
+        return False
+    return len(value) == 21841 and len(target) == 1000
+
+
+def _head_rows(value: torch.Tensor) -> torch.Tensor:
     """A head of 21,841 classes cut to 1,000 by the class map; an absent class gets the mean of the
     others.
     """
-    if (
-        value is None
-        or value.shape[1:] != target.shape[1:]
-        or (len(value), len(target)) != (21841, 1000)
-    ):
-        return None
     mapping = torch.from_numpy(map_22k_to_1k())
     rows = value[mapping.clamp(min=0)]
     rows[mapping < 0] = rows[mapping >= 0].mean(0)
@@ -382,11 +363,9 @@ def _read(source: str | Path) -> tuple[object, Path]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
     try:
-        content = (
-            safetensors.torch.load_file(path)
-            if path.suffix == ".safetensors"
-            else _load_plain(path)
-        )
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path), path
+        return _load_plain(path), path
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {found[1]}" if found else "it is no checkpoint, or a damaged one"
@@ -394,21 +373,9 @@ def _read(source: str | Path) -> tuple[object, Path]:
             f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is"
             " run. If you trust it, load it elsewhere and save model.state_dict() alone"
         ) from None
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-        safetensors.SafetensorError,
-    ) as error:
-        raise ValueError(
-            f"{path}: not a checkpoint, or a damaged one ({_first_line(error)})"
-        ) from None
-    return content, path
+    except Exception as error:  # whatever the bytes of a damaged file lead the readers to
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
 
 
 def _load_plain(path: Path) -> object:
@@ -416,11 +383,7 @@ def _load_plain(path: Path) -> object:
     read as dictionaries.
     """
     stand_ins = [
-        type(
-            name,
-            (),
-            {"__module__": module, "__qualname__": name, "__new__": lambda cls: OrderedDict()},
-        )
+        type(name, (), {"__module__": module, "__new__": lambda cls: OrderedDict()})
         for module, name in (("yacs.config", "CfgNode"), ("argparse", "Namespace"))
     ]
     with torch.serialization.safe_globals(stand_ins):
@@ -430,21 +393,19 @@ def _load_plain(path: Path) -> object:
 def _unwrap(content: object, path: Path, ema: bool) -> StateDict:
     """The state dict inside a checkpoint's content."""
     if isinstance(content, Mapping):
-        for key in (*_EMA_KEYS, *(() if ema else _WEIGHT_KEYS))[::-1]:
+        for key in _EMA_KEYS if ema else _WEIGHT_KEYS + _EMA_KEYS:
             if isinstance(content.get(key), Mapping):
                 return _unwrap(content[key], path, ema=False)
         if ema:
             raise ValueError(f"{path}: it holds no averaged weights (TRAIN.EMA_DECAY was 0)")
         if content and all(isinstance(value, torch.Tensor) for value in content.values()):
             return _without_wrappers(content)
-    held = (
-        f"keys {', '.join(map(str, list(content)[:8]))}"
-        if isinstance(content, Mapping)
-        else f"a {type(content).__name__}"
-    )
+    held = f"a {type(content).__name__}"
+    if isinstance(content, Mapping):
+        held = f"keys {', '.join(map(str, list(content)[:8]))}"
     raise ValueError(
         f"{path}: no weights found, only {held}: expected a state dict, alone or under"
-        f" {' or '.join(_WEIGHT_KEYS)}"
+        f" {' or '.join(reversed(_WEIGHT_KEYS))}"
     )
 
 
@@ -459,7 +420,3 @@ def _without_wrappers(state: Mapping[str, torch.Tensor]) -> StateDict:
 
 def _is_url(source: str | Path) -> bool:
     return isinstance(source, str) and re.match(r"[a-z]+://", source) is not None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
