@@ -22,8 +22,7 @@ class Comparison(NamedTuple):
     """Of each image [B]: how its record differs from the teacher's answer."""
 
     value_error: Tensor  # largest difference of a probability, float
-    # KL divergence of the answer from the record, with a term for records whose sum is not 1, float
-    divergence: Tensor
+    divergence: Tensor  # KL of the answer from the record, allowing for sums that are not 1, float
     other_top1: Tensor  # whether the most probable class is another, and not for a tie
     other_classes: Tensor  # number of columns with another class, and not for a tie
     inexact: Tensor  # whether any bit differs
@@ -35,8 +34,8 @@ def compare(indices: Tensor, probs: Tensor, logits: Tensor, temperature: float =
     """Stored classes [B, K] and probabilities [B, K] against the logits [B, C] that the teacher
     gives now.
     """
-    k, num_classes = indices.shape[1], logits.shape[1]
-    new_indices, new_probs = encode(logits, k, temperature)
+    num_classes = logits.shape[1]
+    new_indices, new_probs = encode(logits, indices.shape[1], temperature)
     now = torch.softmax(logits.float() / temperature, dim=-1)
     probs = probs.float()
     is_class = indices < num_classes
@@ -44,16 +43,13 @@ def compare(indices: Tensor, probs: Tensor, logits: Tensor, temperature: float =
     at_stored = now.gather(1, indices)
     value_error = (at_stored.half().float() - probs).abs().amax(1)  # rounded as the record is
     # A class that the record does not name has at most its last probability there.
-    is_named = (
-        torch.zeros_like(now, dtype=torch.bool).scatter_(1, indices, True).gather(1, new_indices)
-    )
+    named = torch.zeros_like(now, dtype=torch.bool).scatter_(1, indices, True)
+    is_named = named.gather(1, new_indices)
     excess = (new_probs.float() - probs[:, -1:]).clamp(min=0).masked_fill(is_named, 0).amax(1)
     # "not <=" rather than ">", so that what is no number counts as different.
     other = (indices != new_indices) & ~((now.gather(1, new_indices) - at_stored).abs() <= TIE)
-    stored, answer = (
-        densify(i, p, num_classes).clamp(min=SMALLEST)
-        for i, p in ((indices, probs), (new_indices, new_probs))
-    )
+    stored = densify(indices, probs, num_classes).clamp(min=SMALLEST)
+    answer = densify(new_indices, new_probs, num_classes).clamp(min=SMALLEST)
     return Comparison(
         value_error=torch.maximum(value_error, excess).masked_fill(~is_class.all(1), torch.inf),
         divergence=(stored * (stored.log() - answer.log()) - stored + answer).sum(1),
@@ -78,8 +74,7 @@ class Agreement:
     inexact: int = 0
     sum_divergence: float = 0.0
     most_value_error: float = 0.0
-    # (how bad, which image and why), the worst first
-    worst: list[tuple[float, str]] = field(default_factory=list)
+    worst: list[tuple[float, str]] = field(default_factory=list)  # how bad, which image and why
 
     def add(self, comparison: Comparison, wrong_seeds: Tensor, name: Callable[[int], str]) -> None:
         """Count a batch; `wrong_seeds` [B] says whose seed is not what it should be, `name` tells
@@ -110,15 +105,12 @@ class Agreement:
 
     def merge(self, other: "Agreement") -> None:
         """Count what another process has found."""
-        for name in (
-            "images",
-            "wrong_seeds",
-            "other_top1",
-            "other_classes",
-            "inexact",
-            "sum_divergence",
-        ):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.images += other.images
+        self.wrong_seeds += other.wrong_seeds
+        self.other_top1 += other.other_top1
+        self.other_classes += other.other_classes
+        self.inexact += other.inexact
+        self.sum_divergence += other.sum_divergence
         self.most_value_error = max(self.most_value_error, other.most_value_error)
         self.worst += other.worst
         self._keep_worst()
@@ -129,36 +121,29 @@ class Agreement:
         """
         if not self.images:
             return ["no image was checked"]
-        same_top1, divergence = 1 - self.other_top1 / self.images, self.sum_divergence / self.images
-        judged = [
-            (self.wrong_seeds == 0, f"{self.wrong_seeds:,} of {self.images:,} seeds are wrong"),
-            (
-                same_top1 >= LEAST_SAME_TOP1,
-                (
-                    f"only {same_top1:.3%} have the same top-1 class, at least"
-                    f" {LEAST_SAME_TOP1:.1%} must"
-                ),
-            ),
-            (
-                divergence <= MOST_MEAN_KL,
-                (
-                    f"the mean KL divergence is {divergence:.2e}, at most {MOST_MEAN_KL:.0e} is"
-                    " allowed"
-                ),
-            ),
-            (
-                self.most_value_error <= MOST_VALUE_ERROR,
-                (
-                    f"a probability is off by {self.most_value_error:.4f}, at most"
-                    f" {MOST_VALUE_ERROR} is allowed"
-                ),
-            ),
-            (
-                not exact or self.inexact == 0,
-                f"{self.inexact:,} of {self.images:,} records are not exactly equal",
-            ),
-        ]
-        return [text for is_right, text in judged if not is_right]
+        same_top1 = 1 - self.other_top1 / self.images
+        divergence = self.sum_divergence / self.images
+        faults = []
+        if self.wrong_seeds:
+            faults.append(f"{self.wrong_seeds:,} of {self.images:,} seeds are wrong")
+        # "not <=" and "not >=", so that what is no number is a fault
+        if not same_top1 >= LEAST_SAME_TOP1:
+            faults.append(
+                f"only {same_top1:.3%} have the same top-1 class, at least {LEAST_SAME_TOP1:.1%}"
+                " must"
+            )
+        if not divergence <= MOST_MEAN_KL:
+            faults.append(
+                f"the mean KL divergence is {divergence:.2e}, at most {MOST_MEAN_KL:.0e} is allowed"
+            )
+        if not self.most_value_error <= MOST_VALUE_ERROR:
+            faults.append(
+                f"a probability is off by {self.most_value_error:.4f}, at most {MOST_VALUE_ERROR}"
+                " is allowed"
+            )
+        if exact and self.inexact:
+            faults.append(f"{self.inexact:,} of {self.images:,} records are not exactly equal")
+        return faults
 
     def __str__(self) -> str:
         divergence = self.sum_divergence / max(self.images, 1)

@@ -48,18 +48,15 @@ def build_teacher(cfg: CfgNode, *, log: Callable[[str], None] = print) -> nn.Mod
     eval mode and without gradients.
 
     Where MODEL.NUM_CLASSES is 0 the weights say how many classes there are; `num_outputs` tells
-    afterwards."""
+    afterwards.
+    """
     model = _construct(cfg, log)
     name = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
     if name:
         weights = _read_named_weights(cfg, name)
         classes = head_classes(model, weights)
-        if (
-            not cfg.MODEL.NUM_CLASSES
-            and classes
-            and classes != num_outputs(model)
-            and hasattr(model, "reset_classifier")
-        ):
+        may_reset = not cfg.MODEL.NUM_CLASSES and hasattr(model, "reset_classifier")
+        if may_reset and classes and classes != num_outputs(model):
             model.reset_classifier(classes)
         load_weights(model, weights, exact=True, label=name, log=log)
     elif ":" not in cfg.MODEL.TYPE:
@@ -131,13 +128,10 @@ def load_function(spec: str) -> Callable[..., Any]:
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        near = difflib.get_close_matches(
-            name, [known for known in vars(module) if callable(getattr(module, known))], n=1
-        )
-        raise ValueError(
-            f"{spec!r}: {module.__file__} has no function {name}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
+        functions = [known for known in vars(module) if callable(getattr(module, known))]
+        near = difflib.get_close_matches(name, functions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{spec!r}: {module.__file__} has no function {name}{hint}")
     return function
 
 
@@ -157,11 +151,10 @@ def _construct(cfg: CfgNode, log: Callable[[str], None]) -> nn.Module:
         case "clip_vit_large14_224":
             model = clip_vit_large14_224(num_classes=cfg.MODEL.NUM_CLASSES or 21841)
         case "timm":
-            model = _timm_model(
-                cfg,
-                log,
-                **({"num_classes": cfg.MODEL.NUM_CLASSES} if cfg.MODEL.NUM_CLASSES else {}),
-            )
+            options = {}
+            if cfg.MODEL.NUM_CLASSES:
+                options["num_classes"] = cfg.MODEL.NUM_CLASSES
+            model = _timm_model(cfg, log, **options)
         case spec:
             model = load_function(spec)(cfg)
             if not isinstance(model, nn.Module):
@@ -188,10 +181,8 @@ def _timm_model(cfg: CfgNode, log: Callable[[str], None], **options: Any) -> nn.
             unknown = re.search(r"unexpected keyword argument '(\w+)'|$", str(error))[1]
             if unknown not in optional:
                 raise
-            log(
-                f"{name} takes no {unknown}: MODEL.{unknown.upper()} {optional.pop(unknown)} has no"
-                " effect"
-            )
+            value = optional.pop(unknown)
+            log(f"{name} takes no {unknown}: MODEL.{unknown.upper()} {value} has no effect")
 
 
 def _recompute_activations(model: nn.Module) -> None:
@@ -225,13 +216,13 @@ def _zoo_variant(cfg: CfgNode) -> str:
     """The official variant that a configuration's shape is, or may start from by resizing its
     windows.
     """
-    dims, heads, windows = (
-        tuple(cfg.MODEL.TINY_VIT[key]) for key in ("EMBED_DIMS", "NUM_HEADS", "WINDOW_SIZES")
-    )
+    dims = tuple(cfg.MODEL.TINY_VIT.EMBED_DIMS)
+    heads = tuple(cfg.MODEL.TINY_VIT.NUM_HEADS)
+    windows = tuple(cfg.MODEL.TINY_VIT.WINDOW_SIZES)
     fitting = [
         name
         for name, shape in VARIANTS.items()
-        if (shape["embed_dims"], shape["num_heads"]) == (dims, heads)
+        if shape["embed_dims"] == dims and shape["num_heads"] == heads
     ]
     if not fitting:
         raise ValueError(
@@ -239,7 +230,7 @@ def _zoo_variant(cfg: CfgNode) -> str:
             f" TinyViT of EMBED_DIMS {list(dims)} and NUM_HEADS {list(heads)}; take a recipe of"
             " configs/, or give a file"
         )
-    return next(
-        (name for name in fitting if VARIANTS[name].get("window_sizes", _WINDOWS) == windows),
-        fitting[0],
-    )
+    for name in fitting:
+        if VARIANTS[name].get("window_sizes", _WINDOWS) == windows:
+            return name
+    return fitting[0]

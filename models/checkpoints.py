@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a training's checkpoint holds, at least.
+# what a training's checkpoint holds, at least
 STATE_KEYS = set(
     "model model_ema optimizer scaler progress measured step metric_lines config".split()
 )
@@ -51,7 +51,8 @@ def save_also(path: str | Path, other: str | Path) -> None:
     """Give a checkpoint that was just written a second name: a link to the same file where there
     can be links, else a copy.
     """
-    path, other = Path(path), Path(other)
+    path = Path(path)
+    other = Path(other)
     temporary = other.with_name(f".{other.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
@@ -71,20 +72,15 @@ def _assert_plain(value: Any, name: str) -> None:
     """Only what `torch.load(weights_only=True)` reads in any version may be saved."""
     if isinstance(value, dict):
         for key, item in value.items():
-            assert type(key) in (
-                str,
-                int,
-            ), f"{name} has the key {key!r}, which is neither text nor a number"
+            is_plain = type(key) in (str, int)
+            assert is_plain, f"{name} has the key {key!r}, which is neither text nor a number"
             _assert_plain(item, f"{name}[{key!r}]")
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             _assert_plain(item, f"{name}[{i}]")
     else:
-        plain = type(value) in (Tensor, int, float, bool, str, bytes, type(None))
-        assert plain, (
-            f"{name} is a {type(value).__module__}.{type(value).__qualname__}: save plain values"
-            " and tensors"
-        )
+        is_plain = type(value) in (Tensor, int, float, bool, str, bytes, type(None))
+        assert is_plain, f"{name} is a {type(value)}: save plain values and tensors"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -89,8 +89,7 @@ class ClipViT(nn.Module):
         super().__init__()
         if vision_width % HEAD_DIM:
             raise ValueError(
-                f"vision_width {vision_width}: must be a multiple of {HEAD_DIM}, the size of an"
-                " attention head"
+                f"vision_width {vision_width}: must be a multiple of {HEAD_DIM}, a head's size"
             )
         if image_resolution % vision_patch_size:
             raise ValueError(
@@ -130,11 +129,9 @@ class ClipViT(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes:
+            like = self.visual.proj
             self.head = nn.Linear(
-                self.num_features,
-                num_classes,
-                device=self.visual.proj.device,
-                dtype=self.visual.proj.dtype,
+                self.num_features, num_classes, device=like.device, dtype=like.dtype
             )
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)

@@ -41,14 +41,16 @@ def parameter_groups(
     """Groups of trainable parameters by weight decay, then `lr_scale`, each in the order first met.
 
     Parameters of one dimension, biases and what the model itself names (attention biases,
-    embeddings) do not decay."""
+    embeddings) do not decay.
+    """
     scales = _lr_scales(model, layer_lr_decay)
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    keywords = (
-        "attention_biases",
-        *(model.no_weight_decay_keywords() if hasattr(model, "no_weight_decay_keywords") else ()),
-    )
-    groups: dict[tuple[float, float], dict] = {}
+    exempt: set[str] = set()
+    keywords = {"attention_biases"}
+    if hasattr(model, "no_weight_decay"):
+        exempt |= set(model.no_weight_decay())
+    if hasattr(model, "no_weight_decay_keywords"):
+        keywords |= set(model.no_weight_decay_keywords())
+    groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -58,10 +60,16 @@ def parameter_groups(
             or name in exempt
             or any(keyword in name for keyword in keywords)
         )
-        decay, scale = 0.0 if spared else weight_decay, scales.get(name, 1.0)
-        group = groups.setdefault(
-            (spared, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
-        )
+        scale = scales.get(name, 1.0)
+        if (spared, scale) not in groups:
+            decay = 0.0 if spared else weight_decay
+            groups[spared, scale] = {
+                "params": [],
+                "names": [],
+                "weight_decay": decay,
+                "lr_scale": scale,
+            }
+        group = groups[spared, scale]
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:

@@ -32,7 +32,8 @@ def guarded_step(
     """The optimizer's step if the one-element tensor `is_good` holds, else nothing moves.
 
     Without `wait` the device decides and the host does not ask it (default: on CUDA); that needs a
-    fused optimizer."""
+    fused optimizer.
+    """
     if wait is None:
         wait = is_good.device.type != "cuda"
     if wait or not all(group.get("fused") for group in optimizer.param_groups):
@@ -48,7 +49,8 @@ def guarded_step(
                 )
     # The interface between GradScaler and fused optimizers: where found_inf is not 0 the kernel
     # changes nothing.
-    optimizer.grad_scale, optimizer.found_inf = None, (~is_good).float()
+    optimizer.grad_scale = None
+    optimizer.found_inf = (~is_good).float()
     optimizer.step()
 
 

@@ -64,13 +64,13 @@ def test_a_checkpoint_comes_back_equal_and_leaves_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"model": nn.Linear(2, 2)}, r"state\['model'\] is a torch.nn.modules.linear.Linear"),
-        ({"lr": [0.1, np.float64(0.1)]}, r"state\['lr'\]\[1\] is a numpy.float64"),
+        ({"model": nn.Linear(2, 2)}, r"state\['model'\] is a .*torch.nn.modules.linear.Linear"),
+        ({"lr": [0.1, np.float64(0.1)]}, r"state\['lr'\]\[1\] is a .*numpy.float64"),
         (
             {"a": {"b": nn.Parameter(torch.ones(1))}},
-            r"state\['a'\]\['b'\] is a torch.nn.parameter.Parameter",
+            r"state\['a'\]\['b'\] is a .*torch.nn.parameter.Parameter",
         ),
-        ({"path": Path("x")}, r"state\['path'\] is a pathlib"),
+        ({"path": Path("x")}, r"state\['path'\] is a .*pathlib"),
         ({(1, 2): 3}, r"state has the key \(1, 2\)"),
     ],
 )
