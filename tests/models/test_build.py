@@ -23,18 +23,16 @@ from models.build import (
 )
 from models.tiny_vit import TinyViT
 
-SMALL = [
-    "MODEL.TINY_VIT.EMBED_DIMS",
-    [32, 32, 64, 64],
-    "MODEL.TINY_VIT.DEPTHS",
-    [1, 1, 2, 1],
-    "MODEL.TINY_VIT.NUM_HEADS",
-    [1, 1, 2, 2],
-]
+SMALL = """
+    MODEL.TINY_VIT.EMBED_DIMS [32,32,64,64]
+    MODEL.TINY_VIT.DEPTHS [1,1,2,1]
+    MODEL.TINY_VIT.NUM_HEADS [1,1,2,2]
+"""
 
 
-def config(*opts, cfg=None):
-    return load_config([*(["--cfg", str(cfg)] if cfg else []), "--opts", *opts])
+def config(opts="", cfg=None):
+    recipe = ["--cfg", str(cfg)] if cfg else []
+    return load_config([*recipe, "--opts", *opts.split()])
 
 
 def quiet(_):
@@ -77,7 +75,7 @@ def test_recipes_build_the_family(goldens, root, recipe, golden):
     case = json.loads((goldens / "model.json").read_text())[golden]
     with torch.device("meta"):
         model = build_model(
-            config("MODEL.NUM_CLASSES", 1000, cfg=root / "configs" / f"{recipe}.yaml")
+            config("MODEL.NUM_CLASSES 1000", cfg=root / "configs" / f"{recipe}.yaml")
         )
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == case["keys"]
     assert count_parameters(model) == case["params"]
@@ -86,23 +84,16 @@ def test_recipes_build_the_family(goldens, root, recipe, golden):
 def test_a_configuration_reaches_tiny_vit():
     model = build_model(
         config(
-            *SMALL,
-            "MODEL.TINY_VIT.IN_CHANS",
-            1,
-            "MODEL.TINY_VIT.WINDOW_SIZES",
-            [4, 3, 5, 4],
-            "DATA.IMG_SIZE",
-            64,
-            "MODEL.TINY_VIT.MLP_RATIO",
-            2.0,
-            "MODEL.TINY_VIT.MBCONV_EXPAND_RATIO",
-            3.0,
-            "MODEL.TINY_VIT.LOCAL_CONV_SIZE",
-            5,
-            "MODEL.NUM_CLASSES",
-            9,
-            "TRAIN.USE_CHECKPOINT",
-            True,
+            f"""{SMALL}
+            MODEL.TINY_VIT.IN_CHANS 1
+            MODEL.TINY_VIT.WINDOW_SIZES [4,3,5,4]
+            MODEL.TINY_VIT.MLP_RATIO 2.0
+            MODEL.TINY_VIT.MBCONV_EXPAND_RATIO 3.0
+            MODEL.TINY_VIT.LOCAL_CONV_SIZE 5
+            MODEL.NUM_CLASSES 9
+            DATA.IMG_SIZE 64
+            TRAIN.USE_CHECKPOINT True
+            """
         )
     )
     shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
@@ -113,13 +104,13 @@ def test_a_configuration_reaches_tiny_vit():
     assert shapes["layers.3.blocks.0.mlp.fc1.weight"] == [128, 64]
     assert shapes["head.weight"] == [9, 64]
     assert model.img_size == 64 and all(layer.use_checkpoint for layer in model.layers)
-    assert build_model(config(*SMALL)).num_classes == 1000
+    assert build_model(config(SMALL)).num_classes == 1000
 
 
 @pytest.mark.parametrize(("drop", "drop_path"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5)])
 def test_drop_rates_reach_the_model(drop, drop_path):
     model = build_model(
-        config(*SMALL, "MODEL.DROP_RATE", drop, "MODEL.DROP_PATH_RATE", drop_path)
+        config(f"{SMALL} MODEL.DROP_RATE {drop} MODEL.DROP_PATH_RATE {drop_path}")
     ).train()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     outputs = []
@@ -133,35 +124,24 @@ def test_drop_rates_reach_the_model(drop, drop_path):
     ("opts", "url"),
     [
         (
-            [
-                "MODEL.TINY_VIT.EMBED_DIMS",
-                [64, 128, 160, 320],
-                "MODEL.TINY_VIT.NUM_HEADS",
-                [2, 4, 5, 10],
-                "MODEL.PRETRAINED",
-                "22k_distill",
-            ],
+            "MODEL.PRETRAINED 22k_distill"
+            " MODEL.TINY_VIT.EMBED_DIMS [64,128,160,320] MODEL.TINY_VIT.NUM_HEADS [2,4,5,10]",
             "checkpoints/tiny_vit_5m_22k_distill.pth",
         ),
-        (["MODEL.PRETRAINED", "1k"], "checkpoints/tiny_vit_21m_1k.pth"),
+        ("MODEL.PRETRAINED 1k", "checkpoints/tiny_vit_21m_1k.pth"),
         (
-            [
-                "MODEL.PRETRAINED",
-                "22kto1k_distill",
-                "MODEL.TINY_VIT.WINDOW_SIZES",
-                [12, 12, 24, 12],
-            ],
+            "MODEL.PRETRAINED 22kto1k_distill MODEL.TINY_VIT.WINDOW_SIZES [12,12,24,12]",
             "checkpoints/tiny_vit_21m_22kto1k_384_distill.pth",
         ),
         (
-            ["MODEL.PRETRAINED", "22kto1k_distill", "MODEL.TINY_VIT.WINDOW_SIZES", [5, 5, 5, 5]],
+            "MODEL.PRETRAINED 22kto1k_distill MODEL.TINY_VIT.WINDOW_SIZES [5,5,5,5]",
             "checkpoints/tiny_vit_21m_22kto1k_distill.pth",
         ),
         (
-            ["MODEL.PRETRAINED", "22k", "MODEL.TYPE", "clip_vit_large14_224"],
+            "MODEL.PRETRAINED 22k MODEL.TYPE clip_vit_large14_224",
             "pretrained_teacher/clip_vit_large_patch14_22k.pth",
         ),
-        (["MODEL.PRETRAINED", "http://somewhere/1k"], "http://somewhere/1k"),
+        ("MODEL.PRETRAINED http://somewhere/1k", "http://somewhere/1k"),
     ],
 )
 def test_names_of_the_zoo(monkeypatch, opts, url):
@@ -174,29 +154,26 @@ def test_names_of_the_zoo(monkeypatch, opts, url):
     monkeypatch.setenv("TINYVIT_ZOO_URL", "mirror")
     monkeypatch.setattr(build, "read_state_dict", ask)
     with torch.device("meta"), pytest.raises(Asked) as caught:
-        build_model(config(*opts))
+        build_model(config(opts))
     assert str(caught.value) == (url if "://" in url else f"mirror/{url}")
     with torch.device("meta"):
-        build_model(config(*opts), load=False)
+        build_model(config(opts), load=False)
 
 
 def test_shapes_that_the_zoo_lacks():
     with pytest.raises(
         ValueError,
-        match=(
-            r"MODEL.PRETRAINED = '1k': the model zoo has no TinyViT of EMBED_DIMS \[32, 32, 64,"
-            r" 64\]"
-        ),
+        match=r"MODEL.PRETRAINED = '1k': .* no TinyViT of EMBED_DIMS \[32, 32, 64, 64\]",
     ):
-        build_model(config(*SMALL, "MODEL.PRETRAINED", "1k"))
+        build_model(config(f"{SMALL} MODEL.PRETRAINED 1k"))
 
 
 def test_a_student_starts_from_a_file_and_gets_a_new_head(tmp_path):
-    source = build_model(config(*SMALL, "MODEL.NUM_CLASSES", 7))
+    source = build_model(config(f"{SMALL} MODEL.NUM_CLASSES 7"))
     torch.save({"model": source.state_dict()}, tmp_path / "seven.pth")
     lines = []
     model = build_model(
-        config(*SMALL, "MODEL.NUM_CLASSES", 3, "MODEL.PRETRAINED", str(tmp_path / "seven.pth")),
+        config(f"{SMALL} MODEL.NUM_CLASSES 3 MODEL.PRETRAINED {tmp_path / 'seven.pth'}"),
         log=lines.append,
     )
     assert (
@@ -206,9 +183,7 @@ def test_a_student_starts_from_a_file_and_gets_a_new_head(tmp_path):
     with pytest.raises(
         ValueError, match=r"seven.pth does not fit TinyViT: head.weight is \[7, 64\]"
     ):
-        load_named_weights(
-            model, config(*SMALL), str(tmp_path / "seven.pth"), exact=True, log=quiet
-        )
+        load_named_weights(model, config(SMALL), str(tmp_path / "seven.pth"), exact=True, log=quiet)
 
 
 # ---- timm
@@ -216,37 +191,26 @@ def test_a_student_starts_from_a_file_and_gets_a_new_head(tmp_path):
 
 def test_timm_models_are_built_by_name():
     cfg = config(
-        "MODEL.TYPE",
-        "timm",
-        "MODEL.NAME",
-        "efficientnet_b0",
-        "MODEL.NUM_CLASSES",
-        11,
-        "MODEL.DROP_PATH_RATE",
-        0.3,
+        "MODEL.TYPE timm MODEL.NAME efficientnet_b0 MODEL.NUM_CLASSES 11 MODEL.DROP_PATH_RATE 0.3"
     )
     model = build_model(cfg)
     assert num_outputs(model) == 11
     assert model.blocks[-1][-1].drop_path.drop_prob > 0.25
-    assert (
-        num_outputs(build_model(config("MODEL.TYPE", "timm", "MODEL.NAME", "regnetx_004"))) == 1000
-    )
+    assert num_outputs(build_model(config("MODEL.TYPE timm MODEL.NAME regnetx_004"))) == 1000
 
 
 def test_timm_models_without_drop_path():
     lines = []
     with torch.device("meta"):
         build_model(
-            config("MODEL.TYPE", "timm", "MODEL.NAME", "vgg11", "MODEL.DROP_PATH_RATE", 0.3),
+            config("MODEL.TYPE timm MODEL.NAME vgg11 MODEL.DROP_PATH_RATE 0.3"),
             log=lines.append,
         )
     assert lines == ["vgg11 takes no drop_path_rate: MODEL.DROP_PATH_RATE 0.3 has no effect"]
 
 
 def test_timm_models_of_fixed_size_are_built_for_the_configured_one():
-    model = build_model(
-        config("MODEL.TYPE", "timm", "MODEL.NAME", "deit_tiny_patch16_224", "DATA.IMG_SIZE", 96)
-    )
+    model = build_model(config("MODEL.TYPE timm MODEL.NAME deit_tiny_patch16_224 DATA.IMG_SIZE 96"))
     assert model.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
 
 
@@ -263,16 +227,7 @@ def test_hub_weights_are_fitted_like_any_others(monkeypatch):
         return model
 
     monkeypatch.setattr(build.timm, "create_model", hub)
-    cfg = config(
-        "MODEL.TYPE",
-        "timm",
-        "MODEL.NAME",
-        "regnetx_002",
-        "MODEL.PRETRAINED",
-        "hub",
-        "MODEL.NUM_CLASSES",
-        4,
-    )
+    cfg = config("MODEL.TYPE timm MODEL.NAME regnetx_002 MODEL.PRETRAINED hub MODEL.NUM_CLASSES 4")
     model = build_model(cfg, log=quiet)
     assert (
         torch.equal(model.stem.conv.weight, source.stem.conv.weight)
@@ -280,7 +235,7 @@ def test_hub_weights_are_fitted_like_any_others(monkeypatch):
     )
     assert asked == [(False, 4), (True, None)]
     teacher = build_teacher(
-        config("MODEL.TYPE", "timm", "MODEL.NAME", "regnetx_002", "MODEL.PRETRAINED", "hub"),
+        config("MODEL.TYPE timm MODEL.NAME regnetx_002 MODEL.PRETRAINED hub"),
         log=quiet,
     )
     assert torch.equal(teacher.head.fc.weight, source.head.fc.weight)
@@ -293,13 +248,10 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         ValueError,
-        match=(
-            r"MODEL.PRETRAINED hub: no weights for regnetx_002 \(.*give its path as"
-            r" MODEL.PRETRAINED"
-        ),
+        match=r"MODEL.PRETRAINED hub: no weights for regnetx_002 \(.*give its path as",
     ):
         build_model(
-            config("MODEL.TYPE", "timm", "MODEL.NAME", "regnetx_002", "MODEL.PRETRAINED", "hub"),
+            config("MODEL.TYPE timm MODEL.NAME regnetx_002 MODEL.PRETRAINED hub"),
             log=quiet,
         )
 
@@ -309,12 +261,12 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("key", ["MODEL.RESUME", "MODEL.PRETRAINED"])
 def test_a_teacher_has_exactly_its_weights(tmp_path, key):
-    source = build_model(config(*SMALL, "MODEL.NUM_CLASSES", 21)).eval()
+    source = build_model(config(f"{SMALL} MODEL.NUM_CLASSES 21")).eval()
     path = tmp_path / "teacher.safetensors"
     safetensors.torch.save_file(
         {name: value.contiguous() for name, value in source.state_dict().items()}, path
     )
-    teacher = build_teacher(config(*SMALL, key, str(path)), log=quiet)
+    teacher = build_teacher(config(f"{SMALL} {key} {path}"), log=quiet)
     assert num_outputs(teacher) == 21  # from the file
     assert not teacher.training and not any(
         parameter.requires_grad for parameter in teacher.parameters()
@@ -324,23 +276,18 @@ def test_a_teacher_has_exactly_its_weights(tmp_path, key):
         assert torch.equal(teacher(images), source(images))
     with pytest.raises(
         ValueError,
-        match=(
-            r"teacher.safetensors does not fit TinyViT: head.weight is \[21, 64\], the model's"
-            r" \[20, 64\]"
-        ),
+        match=r"teacher.safetensors does not fit TinyViT: head.weight is \[21, 64\]",
     ):
-        build_teacher(config(*SMALL, key, str(path), "MODEL.NUM_CLASSES", 20), log=quiet)
+        build_teacher(config(f"{SMALL} {key} {path} MODEL.NUM_CLASSES 20"), log=quiet)
 
 
 def test_resume_comes_before_pretrained(tmp_path):
     for classes in (2, 3):
         torch.save(
-            build_model(config(*SMALL, "MODEL.NUM_CLASSES", classes)).state_dict(),
+            build_model(config(f"{SMALL} MODEL.NUM_CLASSES {classes}")).state_dict(),
             tmp_path / f"{classes}.pth",
         )
-    cfg = config(
-        *SMALL, "MODEL.RESUME", str(tmp_path / "2.pth"), "MODEL.PRETRAINED", str(tmp_path / "3.pth")
-    )
+    cfg = config(f"{SMALL} MODEL.RESUME {tmp_path / '2.pth'} MODEL.PRETRAINED {tmp_path / '3.pth'}")
     assert num_outputs(build_teacher(cfg, log=quiet)) == 2
 
 
@@ -348,12 +295,7 @@ def test_a_timm_teacher_from_a_tiny_vit_file_in_official_names(tmp_path):
     source = TinyViT.from_config("5m", num_classes=6).eval()
     torch.save({"model": source.state_dict()}, tmp_path / "official.pth")
     cfg = config(
-        "MODEL.TYPE",
-        "timm",
-        "MODEL.NAME",
-        "tiny_vit_5m_224",
-        "MODEL.PRETRAINED",
-        str(tmp_path / "official.pth"),
+        f"MODEL.TYPE timm MODEL.NAME tiny_vit_5m_224 MODEL.PRETRAINED {tmp_path / 'official.pth'}"
     )
     teacher = build_teacher(cfg, log=quiet)
     assert num_outputs(teacher) == 6 and torch.equal(teacher.head.fc.weight, source.head.weight)
@@ -361,7 +303,7 @@ def test_a_timm_teacher_from_a_tiny_vit_file_in_official_names(tmp_path):
 
 def test_a_teacher_without_weights_says_so():
     lines = []
-    build_teacher(config(*SMALL), log=lines.append)
+    build_teacher(config(SMALL), log=lines.append)
     assert lines == [
         "tiny_vit has no weights but random ones: give --resume, --pretrained or MODEL.PRETRAINED"
     ]
@@ -369,12 +311,10 @@ def test_a_teacher_without_weights_says_so():
 
 def test_the_clip_teacher():
     with torch.device("meta"):
-        teacher = build_teacher(config("MODEL.TYPE", "clip_vit_large14_224"), log=quiet)
+        teacher = build_teacher(config("MODEL.TYPE clip_vit_large14_224"), log=quiet)
         assert num_outputs(teacher) == 21841
         assert (
-            num_outputs(
-                build_model(config("MODEL.TYPE", "clip_vit_large14_224", "MODEL.NUM_CLASSES", 5))
-            )
+            num_outputs(build_model(config("MODEL.TYPE clip_vit_large14_224 MODEL.NUM_CLASSES 5")))
             == 5
         )
 
@@ -383,24 +323,16 @@ def test_the_clip_teacher():
 
 
 def test_a_users_function_builds_the_model(user_module, tmp_path):
-    cfg = config("MODEL.TYPE", "their_models:network", "DATA.IMG_SIZE", 40)
-    model = build_model(cfg)
+    opts = "MODEL.TYPE their_models:network DATA.IMG_SIZE 40"
+    model = build_model(config(opts))
     assert model.body.in_features == 40 and num_outputs(model) == 6
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     lines = []
     teacher = build_teacher(
-        config(
-            "MODEL.TYPE",
-            "their_models:network",
-            "DATA.IMG_SIZE",
-            40,
-            "MODEL.RESUME",
-            str(tmp_path / "theirs.pth"),
-        ),
-        log=lines.append,
+        config(f"{opts} MODEL.RESUME {tmp_path / 'theirs.pth'}"), log=lines.append
     )
     assert torch.equal(teacher.fc.weight, model.fc.weight) and len(lines) == 1
-    build_teacher(cfg, log=lines.append)
+    build_teacher(config(opts), log=lines.append)
     assert len(lines) == 1  # it may have loaded its weights itself
 
 
@@ -441,19 +373,16 @@ def test_a_users_broken_import_is_shown_as_it_is(tmp_path, monkeypatch):
 def test_a_function_must_give_a_module(user_module):
     with pytest.raises(
         ValueError,
-        match=(
-            "MODEL.TYPE = 'their_models:nothing': expected the function to return a"
-            " torch.nn.Module, got str"
-        ),
+        match="MODEL.TYPE = 'their_models:nothing': expected .* torch.nn.Module, got str",
     ):
-        build_model(config("MODEL.TYPE", "their_models:nothing"))
+        build_model(config("MODEL.TYPE their_models:nothing"))
 
 
 # ---- the rest
 
 
 def test_outputs_are_counted():
-    assert num_outputs(build_model(config(*SMALL, "MODEL.NUM_CLASSES", 12))) == 12
+    assert num_outputs(build_model(config(f"{SMALL} MODEL.NUM_CLASSES 12"))) == 12
     net = nn.Module()
     net.classifier = nn.Conv2d(8, 5, 1)
     assert num_outputs(net) == 5
@@ -475,24 +404,14 @@ def test_parameters_and_products_are_counted():
 
 def test_activations_are_recomputed_where_that_is_known(user_module):
     model = build_model(
-        config(
-            "MODEL.TYPE",
-            "timm",
-            "MODEL.NAME",
-            "deit_tiny_patch16_224",
-            "TRAIN.USE_CHECKPOINT",
-            True,
-        )
+        config("MODEL.TYPE timm MODEL.NAME deit_tiny_patch16_224 TRAIN.USE_CHECKPOINT True")
     )
     assert model.grad_checkpointing
-    for opts in (
-        ["MODEL.TYPE", "their_models:network"],
-        ["MODEL.TYPE", "timm", "MODEL.NAME", "vgg11"],
-    ):
+    for opts in ("MODEL.TYPE their_models:network", "MODEL.TYPE timm MODEL.NAME vgg11"):
         with (
             torch.device("meta"),
             pytest.raises(
                 ValueError, match=r"TRAIN.USE_CHECKPOINT: \w+ cannot recompute its activations"
             ),
         ):
-            build_model(config(*opts, "TRAIN.USE_CHECKPOINT", True), log=quiet)
+            build_model(config(f"{opts} TRAIN.USE_CHECKPOINT True"), log=quiet)

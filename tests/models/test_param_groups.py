@@ -12,20 +12,14 @@ from models.param_groups import build_optimizer, freeze_backbone, parameter_grou
 from models.tiny_vit import TinyViT
 
 
-def config(*opts):
-    return load_config(["--opts", *opts])
+def config(opts=""):
+    return load_config(["--opts", *opts.split()])
 
 
 def small_tiny_vit(**overrides):
-    return TinyViT(
-        **{
-            "embed_dims": (32, 32, 32, 32),
-            "depths": (1, 1, 1, 1),
-            "num_heads": (1, 1, 1, 1),
-            "num_classes": 5,
-            **overrides,
-        }
-    )
+    ones = (1, 1, 1, 1)
+    settings = dict(embed_dims=(32, 32, 32, 32), depths=ones, num_heads=ones, num_classes=5)
+    return TinyViT(**settings | overrides)
 
 
 class Plain(nn.Module):
@@ -46,12 +40,7 @@ def test_groups_equal_the_originals(goldens, optimizer_name):
     case = json.loads((goldens / "lr_groups.json").read_text())["groups"]
     model = TinyViT.from_config("5m")
     cfg = config(
-        "TRAIN.WEIGHT_DECAY",
-        1e-8,
-        "TRAIN.LAYER_LR_DECAY",
-        0.8,
-        "TRAIN.OPTIMIZER.NAME",
-        optimizer_name,
+        f"TRAIN.WEIGHT_DECAY 1e-08 TRAIN.LAYER_LR_DECAY 0.8 TRAIN.OPTIMIZER.NAME {optimizer_name}"
     )
     optimizer = build_optimizer(cfg, model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -68,7 +57,7 @@ def test_groups_equal_the_originals(goldens, optimizer_name):
 
 def test_without_layer_decay_there_are_two_groups_of_scale_one():
     model = small_tiny_vit()
-    decayed, spared = build_optimizer(config("TRAIN.WEIGHT_DECAY", 0.05), model).param_groups
+    decayed, spared = build_optimizer(config("TRAIN.WEIGHT_DECAY 0.05"), model).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     assert decayed["lr_scale"] == spared["lr_scale"] == 1.0
     assert all(parameter.ndim > 1 for parameter in decayed["params"]) and not any(
@@ -99,9 +88,7 @@ def test_zero_weight_decay_keeps_the_groups():
 
 def test_freezing_the_backbone_leaves_the_head():
     model = small_tiny_vit()
-    optimizer = build_optimizer(
-        config("TRAIN.FREEZE", "backbone", "TRAIN.LAYER_LR_DECAY", 0.5), model
-    )
+    optimizer = build_optimizer(config("TRAIN.FREEZE backbone TRAIN.LAYER_LR_DECAY 0.5"), model)
     assert [group["names"] for group in optimizer.param_groups] == [["head.weight"], ["head.bias"]]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.eval()(
@@ -121,7 +108,7 @@ def test_freezing_the_backbone_leaves_the_head():
 
 
 def test_optimizers_take_their_settings():
-    cfg = config("TRAIN.OPTIMIZER.EPS", 1e-6, "TRAIN.OPTIMIZER.BETAS", (0.8, 0.95))
+    cfg = config("TRAIN.OPTIMIZER.EPS 1e-06 TRAIN.OPTIMIZER.BETAS (0.8,0.95)")
     adamw = build_optimizer(cfg, Plain())
     assert isinstance(adamw, torch.optim.AdamW)
     assert (
@@ -129,9 +116,7 @@ def test_optimizers_take_their_settings():
         and adamw.defaults["betas"] == (0.8, 0.95)
         and adamw.defaults["fused"]
     )
-    sgd = build_optimizer(
-        config("TRAIN.OPTIMIZER.NAME", "sgd", "TRAIN.OPTIMIZER.MOMENTUM", 0.8), Plain()
-    )
+    sgd = build_optimizer(config("TRAIN.OPTIMIZER.NAME sgd TRAIN.OPTIMIZER.MOMENTUM 0.8"), Plain())
     assert (
         isinstance(sgd, torch.optim.SGD)
         and sgd.defaults["nesterov"]
@@ -142,7 +127,7 @@ def test_optimizers_take_their_settings():
 def test_adamw_equals_the_written_rule():
     """Three steps against decoupled weight decay and bias-corrected moments in float64."""
     model = nn.Linear(3, 2)
-    optimizer = build_optimizer(config("TRAIN.WEIGHT_DECAY", 0.1), model)
+    optimizer = build_optimizer(config("TRAIN.WEIGHT_DECAY 0.1"), model)
     values = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     first, second = (
         {name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2)
@@ -180,18 +165,15 @@ def test_optimizer_state_survives_a_safe_checkpoint(tmp_path):
 def test_layer_decay_on_a_model_without_depths():
     with pytest.raises(
         ValueError,
-        match=(
-            r"TRAIN.LAYER_LR_DECAY 0.8: Plain does not say how deep .* set it to 1.0, or give .*"
-            r" lr_scales"
-        ),
+        match="TRAIN.LAYER_LR_DECAY 0.8: Plain does not say .* set it to 1.0, or give .* lr_scales",
     ):
-        build_optimizer(config("TRAIN.LAYER_LR_DECAY", 0.8), Plain())
+        build_optimizer(config("TRAIN.LAYER_LR_DECAY 0.8"), Plain())
 
 
 def test_nothing_to_train():
     with pytest.raises(ValueError, match="TRAIN.FREEZE backbone: Sequential has no classifier"):
-        build_optimizer(config("TRAIN.FREEZE", "backbone"), nn.Sequential(nn.Linear(2, 2)))
+        build_optimizer(config("TRAIN.FREEZE backbone"), nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="TRAIN.FREEZE backbone: TinyViT has no classifier"):
-        build_optimizer(config("TRAIN.FREEZE", "backbone"), small_tiny_vit(num_classes=0))
+        build_optimizer(config("TRAIN.FREEZE backbone"), small_tiny_vit(num_classes=0))
     with pytest.raises(ValueError, match="GELU has no parameter to train"):
         parameter_groups(nn.GELU(), 0.1)
