@@ -175,7 +175,8 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(windows, points, self.num_heads, -1).transpose(1, 2)
         query, key, value = qkv.chunk(3, dim=-1)
         # Spread anew each time: a kept copy would go stale, and would hold N^2 values per head.
-        biases = self.attention_biases.to(query.dtype).index_select(1, offsets)
+        # Cast after the spreading: its backward sums thousands of values, in the type it is given.
+        biases = self.attention_biases.index_select(1, offsets).to(query.dtype)
         bias = biases.view(1, self.num_heads, points, points)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(windows, points, dim))
