@@ -18,8 +18,8 @@ def config(opts=""):
 
 def small_tiny_vit(**overrides):
     ones = (1, 1, 1, 1)
-    settings = dict(embed_dims=(32, 32, 32, 32), depths=ones, num_heads=ones, num_classes=5)
-    return TinyViT(**settings | overrides)
+    small = {"embed_dims": (32, 32, 32, 32), "depths": ones, "num_heads": ones, "num_classes": 5}
+    return TinyViT(**small | overrides)
 
 
 class Plain(nn.Module):
