@@ -5,12 +5,12 @@ bfloat16, turn by turn in one run.
 
 `as constructed` is what a user gets without asking. `best` is the quickest mode of each side: for
 evaluation batch norm folded into convolutions, channels-last memory, with --compile torch.compile
-on top of these. Ratios above 1 mean that ours is faster."""
+on top of these. Ratios above 1 mean that ours is faster.
+"""
 
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import deepcopy
 
 import timm
@@ -41,11 +41,8 @@ def main() -> None:
         difference = (ours.eval()(images[:2]) - theirs.eval()(images[:2])).abs().max().item()
     rows = []
     for task in ("evaluation", "training step"):
-        sides = (
-            evaluation_sides(ours, theirs, options.compile)
-            if task == "evaluation"
-            else training_sides(ours, theirs, options.compile)
-        )
+        build_sides = evaluation_sides if task == "evaluation" else training_sides
+        sides = build_sides(ours, theirs, options.compile)
         for dtype in ("float32", "bfloat16"):
             steps = {name: step(model, images, task, dtype) for name, model in sides.items()}
             rows.append({"task": task, "dtype": dtype, **compare(timed(steps, options))})
@@ -91,13 +88,11 @@ def step(model: nn.Module, images: Tensor, task: str, dtype: str) -> Callable[[]
     project's own runs.
     """
 
+    training = task == "training step"
+    narrow = dtype == "bfloat16"
+
     def run() -> None:
-        training = task == "training step"
-        autocast = (
-            torch.autocast(images.device.type, torch.bfloat16)
-            if dtype == "bfloat16"
-            else nullcontext()
-        )
+        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=narrow)
         with torch.inference_mode(not training), autocast:
             logits = model(images)
         if training:
@@ -123,10 +118,8 @@ def compare(times: dict[str, dict[str, float]]) -> dict[str, object]:
     best mode.
     """
     medians = {name: values["median"] for name, values in times.items()}
-    ours, theirs = (
-        min((name for name in times if name.startswith(side)), key=medians.get)
-        for side in ("ours", "timm")
-    )
+    ours = min((name for name in times if name.startswith("ours")), key=medians.get)
+    theirs = min((name for name in times if name.startswith("timm")), key=medians.get)
     return {
         "seconds": times,
         "ratio_as_constructed": medians["timm"] / medians["ours"],

@@ -33,12 +33,8 @@ def dense(indices: list[int], probs: list[float]) -> list[float]:
 
 def test_equal_answers_differ_in_nothing():
     found = compare(*encode(logits(), K, 2.0), logits(), 2.0)
-    assert (
-        not found.value_error.any()
-        and not found.divergence.any()
-        and not found.other_classes.any()
-        and not found.inexact.any()
-    )
+    for difference in (found.value_error, found.divergence, found.other_classes, found.inexact):
+        assert not difference.any()
     assert found.top1.tolist() == logits().argmax(1).tolist() == found.stored_top1.tolist()
 
 
@@ -58,11 +54,9 @@ def test_differences_are_those_of_a_loop():
         divergence = sum(p * math.log(p / q) - p + q for p, q in zip(stored, answer))
         assert found.divergence[row].item() == pytest.approx(divergence, rel=5e-3)
         other = [a != b and abs(now[a] - now[b]) > 1e-3 for a, b in zip(names, order)]
-        assert (
-            found.other_classes[row] == sum(other)
-            and found.other_top1[row] == other[0]
-            and found.inexact[row]
-        )
+        assert found.other_classes[row] == sum(other)
+        assert found.other_top1[row] == other[0]
+        assert found.inexact[row]
 
 
 def test_classes_that_are_almost_equal_may_change_places():
@@ -135,16 +129,12 @@ def test_parts_add_up():
         whole.sum_divergence
     )
     assert replace(first, sum_divergence=0) == replace(whole, sum_divergence=0)
-    assert (
-        whole.images == 8
-        and whole.wrong_seeds == 1
-        and len(whole.worst) == 5
-        and whole.worst[0][0] >= whole.worst[-1][0] > 0
-    )
-    assert any("wrong seed" in text for _, text in whole.worst) and whole.inexact == 8
-    assert Agreement(images=8, inexact=3).faults() == [] and Agreement(images=8, inexact=3).faults(
-        exact=True
-    ) == ["3 of 8 records are not exactly equal"]
+    assert (whole.images, whole.wrong_seeds, whole.inexact, len(whole.worst)) == (8, 1, 8, 5)
+    assert whole.worst[0][0] >= whole.worst[-1][0] > 0
+    assert any("wrong seed" in text for _, text in whole.worst)
+    inexact = Agreement(images=8, inexact=3)
+    assert inexact.faults() == []
+    assert inexact.faults(exact=True) == ["3 of 8 records are not exactly equal"]
 
 
 def test_an_empty_batch_changes_nothing():

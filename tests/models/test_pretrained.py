@@ -57,6 +57,17 @@ def states_equal(first, second):
     )
 
 
+def file_of(content):
+    """The bytes of a checkpoint file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def prefixed(prefix, weights):
+    return {f"{prefix}{key}": value for key, value in weights.items()}
+
+
 def fill_b(shapes):
     """The weights that the checked cases were made with."""
     state = {}
@@ -112,17 +123,10 @@ def configuration():
             "optimizer": {"state": {}},
         },
         lambda weights: {"state_dict": weights, "args": argparse.Namespace(lr=0.1, layers=[1, 2])},
-        lambda weights: {"model": {f"module.{key}": value for key, value in weights.items()}},
-        lambda weights: {
-            "state_dict": {f"module._orig_mod.{key}": value for key, value in weights.items()}
-        },
+        lambda weights: {"model": prefixed("module.", weights)},
+        lambda weights: {"state_dict": prefixed("module._orig_mod.", weights)},
         lambda weights: {"model_ema": weights, "epoch": 1},
-        lambda weights: {
-            "model": {
-                "n_averaged": torch.tensor(4),
-                **{f"module.{key}": value for key, value in weights.items()},
-            }
-        },
+        lambda weights: {"model": {"n_averaged": torch.tensor(4), **prefixed("module.", weights)}},
     ],
 )
 def test_checkpoints_are_unwrapped(tmp_path, weights, wrap, zipped):
@@ -202,10 +206,9 @@ def test_a_refusal_names_what_the_file_asks_for(tmp_path):
 def test_damaged_files(tmp_path, weights, content, suffix):
     path = tmp_path / f"damaged{suffix}"
     if content == "cut":
-        buffer = io.BytesIO()
-        torch.save(weights, buffer)
-        plain = safetensors.torch.save({key: value.contiguous() for key, value in weights.items()})
-        content = (plain if suffix == ".safetensors" else buffer.getvalue())[:-40]
+        plain = {key: value.contiguous() for key, value in weights.items()}
+        save = safetensors.torch.save if suffix == ".safetensors" else file_of
+        content = save(plain)[:-40]
     path.write_bytes(content)
     with pytest.raises(
         ValueError,
@@ -219,10 +222,7 @@ def test_damaged_files(tmp_path, weights, content, suffix):
     [
         (
             {"epoch": 3, "optimizer": {}},
-            (
-                "no weights found, only keys epoch, optimizer: expected a state dict, alone or"
-                " under model or"
-            ),
+            "no weights found, only keys epoch, optimizer: expected .* under model or",
         ),
         ({"model": {"a": 1}}, "no weights found, only keys a"),
         ({}, "no weights found"),
@@ -251,9 +251,7 @@ def test_names_convert_to_timms_and_back(goldens, name):
         theirs = timm.create_model(name, num_classes=1000).state_dict()
     converted = to_timm(ours)
     assert list(converted) == list(theirs)
-    assert [value.shape for value in converted.values()] == [
-        value.shape for value in theirs.values()
-    ]
+    assert all(converted[key].shape == theirs[key].shape for key in theirs)
     assert list(from_timm(converted)) == case["order"]
 
 
@@ -300,10 +298,8 @@ def test_loads_equal_the_originals(goldens, case_name):
     cases = json.loads((goldens / "model.json").read_text())
     case = cases[case_name]
     shapes = dict(cases[case["src"]]["keys"])
-    shapes["head.weight"], shapes["head.bias"] = (
-        [case["nsrc"], shapes["head.weight"][1]],
-        [case["nsrc"]],
-    )
+    shapes["head.weight"] = [case["nsrc"], shapes["head.weight"][1]]
+    shapes["head.bias"] = [case["nsrc"]]
     variant = {name: variant for variant, name in VARIANTS.items()}[case["dst"]]
     model = TinyViT.from_config(variant, num_classes=case["ndst"], drop_path_rate=0.0).eval()
     report = load_weights(
@@ -314,27 +310,15 @@ def test_loads_equal_the_originals(goldens, case_name):
     assert report.unexpected == report.missing == ()
 
     state = model.state_dict()
-    key = next(
-        key
-        for key in state
-        if key.endswith("attention_biases") and list(state[key].shape) == case["bias_shape"]
-    )
-    torch.testing.assert_close(
-        state[key].flatten()[:16], torch.tensor(case["bias_first"]), rtol=1e-6, atol=1e-6
-    )
-    assert state[key].double().sum().item() == pytest.approx(case["bias_sum"], rel=1e-5)
-    torch.testing.assert_close(
-        state["head.weight"].flatten()[:16],
-        torch.tensor(case["head_w_first"]),
-        rtol=1e-6,
-        atol=1e-7,
-    )
-    torch.testing.assert_close(
-        state["head.bias"],
-        torch.tensor(case["head_b"] or case["head_b_first"]),
-        rtol=1e-6,
-        atol=1e-7,
-    )
+    all_biases = [value for key, value in state.items() if key.endswith("attention_biases")]
+    biases = next(value for value in all_biases if list(value.shape) == case["bias_shape"])
+    assert biases.double().sum().item() == pytest.approx(case["bias_sum"], rel=1e-5)
+    for found, expected, tolerance in (
+        (biases.flatten()[:16], case["bias_first"], 1e-6),
+        (state["head.weight"].flatten()[:16], case["head_w_first"], 1e-7),
+        (state["head.bias"], case["head_b"] or case["head_b_first"], 1e-7),
+    ):
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=tolerance)
     size = model.img_size
     with torch.no_grad():
         logits = model(
@@ -361,9 +345,8 @@ def test_a_report_lists_what_was_done():
     assert report.unexpected == ("extra.weight",)
     assert report.loaded == len(large.state_dict()) - 4
     assert lines == [str(report)]
-    assert (
-        "head set to zero: head.weight" in lines[0] and "not in the model: extra.weight" in lines[0]
-    )
+    assert "head set to zero: head.weight" in lines[0]
+    assert "not in the model: extra.weight" in lines[0]
     assert not large.head.weight.any() and not large.head.bias.any()
     untouched = [
         key
@@ -399,11 +382,8 @@ def test_a_22k_head_becomes_a_1k_head_by_the_class_map():
 
 def test_a_file_without_a_head_leaves_a_zero_head(weights):
     model = tiny(4)
-    report = load_weights(
-        model,
-        {key: value for key, value in weights.items() if not key.startswith("head")},
-        log=quiet,
-    )
+    headless = {key: value for key, value in weights.items() if not key.startswith("head")}
+    report = load_weights(model, headless, log=quiet)
     assert report.zeroed == (
         "head.weight (not in the file, [4, 64] here)",
         "head.bias (not in the file, [4] here)",
@@ -421,11 +401,7 @@ def test_what_the_model_needs_must_be_there(weights, exact):
     del state["layers.0.blocks.0.conv1.c.weight"]
     with pytest.raises(
         ValueError,
-        match=(
-            r"the given state dict does not fit TinyViT: layers.0.blocks.0.conv1.c.weight is"
-            r" missing; "
-            r"norm_head.weight is \[7\], the model's \[64\]. Check"
-        ),
+        match=r"given state dict does not fit TinyViT: .* is missing; norm_head.weight is \[7\]",
     ):
         load_weights(model, state, exact=exact, log=quiet)
     assert states_equal(model.state_dict(), before)
@@ -512,9 +488,7 @@ def zoo(tmp_path, monkeypatch):
     thread.start()
     monkeypatch.setenv("TINYVIT_ZOO_URL", f"{server.url}/zoo/")
     monkeypatch.setenv("TINYVIT_CACHE", str(tmp_path / "cache"))
-    buffer = io.BytesIO()
-    torch.save({"model": {"nothing": torch.zeros(1)}}, buffer)
-    server.body = buffer.getvalue()
+    server.body = file_of({"model": {"nothing": torch.zeros(1)}})
     yield server
     server.shutdown()
     server.server_close()
@@ -527,19 +501,13 @@ def test_zoo_urls(monkeypatch):
     for size in ("5m", "11m", "21m"):
         for which in ("22k_distill", "22kto1k_distill", "1k"):
             assert zoo_url(size, which) == f"{base}/checkpoints/tiny_vit_{size}_{which}.pth"
-    assert (
-        zoo_url("21m_384", "22kto1k_distill")
-        == f"{base}/checkpoints/tiny_vit_21m_22kto1k_384_distill.pth"
-    )
-    assert (
-        zoo_url("21m_512", "22kto1k_distill")
-        == f"{base}/checkpoints/tiny_vit_21m_22kto1k_512_distill.pth"
-    )
-    assert zoo_url("21m_512", "22k_distill") == f"{base}/checkpoints/tiny_vit_21m_22k_distill.pth"
-    assert (
-        zoo_url("clip_vit_large14_224", "22k")
-        == f"{base}/pretrained_teacher/clip_vit_large_patch14_22k.pth"
-    )
+    for variant, which, file in (
+        ("21m_384", "22kto1k_distill", "checkpoints/tiny_vit_21m_22kto1k_384_distill.pth"),
+        ("21m_512", "22kto1k_distill", "checkpoints/tiny_vit_21m_22kto1k_512_distill.pth"),
+        ("21m_512", "22k_distill", "checkpoints/tiny_vit_21m_22k_distill.pth"),
+        ("clip_vit_large14_224", "22k", "pretrained_teacher/clip_vit_large_patch14_22k.pth"),
+    ):
+        assert zoo_url(variant, which) == f"{base}/{file}"
 
 
 @pytest.mark.parametrize(
@@ -549,10 +517,7 @@ def test_zoo_urls(monkeypatch):
 def test_what_the_zoo_lacks(variant, which):
     with pytest.raises(
         ValueError,
-        match=(
-            f"the model zoo has no '{which}' weights for '{variant}': it has 22k_distill, .*, and"
-            " 22k for"
-        ),
+        match=f"the model zoo has no '{which}' weights for '{variant}': it has 22k_distill, ",
     ):
         zoo_url(variant, which)
 
@@ -576,9 +541,7 @@ def test_which_url_for_which_call(zoo, variant, option, file):
 
 def test_pretrained_weights_arrive(zoo, tmp_path):
     source = TinyViT.from_config("5m", num_classes=3)
-    buffer = io.BytesIO()
-    torch.save({"model": source.state_dict()}, buffer)
-    zoo.body = buffer.getvalue()
+    zoo.body = file_of({"model": source.state_dict()})
     for _ in range(2):
         model = TinyViT.from_config("5m", pretrained="1k", num_classes=3)
         assert states_equal(model.state_dict(), source.state_dict())
@@ -589,18 +552,11 @@ def test_pretrained_weights_arrive(zoo, tmp_path):
 
 
 def test_any_url_will_do_and_equal_names_are_kept_apart(zoo, tmp_path):
-    bodies = {}
     for folder in ("a", "b"):
-        buffer = io.BytesIO()
-        torch.save({"weight": torch.full((2,), float(ord(folder)))}, buffer)
-        zoo.body = bodies[folder] = buffer.getvalue()
+        zoo.body = file_of({"weight": torch.full((2,), float(ord(folder)))})
         state = read_state_dict(f"{zoo.url}/{folder}/model%20one.pth?download=1")
         assert state["weight"].tolist() == [ord(folder)] * 2
-    assert len(os.listdir(tmp_path / "cache")) == 2
-    assert all(
-        name.startswith("model one-") and name.endswith(".pth")
-        for name in os.listdir(tmp_path / "cache")
-    )
+    assert len(list((tmp_path / "cache").glob("model one-*.pth"))) == 2
 
 
 def test_a_file_of_unknown_length(zoo):
@@ -610,12 +566,8 @@ def test_a_file_of_unknown_length(zoo):
 
 def test_a_truncated_download_leaves_nothing(zoo, tmp_path):
     zoo.promised = len(zoo.body) + 10
-    with pytest.raises(
-        ValueError,
-        match=(
-            rf"/x.pth could not be fetched \(.*{len(zoo.body)} of {zoo.promised}.*TINYVIT_ZOO_URL"
-        ),
-    ):
+    lengths = f"{len(zoo.body)} of {zoo.promised}"
+    with pytest.raises(ValueError, match=rf"/x.pth could not be fetched \(.*{lengths}.*_ZOO_URL"):
         cached_download(f"{zoo.url}/x.pth")
     assert os.listdir(tmp_path / "cache") == []
     zoo.promised = None
@@ -644,15 +596,10 @@ def test_offline(zoo, tmp_path):
     zoo.server_close()  # nobody listens on that port now
     with pytest.raises(ValueError) as caught:
         TinyViT.from_config("5m", pretrained=True)
-    message = str(caught.value)
-    assert message.startswith(
-        f"{zoo.url}/zoo/checkpoints/tiny_vit_5m_22kto1k_distill.pth could not be fetched ("
-    )
-    assert (
-        f"save it as {tmp_path / 'cache' / 'tiny_vit_5m_22kto1k_distill.pth'}, or give its path, or"
-        " set TINYVIT_ZOO_URL" in message
-    )
     saved = tmp_path / "cache" / "tiny_vit_5m_22kto1k_distill.pth"
+    url = f"{zoo.url}/zoo/checkpoints/{saved.name}"
+    assert str(caught.value).startswith(f"{url} could not be fetched (")
+    assert f"save it as {saved}, or give its path, or set TINYVIT_ZOO_URL" in str(caught.value)
     torch.save({"model": TinyViT.from_config("5m").state_dict()}, saved)
     TinyViT.from_config("5m", pretrained=True)  # the way out that the message names
 

@@ -111,13 +111,8 @@ def test_what_stays_as_it_is_in_training():
     set_training_mode(model, frozen=False, keep_statistics=False)
     assert all(module.training for module in model.modules())
     set_training_mode(model, frozen=False, keep_statistics=True)
-    assert [module.training for module in model] == [
-        True,
-        False,
-        True,
-        True,
-        True,
-    ] and running_statistics(model) == []
+    assert [name for name, part in model.named_children() if not part.training] == ["1"]
+    assert running_statistics(model) == []
     set_training_mode(model, frozen=True, keep_statistics=False)
     assert not any(module.training for module in model.modules())
 
