@@ -3,7 +3,8 @@
 A teacher's output is kept as its K largest probabilities. What they leave of 1 is spread evenly
 over the other C - K classes: that is the target, and no loss here builds it as a dense [B, C]
 matrix. Losses are computed in float32 (float64 for a float64 student), whatever autocast says, and
-are means over the batch."""
+are means over the batch.
+"""
 
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ def encode(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Te
     both [B, K], descending.
 
     Equal probabilities are ordered by class, lowest first. `k` beyond the number of classes keeps
-    all of them."""
+    all of them.
+    """
     if k < 1 or temperature <= 0:
         raise ValueError(
             f"k = {k}, temperature = {temperature}: at least one class must be kept, at a"
@@ -120,7 +122,8 @@ def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Ten
     """Stored probabilities, and what each other class gets [B, 1], so that all sum to 1.
 
     Float16 may have rounded a row's sum up beyond 1: it is scaled back; or, with `subtract`, the
-    other classes get what is below 0."""
+    other classes get what is below 0.
+    """
     total = probs.sum(-1, keepdim=True)
     others = num_classes - probs.shape[-1]
     if others > 0 and subtract:

@@ -58,9 +58,6 @@ def user_module(monkeypatch):
     return module
 
 
-# ---- students
-
-
 @pytest.mark.parametrize(
     ("recipe", "golden"),
     [
@@ -186,9 +183,6 @@ def test_a_student_starts_from_a_file_and_gets_a_new_head(tmp_path):
         load_named_weights(model, config(SMALL), str(tmp_path / "seven.pth"), exact=True, log=quiet)
 
 
-# ---- timm
-
-
 def test_timm_models_are_built_by_name():
     cfg = config(
         "MODEL.TYPE timm MODEL.NAME efficientnet_b0 MODEL.NUM_CLASSES 11 MODEL.DROP_PATH_RATE 0.3"
@@ -256,9 +250,6 @@ def test_the_hub_out_of_reach(monkeypatch, tmp_path):
         )
 
 
-# ---- teachers
-
-
 @pytest.mark.parametrize("key", ["MODEL.RESUME", "MODEL.PRETRAINED"])
 def test_a_teacher_has_exactly_its_weights(tmp_path, key):
     source = build_model(config(f"{SMALL} MODEL.NUM_CLASSES 21")).eval()
@@ -319,9 +310,6 @@ def test_the_clip_teacher():
         )
 
 
-# ---- functions of the user's
-
-
 def test_a_users_function_builds_the_model(user_module, tmp_path):
     opts = "MODEL.TYPE their_models:network DATA.IMG_SIZE 40"
     model = build_model(config(opts))
@@ -376,9 +364,6 @@ def test_a_function_must_give_a_module(user_module):
         match="MODEL.TYPE = 'their_models:nothing': expected .* torch.nn.Module, got str",
     ):
         build_model(config("MODEL.TYPE their_models:nothing"))
-
-
-# ---- the rest
 
 
 def test_outputs_are_counted():

@@ -89,9 +89,6 @@ def fill_b(shapes):
     return state
 
 
-# ---- reading
-
-
 @pytest.fixture(scope="module")
 def weights():
     return tiny().state_dict()
@@ -240,9 +237,6 @@ def test_a_missing_file(tmp_path):
         read_state_dict(tmp_path / "nowhere.pth")
 
 
-# ---- naming
-
-
 @pytest.mark.parametrize("name", VARIANTS.values())
 def test_names_convert_to_timms_and_back(goldens, name):
     case = json.loads((goldens / "model.json").read_text())[name]
@@ -286,9 +280,6 @@ def test_loading_converts_the_naming_either_way(exact):
     other = timm.create_model("tiny_vit_5m_224", num_classes=7)
     load_weights(other, ours.float().state_dict(), exact=exact, log=quiet)
     assert states_equal(other.state_dict(), theirs.float().state_dict())
-
-
-# ---- fitting
 
 
 @pytest.mark.parametrize(
@@ -453,9 +444,6 @@ def test_heads_are_found():
         "head_dist",
     )
     assert classifier_names(timm.create_model("tiny_vit_5m_224")) == ("head.fc",)
-
-
-# ---- the model zoo
 
 
 class Server(http.server.ThreadingHTTPServer):
