@@ -113,7 +113,7 @@ def _choices(cfg: Config) -> Iterator[Rule]:
         near = difflib.get_close_matches(value, choices, n=1, cutoff=0.7)
         advice = f"did you mean {near[0]}? " if near else ""
         listed = ", ".join(choice or "''" for choice in choices)
-        yield value not in choices and not is_function, key, f"{advice}(one of {listed})"
+        yield value not in choices and not is_function, key, f"{advice}it is one of {listed}"
 
 
 def _ranges(cfg: Config) -> Iterator[Rule]:

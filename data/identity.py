@@ -64,7 +64,14 @@ def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any
 
     One that the user set otherwise is an error naming both and the way out.
     """
-    stored = {key: identity["recipe"][key] for key in RECIPE_KEYS}
+    recipe = identity["recipe"]
+    for key in RECIPE_KEYS:  # one that is younger than the store has a default that draws nothing
+        if key not in recipe and key in cfg.EXPLICIT:
+            raise IdentityError(
+                f"{key} = {cfg.value(key)!r}, but the store {root} was written before there was"
+                f" {key}: leave it at its default, or save a store with it"
+            )
+    stored = {key: recipe[key] for key in RECIPE_KEYS if key in recipe}
     stored["DATA.SEED"] = identity["base_seed"]
     stored["DATA.IMG_SIZE"] = identity["image_size"]
     stored["DISTILL.TEMPERATURE"] = identity["temperature"]

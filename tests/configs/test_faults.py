@@ -26,7 +26,7 @@ KINDS = [
     ("TRAIN.EPOCHS 1.5", "TRAIN.EPOCHS = 1.5: expected a whole number, got float"),
     ("TRAIN.AUTO_RESUME 1", "expected True or False, got int"),
     ("AUG.SCALE 0.5", "expected a list of numbers, got float"),
-    ("DEVICE cudas", "DEVICE = 'cudas': did you mean cuda? (one of auto, cuda, mps, cpu)"),
+    ("DEVICE cudas", "DEVICE = 'cudas': did you mean cuda? it is one of auto, cuda, mps, cpu"),
     ("TRAIN.EPOCHS 0", "TRAIN.EPOCHS = 0: expected a number from 1 up"),
     ("AUG.MIXUP_PROB 1.5", "AUG.MIXUP_PROB = 1.5: expected a number from 0 to 1"),
     ("AUG.FILL [1,2,300]", "AUG.FILL = [1, 2, 300]: expected 0 or 3 whole numbers from 0 to 255"),
@@ -142,7 +142,7 @@ def test_a_fault_in_a_file_names_the_file(text, message, tmp_path, monkeypatch):
         ("--opts TRAIN.EPOCHS", 1, "--opts: expected KEY VALUE pairs, got 1 words: TRAIN.EPOCHS"),
         ("--opts TRAIN.EPOCHS=3", 1, "write KEY VALUE, without ="),
         ("--opts TRAIN.EPOCHS 10", 1, "TRAIN.WARMUP_EPOCHS = 20: warm-up is longer than training"),
-        ("--device gpu", 1, "command line: DEVICE = 'gpu': (one of auto"),
+        ("--device gpu", 1, "command line: DEVICE = 'gpu': it is one of auto"),
         (
             "--opts AUG.MIXUP_MODE pair2 TRAIN.GLOBAL_BATCH 12",
             4,

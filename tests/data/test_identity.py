@@ -5,7 +5,7 @@ import pytest
 from configs import load_config
 from data.augment import AugmentDecoder
 from data.augment.plan import RECIPE_VERSION
-from data.identity import RECIPE_KEYS, identity_of
+from data.identity import RECIPE_KEYS, IdentityError, adopted_values, identity_of
 
 
 def identity(*opts) -> dict:
@@ -48,6 +48,17 @@ def test_whatever_changes_bits_makes_another_store(key, value):
         for opts in cfgs
     )
     assert ours != theirs
+
+
+def test_a_store_older_than_a_key_serves_runs_that_leave_it_alone():
+    manifest = identity()
+    del manifest["recipe"]["AUG.RECOUNT"]
+    plain = ["AUG.MIXUP_MODE", "pair2", "DATA.IMG_SIZE", "48"]
+    values = adopted_values(load_config(["--opts", *plain]), manifest, "logits")
+    assert "AUG.RECOUNT" not in values
+    assert values["AUG.REPROB"] == manifest["recipe"]["AUG.REPROB"]
+    with pytest.raises(IdentityError, match=r"AUG\.RECOUNT = 2, .* logits was written before"):
+        adopted_values(load_config(["--opts", *plain, "AUG.RECOUNT", "2"]), manifest, "logits")
 
 
 @pytest.mark.parametrize(
