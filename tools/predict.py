@@ -168,7 +168,10 @@ def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
 
 
 def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Sequence[str]:
-    """The names of so many classes: a file's, ImageNet's, the checkpoint's `own`, or numbers."""
+    """The names of so many classes: a file's, the checkpoint's `own` (ImageNet's in words), numbers.
+
+    Without any, 1,000 or 21,841 classes are taken for ImageNet's.
+    """
     if file:
         names = Path(file).read_text(encoding="utf-8").splitlines()
         if len(names) != count:
@@ -179,6 +182,8 @@ def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Seque
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k" if count == 1000 else "imagenet-22k")
+    if own and list(own) != info.label_names():
+        return own
     return [info.index_to_description(i) for i in range(count)]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from data.augment.decoder import eval_transform
 from data.build import open_run
@@ -155,6 +156,13 @@ def test_predict_names_its_faults(words, text, tmp_path, monkeypatch, capsys):
 
 def test_imagenet_classes_have_names():
     assert predict.class_names(1000, None)[0].startswith("tench")
+    ids = ImageNetInfo("imagenet-1k").label_names()
+    assert predict.class_names(1000, None, ids)[0].startswith("tench")
+
+
+def test_a_thousand_classes_of_ones_own_keep_their_names():
+    names = [f"bird {i}" for i in range(1000)]
+    assert predict.class_names(1000, None, names) == names
 
 
 def test_the_zoos_check_looks_for_its_images_first(tmp_path, capsys):
