@@ -168,7 +168,7 @@ def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
 
 
 def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Sequence[str]:
-    """The names of so many classes: a file's, the checkpoint's `own` (ImageNet's in words), numbers.
+    """A file's names, the checkpoint's `own` (ImageNet's in words), or numbers.
 
     Without any, 1,000 or 21,841 classes are taken for ImageNet's.
     """
