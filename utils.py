@@ -353,13 +353,6 @@ def choose_kernels(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def seed_step(run_seed: int) -> None:
-    """Seed torch (all devices) for one step's dropout and drop path, so that there is no generator
-    state to save.
-    """
-    torch.manual_seed(run_seed)
-
-
 def wrap(
     model: nn.Module, world: Distributed, is_compiled: bool, warn: Callable[[str], object]
 ) -> nn.Module:
