@@ -8,6 +8,7 @@ cost seconds and no Python object each.
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from data.store.files import StoreError, atomic_file
 
 NEWLINE = 10
 CHUNK_KEYS = 1 << 18  # keys handled at once, which bounds what is held beside the result
+DIGEST_BYTES = 32  # behind a kept array
 SHOWN = 5
 
 
@@ -197,10 +199,8 @@ def map_positions(
     if digest == store.keys_digest:
         return None
     path = Path(cache or default_cache()) / f"store-map-{store.keys_digest[:24]}-{digest[:24]}.npy"
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
-        pass
+    if (kept := load_array(path)) is not None:
+        return kept
     mapping = locate(store.keys, names)
     if (mapping < 0).any():
         raise StoreError(
@@ -225,7 +225,35 @@ def default_cache() -> Path:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array so that other processes see it whole or not at all."""
+    """Write an array so that other processes see it whole or not at all.
+
+    A digest of the file's name and of all its bytes stands behind it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         np.save(file, array)
+        file.flush()
+        file.write(_digest_of_file(path, np.memmap(file.name, np.uint8, "r")))
+
+
+def load_array(path: Path) -> np.ndarray | None:
+    """What `save_array` wrote, mapped; None where there is none.
+
+    One that is not as it was written, or another file's, is told on standard error, and None too.
+    """
+    if not path.is_file():
+        return None
+    try:
+        data = np.memmap(path, np.uint8, "r")
+        if _digest_of_file(path, data[:-DIGEST_BYTES]) == bytes(data[-DIGEST_BYTES:]):
+            return np.load(path, mmap_mode="r")
+        reason = "it is not as it was written"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    print(f"warning: {path}: {reason}: it is made again", file=sys.stderr, flush=True)
+    return None
+
+
+def _digest_of_file(path: Path, data: np.ndarray) -> bytes:
+    place = "/".join(path.absolute().parts[-2:])  # of two arrays of one shape each has its own
+    return hashlib.sha256(os.fsencode(place) + hashlib.sha256(data).digest()).digest()

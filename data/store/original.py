@@ -20,7 +20,7 @@ import numpy as np
 
 from data.store.files import StoreError
 from data.store.format import ranges, record_dtype
-from data.store.keys import Keys, default_cache, locate, save_array
+from data.store.keys import Keys, default_cache, load_array, locate, save_array
 
 MOST_CLASSES = 1 << 15  # int16 can't name more
 MOST_DIGITS = 18  # of a position, which then fits int64
@@ -250,10 +250,8 @@ class UpstreamStoreReader:
     def _rows(self, folder: Path, values: list[np.ndarray]) -> np.ndarray:
         """Row of each image, int64 [N], -1 where there is none: from the cache, or built."""
         path = (self.cache or default_cache()) / f"index-{self._fingerprint(folder)}.npy"
-        try:
-            return np.load(path, mmap_mode="r")
-        except (OSError, ValueError):
-            pass
+        if (kept := load_array(path)) is not None:
+            return kept
         rows = self._built_rows(folder, values)
         try:
             save_array(path, rows)

@@ -156,6 +156,37 @@ def test_the_map_is_built_once_and_mapped(store, tmp_path, monkeypatch):
         map_positions(store, KEYS[5:10], tmp_path / "cache")
 
 
+SPOILED = {
+    "flipped": lambda data: data[:140] + bytes([data[140] ^ 1]) + data[141:],
+    "rolled": lambda data: data[:128] + data[136:-32] + data[128:136] + data[-32:],
+    "header": lambda data: data.replace(b"'shape': (", b"'shape': (9"),
+    "no header": lambda data: b"\x93NUMPY\1\0" + bytes(len(data) - 8),
+    "unfinished header": lambda data: data.replace(b"}", b"("),
+    "pickled": lambda data: data.replace(b"'<i8'", b"'|O' "),
+    "shorter": lambda data: data[:-8],
+    "longer": lambda data: data + bytes(8),
+    "cut": lambda data: data[:20],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("fault", [*SPOILED, "another's"])
+def test_a_map_that_is_not_as_it_was_written_is_made_again(store, tmp_path, fault, capsys):
+    built = map_positions(store, KEYS[5:9], tmp_path).tolist()
+    (path,) = tmp_path.glob("store-map-*.npy")
+    if fault == "another's":
+        map_positions(store, KEYS[6:10], tmp_path)
+        (other,) = {*tmp_path.glob("store-map-*.npy")} - {path}
+        path.write_bytes(other.read_bytes())
+    else:
+        path.write_bytes(SPOILED[fault](path.read_bytes()))
+    assert map_positions(store, KEYS[5:9], tmp_path).tolist() == built
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}: ") and line.endswith("it is made again")
+    assert map_positions(store, KEYS[5:9], tmp_path).tolist() == built
+    assert capsys.readouterr().err == "", "it was written whole"
+
+
 def test_without_a_cache_that_can_be_written_it_works_too(store, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert (map_positions(store, KEYS[5:9], tmp_path / "file") >= 0).sum() == 4
