@@ -428,6 +428,8 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     model = build_student(cfg, world, log, start=state is None)
     optimizer = build_optimizer(cfg, model)
     dtype = utils.amp_dtype(cfg, world.device)
+    is_compiled, reason = utils.must_compile(cfg, world.device, steps * cfg.TRAIN.EPOCHS)
+    log.info(f"the model runs {'compiled' if is_compiled else 'uncompiled'} ({reason})")
     run = Training(
         cfg=cfg,
         world=world,
@@ -438,7 +440,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         loader=loader,
         validate=validate,
         model=model,
-        network=utils.wrap(model, world, cfg.TRAIN.COMPILE, log.warning),
+        network=utils.wrap(model, world, is_compiled, log.warning),
         ema=EMA(model, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None,
         teacher=online_targets(teacher, cfg) if teacher else None,
         distill_loss=DistillLoss.from_config(cfg),
@@ -693,10 +695,10 @@ def measure_throughput(cfg: CfgNode, world: Distributed) -> nn.Module:
     if cfg.TRAIN.CHANNELS_LAST:
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    alone = Distributed(device=world.device)
-    network = utils.wrap(model, alone, cfg.TRAIN.COMPILE, log.warning)
+    if cfg.TRAIN.COMPILE == "True":
+        utils.compile_model(model, world, log.warning)
     with torch.inference_mode(), utils.autocast(world.device, dtype):
-        seconds = utils.time_calls(lambda: network(images), world.device)
+        seconds = utils.time_calls(lambda: model(images), world.device)
     speeds = [batch / second for second in seconds]
     low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")
     log.info(

@@ -32,6 +32,8 @@ Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
+WORTH_COMPILING = 2000  # updates; compiling takes minutes
+
 
 class Exit(IntEnum):
     """How a program ends."""
@@ -353,25 +355,73 @@ def choose_kernels(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def must_compile(cfg, device: torch.device, updates: int) -> tuple[bool, str]:
+    """Whether the model of a run of so many updates is compiled (TRAIN.COMPILE), and why."""
+    if cfg.TRAIN.COMPILE != "auto":
+        return cfg.TRAIN.COMPILE == "True", "as asked"
+    if device.type != "cuda":
+        return False, f"auto, on {device.type}"
+    if cfg.TRAIN.DETERMINISTIC:
+        return False, "auto, with TRAIN.DETERMINISTIC"
+    return updates >= WORTH_COMPILING, f"auto, {updates:,} updates"
+
+
+def compile_model(model: nn.Module, world: Distributed, warn: Callable[[str], object]) -> None:
+    """Compile a model in place; where its compiler fails, now or later, it runs as it is.
+
+    A failure in a backward pass alone is an error of the run: gradients are half summed by then.
+    """
+
+    def give_up(reason: str) -> None:
+        model._compiled_call_impl = None
+        warn(
+            f"torch.compile unavailable ({reason}): the model runs uncompiled, at some cost in"
+            " speed"
+        )
+
+    reason = ""
+    try:
+        torch.compile(lambda x: x * 2)(torch.ones(2, device=world.device))
+    except Exception as error:  # compilers fail in many ways
+        reason = one_line(error)[:200]
+    if world.any_of(bool(reason))[0]:
+        give_up(reason or "on another process")
+        return
+    model.compile(dynamic=False)  # one size of batches is all there is
+    compiled = model._compiled_call_impl
+
+    def guarded(*inputs: Tensor) -> Tensor:
+        try:
+            return compiled(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
+            give_up(one_line(error)[:200])
+            return model(*inputs)
+
+    model._compiled_call_impl = guarded  # copies of a model, as of an EMA, are without it
+
+
+def outputs_of(model: nn.Module, images: Tensor, rows: int) -> Tensor:
+    """What a model says of images [n, ...]: its outputs [n, C].
+
+    A last batch is filled up to `rows`, the size of the others, where another size costs: a
+    compiled model would be compiled again, and cuDNN look for its fastest kernels again.
+    """
+    count = len(images)
+    if count < rows and (images.is_cuda or _is_compiled(model)):
+        images = F.pad(images, (0, 0) * (images.dim() - 1) + (0, rows - count))
+    return model(images)[:count]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(part._compiled_call_impl for part in model.modules())
+
+
 def wrap(
     model: nn.Module, world: Distributed, is_compiled: bool, warn: Callable[[str], object]
 ) -> nn.Module:
-    """The model compiled, if that is asked for and possible on all processes, and with gradients
-    averaged over them.
-    """
+    """The model, compiled if that is asked for, and with gradients averaged over processes."""
     if is_compiled:
-        reason = None
-        try:
-            torch.compile(lambda x: x * 2)(torch.ones(2, device=world.device))
-        except Exception as error:  # compilers fail in many ways
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if world.any_of(reason is not None)[0]:
-            warn(
-                f"torch.compile unavailable ({reason or 'on another process'}): the model runs"
-                " uncompiled, at some cost in speed"
-            )
-        else:
-            model.compile()
+        compile_model(model, world, warn)
     if world.world_size == 1:
         return model
     # where depthwise gradients come in strides of their own, which costs next to nothing
@@ -606,14 +656,15 @@ def evaluate(
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(5, dtype=wide, device=device)  # loss, known, images, top-1, top-5
     by_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, right ones
-    was_training = model.training
+    was_training, rows = model.training, 0
     model.eval()
     try:
         for images, labels, *_ in batches:
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True).long().clamp(min=-1)
+            rows = max(rows, len(images))
             with autocast(device, dtype):
-                logits = model(images).float()  # [B, C]
+                logits = outputs_of(model, images, rows).float()  # [B, C]
             if label_map is not None:
                 logits = label_map.logits(logits)  # [B, classes of the data]
                 labels = label_map.known(labels)

@@ -192,8 +192,9 @@ _C.TRAIN.EVAL_BN_WHEN_TRAINING = False
 _C.TRAIN.FREEZE = ""
 # > 0 keeps an exponential moving average (EMA) of the weights, which is then evaluated too
 _C.TRAIN.EMA_DECAY = 0.0
-# torch.compile the model
-_C.TRAIN.COMPILE = False
+# torch.compile the model: True | False | auto (runs of 2,000 updates and more on CUDA, not with
+# DETERMINISTIC); a teacher only where it is True
+_C.TRAIN.COMPILE = "auto"
 # memory format of images and convolutions
 _C.TRAIN.CHANNELS_LAST = True
 # batch statistics over all processes (CUDA)

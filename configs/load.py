@@ -17,7 +17,7 @@ from configs.command_line import argument_parser, flag_values
 from configs.config import Config, ConfigError, flatten
 from configs.defaults import REMOVED, get_defaults
 from configs.derived import batch_plan, derive
-from configs.validate import validate
+from configs.validate import CHOICES, validate
 
 Layer = tuple[str, dict[str, Any]]  # where values come from, and they under their dotted keys
 
@@ -171,6 +171,8 @@ def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
     if key not in defaults:
         raise ConfigError(f"{key} = {value!r}: {_what_instead(key, list(defaults))}", key)
     default = defaults[key]
+    if "True" in CHOICES.get(key, ()):  # a switch that may also be auto, kept as text
+        value = str(_literal(str(value)))
     if isinstance(value, str):
         # yacs reads text as a literal: quoted, "12" remains text
         value = repr(value) if isinstance(default, str) else _literal(value)

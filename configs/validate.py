@@ -43,6 +43,7 @@ CHOICES = {
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
     "TRAIN.FREEZE": ("", "backbone"),
+    "TRAIN.COMPILE": ("auto", "True", "False"),
     "AUG.REMODE": ("const", "rand", "pixel"),
     "AUG.EXECUTOR": ("auto", "pillow", "device"),
     "AUG.MIXUP_MODE": ("batch", "pair2"),

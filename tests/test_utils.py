@@ -7,7 +7,9 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ import torch.distributed as dist
 from torch import nn
 
 import utils
+from configs import load_config
 from configs.defaults import get_defaults
 from models.class_map import LabelMap
 from tests.support.helpers import free_port, run_ranks, torchrun
+from tests.support.teachers import Glance
 from utils import (
     Distributed,
     Meters,
@@ -642,3 +646,79 @@ def test_ranks_with_different_counts_evaluate_each_image_once(counts):
 def test_a_failing_rank_fails_the_test_with_its_traceback():
     with pytest.raises(AssertionError, match=r"(?s)rank 0 failed.*ValueError: DEVICE 'tpu'"):
         run_ranks(choose_device, 1, "tpu")
+
+
+# ---- compiling, and the last batch
+
+
+@pytest.mark.parametrize(
+    ("opts", "device", "updates", "expected"),
+    [
+        ("", "cuda", 2000, (True, "auto, 2,000 updates")),
+        ("", "cuda", 1999, (False, "auto, 1,999 updates")),
+        ("", "cpu", 10**6, (False, "auto, on cpu")),
+        ("TRAIN.DETERMINISTIC True", "cuda", 10**6, (False, "auto, with TRAIN.DETERMINISTIC")),
+        ("TRAIN.COMPILE True TRAIN.DETERMINISTIC True", "cpu", 1, (True, "as asked")),
+        ("TRAIN.COMPILE false", "cuda", 10**6, (False, "as asked")),
+    ],
+)
+def test_who_is_compiled(opts, device, updates, expected):
+    cfg = load_config(["--opts", *opts.split()])
+    assert utils.must_compile(cfg, torch.device(device), updates) == expected
+
+
+def test_a_model_that_the_compiler_fails_on_goes_on_uncompiled(monkeypatch):
+    """Which shows at its first batch: the trial before is too simple to fail."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        if len(graphs) > 1:
+            raise RuntimeError("no kernel\nfor that")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    model, images, labels = evaluation()
+    plain, told = deepcopy(model), []
+    utils.compile_model(model, Distributed(), told.append)
+    assert not told
+    for one in (plain, model):
+        one(images).sum().backward()
+    assert len(told) == 1 and "(backend='compiler' raised: RuntimeError: no kernel" in told[0]
+    assert "\n" not in told[0]
+    assert torch.equal(plain[1].weight.grad, model[1].weight.grad)
+    assert torch.equal(plain[2].running_mean, model[2].running_mean)  # no batch counts twice
+    found, expected = (evaluate(one, batches(images, labels, 8), CPU) for one in (model, plain))
+    assert found == expected and len(told) == 1 and len(graphs) == 2
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_last_batch_is_filled_up_for_a_compiled_model_alone(is_compiled, monkeypatch):
+    sizes = []  # of the batches that the model runs on
+
+    class Looks(Glance):
+        def forward(self, images):
+            if not torch.compiler.is_compiling():
+                sizes.append(len(images))
+            return super().forward(images)
+
+    def compiler(graph, inputs):
+        def run(*values):
+            sizes.extend(len(value) for value in values if value.dim() == 4)
+            return graph.forward(*values)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    images = torch.randn(19, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(19) % 5
+    model = Looks(5)
+    if is_compiled:
+        utils.compile_model(model, Distributed(), print)
+    found = evaluate(model, batches(images, labels, 8), CPU, num_classes=5)
+    assert sizes == [8, 8, 8 if is_compiled else 3]
+    assert_results(found, naive(Glance(5), images, labels, classes=5))
+    assert torch.equal(utils.outputs_of(model, images[:3], 8), Glance(5)(images[:3]))
+    sizes.clear()
+    evaluate(model, batches(images[:3], labels[:3], 8), CPU)
+    assert sizes == [3]  # a first batch is whole as it is
