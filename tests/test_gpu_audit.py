@@ -1,0 +1,182 @@
+"""What an update costs on a GPU, seen without one: kernels launched outside the model, waits of the
+host, copies that block.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import repeat
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+import main
+import utils
+from configs import dump, load_config
+from data.augment.pairs import PairMix
+from data.replay import on_device
+from logger import create_logger
+from models.class_map import LabelMap
+from models.distill import DistillLoss
+from models.param_groups import build_optimizer
+from models.teacher import Teacher
+from models.update import EMA
+from tests.support import saving, training
+from tests.support.fake_cuda import Watch, fake_cuda, on_fake
+from utils import Distributed, Meters, StopRequest
+
+WAYS = ("labels", "stored", "online")
+BATCHES = (8, 24)
+STUDENT = ["--cfg", "configs/1k/tiny_vit_5m.yaml", "--opts", *training.OPTS[10:]]
+STUDENT += "MODEL.TINY_VIT.WINDOW_SIZES [2,2,4,2] MODEL.NUM_CLASSES 10 DATA.IMG_SIZE 64".split()
+STUDENT += "AUG.MIXUP_MODE pair2".split()
+
+
+class BackwardIsDone(Exception):
+    """Ends a step on the CPU, which is only asked for its backward pass."""
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory) -> dict[str, list[str]]:
+    """The options of each way to be supervised."""
+    folder = tmp_path_factory.mktemp("teacher")
+    sizes = (
+        "DATA.IMG_SIZE 64 MODEL.NUM_CLASSES 10 DISTILL.LOGITS_TOPK 5 TRAIN.WARMUP_EPOCHS 0".split()
+    )
+    assert saving.run(folder / "store", *sizes) == 0
+    teacher = load_config(saving.command(folder / "store", *sizes, flags=()))
+    store = ["DISTILL.TEACHER_LOGITS_PATH", str(folder / "store")]
+    (folder / "teacher.yaml").write_text(dump(teacher))
+    return {
+        "labels": [],
+        "stored": [*store, "DISTILL.REUSE_EPOCHS", "True"],
+        "online": ["DISTILL.ONLINE", "True", "DISTILL.TEACHER_CFG", str(folder / "teacher.yaml")],
+    }
+
+
+def prepared(options: list[str], folder) -> tuple[main.Training, Teacher | None]:
+    """A training on the CPU, and the teacher in its loop."""
+    cfg = load_config([*STUDENT, "OUTPUT", str(folder), *options])
+    world, log = Distributed(device=torch.device("cpu")), create_logger(None, rank=1)
+    teacher = main.build_online_teacher(cfg, world, log)
+    return main.build_training(cfg, world, log, StopRequest()), teacher
+
+
+def on_gpu(run: main.Training, teacher: Teacher | None, device: torch.device, has_average: bool):
+    """The training as it is made on a fake device."""
+    world, model = Distributed(device=device), on_fake(run.model, device)
+
+    def network(images: Tensor) -> Tensor:
+        return model(images).detach().requires_grad_()  # where what is outside the model begins
+
+    return replace(
+        run,
+        world=world,
+        model=model,
+        network=network,
+        ema=EMA(model, 0.99) if has_average else None,
+        labels=run.labels and LabelMap(torch.empty_like(run.labels.outputs, device=device)),
+        teacher=teacher and main.online_targets(on_fake(teacher, device), run.cfg),
+        optimizer=build_optimizer(run.cfg, model),
+        scaler=utils.grad_scaler(device, torch.bfloat16),
+        dtype=torch.bfloat16,
+        meters=Meters(world),
+    )
+
+
+@contextmanager
+def phases(watch: Watch, run: main.Training) -> Iterator[None]:
+    """Count the parts of a step each under its name."""
+    parts = [
+        (PairMix, "__call__", "mixing and targets"),
+        (main, "label_cross_entropy", "loss"),
+        (DistillLoss, "__call__", "loss"),
+        (main, "share_right", "meters"),
+        (Meters, "add", "meters"),
+        (nn.utils, "clip_grad_norm_", "clip and optimizer"),
+        (main, "guarded_step", "clip and optimizer"),
+        (main, "running_statistics", "statistics"),
+        (main, "restore_unless", "statistics"),
+        (EMA, "update", "average"),
+    ]
+
+    def backward(loss: Tensor, *args: object) -> None:
+        if watch.device.type == "cpu":
+            with watch.phase("backward of the loss"):
+                original(loss)
+            raise BackwardIsDone
+        for parameter in run.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    original = Tensor.backward
+    with ExitStack() as stack:
+        for owner, name, phase in parts:
+            counted = watch.during(phase, getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, counted))
+        stack.enter_context(patch.object(Tensor, "backward", backward))
+        yield
+
+
+def audited(options: list[str], folder, batch_size: int, has_average: bool = True) -> Watch:
+    """The second update of a training; the first makes the optimizer's state."""
+    in_backward = 0
+    for kind in ("cpu", "cuda"):
+        run, teacher = prepared([*options, "DATA.BATCH_SIZE", str(batch_size)], folder)
+        batch = next(run.loader.batches(0))
+        with fake_cuda(kind) as device:
+            run = on_gpu(run, teacher, device, has_average)
+            watch = Watch(device)
+            run.model.forward = watch.during("model", run.model.forward)
+            if teacher:
+                teacher.forward = watch.during("teacher", teacher.forward)
+            sent = on_device(repeat(batch), device)
+            sent = iter(watch.during("transport", sent.__next__), None)
+            with phases(watch, run), watch:
+                try:
+                    run.meters.add(main.train_step(run, sent))
+                    watch.clear()
+                    run.meters.add(main.train_step(run, sent))
+                except BackwardIsDone:
+                    in_backward = watch.launches["backward of the loss"]
+    watch.launches["backward of the loss"] = in_backward
+    return watch
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_update_neither_waits_nor_copies_in_the_way(way, ways, tmp_path):
+    watch = audited(ways[way], tmp_path, 8)
+    assert watch.waits == [] and watch.blocking == []
+    assert watch.launches["model"] > 500 and watch.launches["backward of the loss"] > 5
+
+
+def test_what_would_wait_is_seen():
+    with fake_cuda() as device, Watch(device) as watch:
+        numbers = torch.ones(4, device=device)
+        with watch.phase("good"):
+            torch.where(numbers > 0, numbers, 0).to("cpu", non_blocking=True)
+            torch.ones(4).to(device, non_blocking=True)
+        assert watch.waits == [] and watch.blocking == [] and watch.launches["good"] == 5
+        numbers.cpu()
+        torch.tensor([1.0, 2.0], device=device)
+        assert [text.split()[1] for text in watch.blocking] == ["_to_copy", "_to_copy"]
+        for wait in (lambda: bool(numbers[0]), lambda: numbers[numbers > 0], numbers.tolist):
+            watch.clear()
+            with suppress(DataDependentOutputException, DynamicOutputShapeException):
+                wait()
+            assert len(watch.waits) == 1
+
+
+def test_a_call_for_many_tensors_launches_a_few_kernels():
+    with fake_cuda() as device, Watch(device) as watch:
+        many = [torch.ones(8, device=device) for _ in range(200)]
+        watch.clear()
+        torch._foreach_add_(many, many)  # 64 pairs at a time
+        assert watch.launches["rest"] == 4
+        torch._foreach_mul_(many, 2.0)  # 110 tensors at a time
+        assert watch.launches["rest"] == 6
