@@ -1,5 +1,6 @@
 """What both programs share: the frame they run in, processes and devices, meters, evaluation."""
 
+import ctypes
 import logging
 import math
 import os
@@ -61,6 +62,9 @@ def run_program(
     What `load` reads, the command line, is the same in all processes: rank 0 tells its faults.
     """
     rank = os.environ.get("RANK", "0")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Asks to be stopped when the torchrun that started this process has been killed.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         settings = load()
     except ValueError as error:
