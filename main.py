@@ -569,7 +569,7 @@ def open_validation(
     def validate(model: nn.Module) -> dict[str, Any]:
         batches = utils.in_step(loader.batches(0), loader.count(), world, stop)
         if labels is None:
-            batches = ((images, torch.full_like(given, -1)) for images, given in batches)
+            batches = ((images, given.fill_(-1)) for images, given in batches)
         return utils.evaluate(
             model,
             batches,
@@ -736,7 +736,7 @@ def run(settings: tuple[CfgNode, str], stop: StopRequest) -> int:
     """What the command line asks for: training, or a measurement."""
     cfg, save_model = settings
     world = utils.init_distributed(cfg.DEVICE)
-    utils.choose_kernels(cfg.TRAIN.DETERMINISTIC, world.device)
+    utils.choose_kernels(cfg.TRAIN.DETERMINISTIC)
     if cfg.THROUGHPUT_MODE:
         model = measure_throughput(cfg, world)
     elif cfg.EVAL_MODE:

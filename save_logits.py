@@ -48,6 +48,7 @@ from models.distill import encode
 from models.teacher import Teacher
 from utils import Distributed, Exit, Stopped, StopRequest, run_program
 
+PATIENCE = timedelta(days=7)  # one process may wait while another computes a whole epoch
 GOES_ON = "what is written is kept, run the same again to go on"
 
 Item = TypeVar("Item")
@@ -77,7 +78,14 @@ class Run:
             main_labels = torch.full((len(images),), -1)
         else:
             main_labels = targets.argmax(1).masked_fill_(targets.amax(1) <= 0, -1)
-        return self.teacher(images), main_labels
+        return utils.outputs_of(self.teacher, images, self.rows), main_labels
+
+    @property
+    def rows(self) -> int:
+        """Images of a whole batch of this process; whatever was computed before, as bits depend on
+        it.
+        """
+        return min(self.cfg.DATA.BATCH_SIZE, len(self.data.images) // self.world.world_size)
 
     def open_loader(self, topk: int = 0) -> EpochLoader:
         """This rank's batches of an epoch, every image once over all ranks."""
@@ -178,7 +186,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(settings: tuple[argparse.Namespace, CfgNode], stop: StopRequest) -> int:
     """Save or check."""
     args, cfg = settings
-    world = utils.init_distributed(cfg.DEVICE)
+    world = utils.init_distributed(cfg.DEVICE, timeout=PATIENCE)
+    utils.choose_kernels(cfg.TRAIN.DETERMINISTIC)
     run = prepare(cfg, world, stop)
     if args.check_saved_logits:
         code = check(run, args.exact, args.percent)
@@ -192,7 +201,8 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
     """The teacher, the images, and the store that is checked."""
     log = world.everywhere(lambda: create_logger(run_folder(cfg), world.rank))
     utils.seed_everything(cfg.SEED)  # of what a user's function draws
-    teacher = world.main_first(lambda: Teacher.from_config(cfg, world.device, log.info))
+    written = world.on_main(lambda: teacher_of_store(cfg.DISTILL.TEACHER_LOGITS_PATH))
+    teacher = world.main_first(lambda: Teacher.from_config(cfg, world.device, log.info, written))
     if cfg.AMP_DTYPE == "bf16":
         log.warning(
             "AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in"
@@ -202,7 +212,20 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
     labels, _ = teacher.label_map(data.images.num_classes)
     if labels is not None:
         labels = labels.to(world.device)
-    return Run(data.cfg, world, stop, log, data, teacher, labels)
+    run = Run(data.cfg, world, stop, log, data, teacher, labels)
+    if cfg.TRAIN.COMPILE == "True":
+        utils.compile_model(teacher.model, world, log.warning)
+        # now, because the manifest says whether it could be compiled
+        teacher(torch.zeros(run.rows, 3, *[cfg.DATA.IMG_SIZE] * 2, device=world.device))
+    return run
+
+
+def teacher_of_store(root: str) -> dict[str, Any] | None:
+    """The identity of the teacher that began a store; None where there is no store of ours."""
+    try:
+        return LogitsStoreReader(root).manifest["teacher"]
+    except ValueError:  # told when it is opened to be written or checked
+        return None
 
 
 def save(run: Run, skip_eval: bool) -> int:

@@ -69,7 +69,7 @@ def check_continuation(before: str, cfg: Config, where: str) -> list[Change]:
 
 def check_sources(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """A ConfigError if a checkpoint comes from other images or another teacher than are there."""
-    changes = "; ".join(map(str, _changes(before, now)))
+    changes = "; ".join(map(str, _changes(flatten(before), flatten(now))))
     if changes:
         raise ConfigError(
             f"{where} comes from other data than this run would see ({changes}): give the old"

@@ -57,7 +57,9 @@ class LabelMap:
 
     def to(self, device: torch.device) -> "LabelMap":
         """The same map on the device where labels and logits are."""
-        return LabelMap(self.outputs.to(device))
+        moved = LabelMap(self.outputs.to(device))
+        vars(moved)["is_identity"] = self.is_identity  # seen here: a GPU would be waited for
+        return moved
 
     def labels(self, labels: Tensor) -> Tensor:
         """The data's labels [B] as outputs [B]; -1 without a label or an output for it."""

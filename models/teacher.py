@@ -1,7 +1,7 @@
 """A frozen model whose answers are kept, the same whether stored, checked or asked in the loop."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -31,27 +31,36 @@ class Teacher(nn.Module):
         num_outputs: int,
         classes: list[int] | None = None,
         dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
         self.name = name
         self.model = model
+        self.memory_format = memory_format  # of images and convolutions
         self.num_outputs = num_outputs
         self.classes = classes  # the outputs that are kept; None keeps all
         self.dtype = dtype  # of autocast; None is float32
         kept = None if classes is None else torch.tensor(classes)
         self.register_buffer("kept", kept, persistent=False)
         self.eval().requires_grad_(False)
+        if memory_format != torch.contiguous_format:  # which some models leave by themselves
+            self.to(memory_format=memory_format)
         for head_name in classifier_names(model):
             head = model.get_submodule(head_name)
             head.forward = partial(_in_float32, head.forward)
 
     @classmethod
     def from_config(
-        cls, cfg: CfgNode, device: torch.device, log: Callable[[str], None] = print
+        cls,
+        cfg: CfgNode,
+        device: torch.device,
+        log: Callable[[str], None] = print,
+        written: Mapping[str, Any] | None = None,
     ) -> "Teacher":
         """The model of a configuration with exactly its weights, cut to DISTILL.CLASS_SUBSET.
 
-        A user's function brings its own weights.
+        A user's function brings its own weights. `written` is the identity of the teacher that
+        began the store, if there is one: its memory format is kept.
         """
         by_function = ":" in cfg.MODEL.TYPE
         if not (cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED or by_function):
@@ -64,7 +73,13 @@ class Teacher(nn.Module):
         path = cfg.DISTILL.CLASS_SUBSET
         classes = read_class_subset(path, outputs) if path else None
         name = cfg.MODEL.TYPE if by_function else cfg.MODEL.NAME
-        return cls(name, model, outputs, classes, teacher_dtype(cfg, device)).to(device)
+        dtype = teacher_dtype(cfg, device)
+        if written is None:
+            is_last = cfg.TRAIN.CHANNELS_LAST and dtype is not None and is_convolutional(model)
+        else:
+            is_last = "memory_format" in written
+        memory_format = torch.channels_last if is_last else torch.contiguous_format
+        return cls(name, model, outputs, classes, dtype, memory_format).to(device)
 
     @property
     def num_classes(self) -> int:
@@ -83,7 +98,15 @@ class Teacher(nn.Module):
             images.device.type, self.dtype, enabled=self.dtype is not None
         )
         with strict_float32(), mixed_precision:
-            logits = self.model(images.contiguous()).float()
+            logits = self.model(images.contiguous(memory_format=self.memory_format))
+        expected = [len(images), self.num_outputs]
+        found = list(getattr(logits, "shape", [type(logits).__name__]))
+        if found != expected:
+            raise ValueError(
+                f"the teacher {self.name} answered {len(images)} images with {found}, not with a"
+                f" tensor {expected}: correct the model or its class count"
+            )
+        logits = logits.float()
         return logits if self.kept is None else logits.index_select(-1, self.kept)
 
     def in_the_loop(
@@ -112,12 +135,19 @@ class Teacher(nn.Module):
         return find_label_map(self.num_outputs, num_data_classes, subset=self.classes)
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from others: records of different identities never share a store."""
+        """What tells it from others: records of different identities never share a store.
+
+        What is not said is as it was before there was a choice.
+        """
         identity = {
             "name": self.name,
             "weights_sha256": weights_digest(self.model),
             "dtype": self.precision,
         }
+        if self.memory_format == torch.channels_last:
+            identity["memory_format"] = "channels_last"
+        if self.model._compiled_call_impl is not None:
+            identity["compiled"] = True
         if self.classes is not None:
             text = repr(self.classes)
             identity["classes_sha256"] = hashlib.sha256(text.encode()).hexdigest()
@@ -131,6 +161,13 @@ def teacher_dtype(cfg: CfgNode, device: torch.device) -> torch.dtype | None:
     """
     is_mixed = cfg.AMP_ENABLE and cfg.AMP_DTYPE != "off"
     return torch.float16 if is_mixed and device.type == "cuda" else None
+
+
+def is_convolutional(model: nn.Module) -> bool:
+    """Whether a model convolves beyond a patch embedding: in half precision the GPU's units for
+    products then want channels last, in float32 nothing does.
+    """
+    return sum(isinstance(part, nn.Conv2d) for part in model.modules()) > 1
 
 
 @contextmanager

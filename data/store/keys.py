@@ -10,7 +10,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -251,13 +250,8 @@ def load_array(path: Path) -> np.ndarray | None:
         reason = "it is not as it was written"
     except (OSError, ValueError) as error:
         reason = str(error)
-    _tell(f"warning: {path}: {reason}: it is made again")
+    print(f"warning: {path}: {reason}: it is made again", file=sys.stderr, flush=True)
     return None
-
-
-@cache  # those who wait for a lock look again
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _digest_of_file(path: Path, data: np.ndarray) -> bytes:

@@ -71,7 +71,7 @@ def test_where_the_datas_classes_stand_among_the_outputs(outputs, classes, optio
 def test_labels_and_logits_follow_the_map():
     label_map = LabelMap(torch.tensor([2, -1, 0]))
     labels = torch.tensor([0, 1, 2, -1])
-    assert not label_map.is_identity
+    assert not label_map.is_identity and "is_identity" in vars(label_map.to(torch.device("cpu")))
     assert label_map.labels(labels).tolist() == [2, -1, 0, -1]
     assert label_map.known(labels).tolist() == [0, -1, 2, -1]
     logits = torch.tensor([[3.0, -1.0, 2.0], [0.5, 7.0, 4.0]], requires_grad=True)

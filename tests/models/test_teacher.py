@@ -1,6 +1,8 @@
 """A teacher's answers: which outputs, in which precision, and what tells it from others."""
 
+import re
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -90,6 +92,84 @@ def test_float32_is_strict_for_the_teacher_alone():
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])
     assert seen == [(False, "highest")] * 2
+
+
+class Convolves(nn.Module):
+    """A patch embedding and, with `depth`, convolutions beyond it; notes how images lie."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.num_classes = 5
+        sizes = [3, *[4] * depth, 5]
+        self.layers = nn.Sequential(*(nn.Conv2d(*pair, 2, 2) for pair in pairwise(sizes)))
+        self.seen: list[bool] = []
+
+    def forward(self, images):
+        self.seen.append(images.is_contiguous(memory_format=torch.channels_last))
+        return self.layers(images).mean((2, 3))
+
+
+def convolves(cfg) -> nn.Module:
+    torch.manual_seed(0)
+    return Convolves(cfg.SEED)
+
+
+LAST = {"memory_format": "channels_last"}
+
+
+@pytest.mark.parametrize(
+    ("opts", "dtype", "written", "expected"),
+    [
+        ("SEED 2", torch.bfloat16, None, LAST),
+        ("SEED 0", torch.bfloat16, None, {}),  # as of a ViT
+        ("SEED 2", None, None, {}),
+        ("SEED 2 TRAIN.CHANNELS_LAST False", torch.bfloat16, None, {}),
+        ("SEED 2", torch.bfloat16, {"name": "of before"}, {}),
+        ("SEED 2", torch.bfloat16, LAST, LAST),
+    ],
+)
+def test_channels_come_last_where_that_is_faster(opts, dtype, written, expected, monkeypatch):
+    """bfloat16 on the CPU stands in for float16 on CUDA."""
+    monkeypatch.setattr("models.teacher.teacher_dtype", lambda cfg, device: dtype)
+    words = ["--opts", "MODEL.TYPE", f"{__name__}:convolves", *opts.split()]
+    teacher = Teacher.from_config(load_config(words), torch.device("cpu"), written=written)
+    identity = teacher.identity()
+    assert {key: value for key, value in identity.items() if key == "memory_format"} == expected
+    teacher(torch.zeros(2, 3, 16, 16))
+    assert teacher.model.seen == [bool(expected)]
+
+
+def test_weights_are_the_same_however_they_lie():
+    model = Convolves(2)
+    digest = weights_digest(model)
+    teacher = Teacher("", model, 5, memory_format=torch.channels_last)
+    assert model.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.layers[1].weight.is_contiguous()
+    assert teacher.identity()["weights_sha256"] == digest
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        (lambda logits: logits[:, :4], r"\[3, 4\]"),
+        (lambda logits: logits[:2], r"\[2, 5\]"),
+        (lambda logits: logits[..., None], r"\[3, 5, 1\]"),
+        (lambda logits: (logits, logits), r"\['tuple'\]"),
+        (lambda logits: {"logits": logits}, r"\['dict'\]"),
+    ],
+)
+def test_an_answer_that_is_no_row_of_classes_an_image_is_refused(answer, shown):
+    class Talks(Glance):
+        def forward(self, images):
+            return answer(super().forward(images))
+
+    with pytest.raises(ValueError) as caught:
+        Teacher("chatter", Talks(5), 5)(torch.zeros(3, 3, 8, 8))
+    assert re.fullmatch(
+        rf"the teacher chatter answered 3 images with {shown}, not with a tensor \[3, 5\]:"
+        " correct the model or its class count",
+        str(caught.value),
+    )
 
 
 def test_in_the_loop_it_sees_its_own_normalisation():

@@ -522,6 +522,72 @@ def test_bfloat16_is_declined_aloud(store, capsys):
     assert LogitsStoreReader(store).manifest["teacher"]["dtype"] == "float32"
 
 
+def test_a_compiled_teacher_is_another(store, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    assert run(store, "TRAIN.COMPILE True") == 0
+    assert LogitsStoreReader(store).manifest["teacher"]["compiled"] is True
+    assert run(store, "TRAIN.COMPILE True", flags=CHECK) == 0
+    assert run(store, "TRAIN.EPOCHS 2") == 2
+    assert "teacher.compiled is true there and nothing here" in capsys.readouterr().err
+
+
+def test_a_teacher_that_cannot_be_compiled_is_saved_as_it_is(store, four, monkeypatch, capsys):
+    def compiler(graph, inputs):
+        if len(inputs) > 1:  # which the trial has not
+            raise RuntimeError("no kernel")
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    assert run(store, "TRAIN.COMPILE True") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("no kernel") == 1 and "the model runs uncompiled" in shown
+    assert sealed_bytes(store)["epoch_0000.npy"] == sealed_bytes(four)["epoch_0000.npy"]
+    plain, mine = (LogitsStoreReader(root).manifest["teacher"] for root in (four, store))
+    assert mine == plain and set(plain) == {"name", "weights_sha256", "dtype"}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_last_batch_is_filled_up_for_a_compiled_teacher_alone(
+    is_compiled, store, four, monkeypatch
+):
+    """43 images and the partner of the last, in batches of 8."""
+    missing, outputs_of = [], save_logits.utils.outputs_of
+
+    def noted(model, images, rows):
+        return outputs_of(model, images, missing.append(rows - len(images)) or rows)
+
+    monkeypatch.setattr(save_logits.utils, "outputs_of", noted)
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    assert run(store, f"TRAIN.COMPILE {is_compiled}") == 0
+    assert missing == [0] * 5 + [4]
+    assert len(graphs) == 2 * is_compiled  # the compiler's trial, and the one size of batches
+    assert sealed_bytes(store)["epoch_0000.npy"] == sealed_bytes(four)["epoch_0000.npy"]
+
+
+class Pairs(Glance):
+    """Answers with more than its classes."""
+
+    def forward(self, images):
+        return super().forward(images), images
+
+
+def pairs(cfg) -> nn.Module:
+    return Pairs(10)
+
+
+def test_a_teacher_that_answers_with_a_tuple_is_refused(store, capsys):
+    assert run(store, "MODEL.TYPE", f"{__name__}:pairs") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "answered 8 images with ['tuple']" in error
+    assert LogitsStoreReader(store).epochs() == []
+
+
 def test_a_tally_counts():
     tally = Tally()
     tally.add(
