@@ -393,6 +393,7 @@ def open_store(cfg, keys, num_outputs: int = 0) -> LogitsStoreReader | UpstreamS
         k if is_named else None,
         num_classes=classes,
         order=cfg.DISTILL.UPSTREAM_ORDER,
+        cache=cfg.DATA.INDEX_DIR or None,
     )
 
 

@@ -70,7 +70,7 @@ class ReplayDataset(Dataset[Batch]):
         self.executor = executor
         self.topk = 0 if store is None else topk or store.k
         self._epoch = 0
-        self._opened: tuple[int, np.ndarray] | None = None  # the epoch that is mapped, its records
+        self._opened: tuple[int, np.ndarray] | None = None  # the epoch that is open, its records
         if store is None:
             return
         if self.topk > store.k:
@@ -132,13 +132,13 @@ class ReplayDataset(Dataset[Batch]):
         return batch._replace(image=self.decoder.pack(images, seeds))
 
     def _records(self, epoch: int) -> np.ndarray:
-        """The store's records of an epoch, mapped once for each process and epoch."""
+        """The store's records of an epoch, opened once for each process and epoch."""
         if self._opened is None or self._opened[0] != epoch:
-            self._opened = (epoch, self.store.open_epoch(epoch))
+            self._opened = (epoch, self.store.open_records(epoch))
         return self._opened[1]
 
     def __getstate__(self) -> dict:
-        # An open map does not travel to a worker, its path does.
+        # An open file does not travel to a worker, its path does.
         return {**self.__dict__, "_opened": None}
 
 

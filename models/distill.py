@@ -122,7 +122,8 @@ def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Ten
     """Stored probabilities, and what each other class gets [B, 1], so that all sum to 1.
 
     Float16 may have rounded a row's sum up beyond 1: it is scaled back; or, with `subtract`, the
-    other classes get what is below 0.
+    other classes get what is below 0. Where all classes are kept (K = C) no other one is left: they
+    sum to what float16 has made of 1, and only what exceeds it is scaled back.
     """
     total = probs.sum(-1, keepdim=True)
     others = num_classes - probs.shape[-1]

@@ -29,6 +29,7 @@ from data.store.original import UpstreamStoreReader
 from data.store.parts import part_files, read_blocks
 from data.store.reader import LogitsStoreReader
 from data.store.writer import LogitsStoreWriter
+from logger import progress
 
 BATCH_RECORDS = 1 << 14
 COPIED_BYTES = 1 << 23  # at once
@@ -137,15 +138,15 @@ def verify(args: argparse.Namespace) -> int:
     if lacking:
         faults.append(f"{args.store}: epochs {ranges(lacking)} are missing")
     try:
-        reader.check_keys()
+        len(reader.keys)  # checks them
     except StoreError as error:
         faults.append(str(error))
-    with _bar(reader, epochs) as bar:
-        for epoch in epochs:
-            try:
-                faults += reader.damaged_blocks(epoch, bar.update)
-            except StoreError as error:
-                faults.append(str(error))
+    for epoch in epochs:
+        try:
+            blocks = progress(reader.faults(epoch), reader.blocks, f"epoch {epoch}", "blocks")
+            faults += filter(None, blocks)
+        except StoreError as error:
+            faults.append(str(error))
     for fault in faults:
         print(fault)
     print(
@@ -372,7 +373,7 @@ def _copy_epoch(
             writing.flush()
             digests = list(block_digests(np.load(writing.name, mmap_mode="r")))
             if digests != seal["sha256"]:
-                damaged = next(source.damaged_blocks(epoch), f"{path}: the copy is damaged")
+                damaged = next(filter(None, source.faults(epoch)), f"{path}: the copy is damaged")
                 raise StoreError(f"{damaged}; nothing of it was copied")
         # as the target's manifest may have been written in an earlier version's terms
         seal["identity_sha256"] = target.identity_sha256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import tarfile
 import zipfile
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data.images.reading import IMAGE_SUFFIXES, CorruptImage
+from data.store.files import read_at
 
 TAR_BLOCK = 512
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")  # gzip, bzip2, xz, zstandard
@@ -62,11 +62,11 @@ def tar_members(path: Path) -> Iterator[Member]:
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
         reason = f"{error}: restore it"
-        if _read_at(path, 0, 6).startswith(COMPRESSED):
+        if read_at(path, 0, 6).startswith(COMPRESSED):
             reason = "it is compressed, and single images can't be read from it: unpack it"
         raise ValueError(f"{path}: can't be read as a tar: {reason}") from None
     # the library takes a damaged header for the end
-    if _read_at(path, end, TAR_BLOCK) != bytes(TAR_BLOCK):
+    if read_at(path, end, TAR_BLOCK) != bytes(TAR_BLOCK):
         raise ValueError(
             f"{path}: the tar is truncated or damaged at byte {end:,} of {length:,}: restore it"
         )
@@ -84,36 +84,6 @@ def _check_image(path: Path, member: tarfile.TarInfo, length: int) -> None:
             f"{path}: the tar is truncated: member {member.name} ends at byte {end:,}, the file at"
             f" {length:,}: restore it"
         )
-
-
-class TarBytes:
-    """The bytes of a tar file; it stays open in each process, on network drives that is quicker."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._handle: int | None = None
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "_handle": None}
-
-    def __del__(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-
-    def read(self, offset: int, size: int) -> bytes:
-        """The bytes at an offset; a file that has become shorter is an error."""
-        if not hasattr(os, "pread"):  # as on Windows
-            data = _read_at(self.path, offset, size)
-        else:
-            if self._handle is None:
-                self._handle = os.open(self.path, os.O_RDONLY)
-            # moves no position, which threads and forked processes would share
-            data = os.pread(self._handle, size, offset)
-        if len(data) != size:
-            raise ValueError(
-                f"{self.path}: ends before byte {offset + size:,}: the tar is truncated, restore it"
-            )
-        return data
 
 
 def zip_spans(path: Path) -> dict[str, tuple[int, int]]:
@@ -134,7 +104,7 @@ def read_zip_member(path: Path, name: str, span: tuple[int, int]) -> bytes:
     as long as decoding an image.
     """
     try:
-        data = None if span == NOWHERE else _unpacked(_read_at(path, *span), name.encode())
+        data = None if span == NOWHERE else _unpacked(read_at(path, *span), name.encode())
         if data is None:
             with zipfile.ZipFile(path) as file:
                 data = file.read(name)
@@ -181,10 +151,3 @@ def _unpacked(block: bytes, name: bytes) -> bytes | None:
     if len(data) != size or zlib.crc32(data) != checksum:
         raise zipfile.BadZipFile("its bytes do not fit their checksum")
     return data
-
-
-def _read_at(path: Path, offset: int, size: int) -> bytes:
-    """Bytes at an offset: fewer at the end of the file."""
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        return file.read(size)

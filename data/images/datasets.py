@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data.images import layout, shapes
-from data.images.archives import TarBytes, read_zip_member
+from data.images.archives import read_zip_member
 from data.images.listing import (
     Listing,
     Scan,
@@ -30,6 +30,7 @@ from data.images.listing import (
 )
 from data.images.reading import CorruptImage, read_rgb, warn
 from data.images.scans import ClassLists, class_folders, scan_folder, scan_tar, scan_zips
+from data.store.files import FileBytes
 from data.store.keys import Keys, check_unique, save_array
 
 DEBUG_CLASSES = "n00007846"
@@ -139,7 +140,7 @@ class TarImages(ListedImages):
 
     def __init__(self, cfg, listing: Listing, path: Path) -> None:
         super().__init__(cfg, listing)
-        self.tar = TarBytes(path)
+        self.tar = FileBytes(path)
 
     def open_image(self, position: int) -> Image.Image:
         data = self.tar.read(*self.listing.span(position))

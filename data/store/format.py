@@ -4,19 +4,36 @@ decide which epochs belong together.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.store.files import StoreError
+from data.store.files import FileBytes, StoreError
 
 FORMAT = 1
 RECIPE_VERSION = 2  # the newest of identity.recipe that this program knows
 UNNUMBERED_VERSION = 2  # what a recipe without a number means: it has the reprs of its operations
 SEAL_RECORDS = 1 << 16  # records under one checksum
+MOST = 1 << 40  # images, classes or probabilities that a manifest may speak of
+ONE = np.float16(1).view(np.uint16)  # its bits
 SHOWN = 5
+
+
+class Records:
+    """The records of a file by row, each read when it is asked for."""
+
+    def __init__(self, path: Path, dtype: np.dtype, offset: int = 0) -> None:
+        """`offset` bytes stand before them."""
+        self._bytes = FileBytes(path)
+        self._dtype = dtype
+        self._offset = offset
+
+    def __getitem__(self, row: int) -> np.void:
+        size = self._dtype.itemsize
+        return np.frombuffer(self._bytes.read(self._offset + row * size, size), self._dtype)[0]
 
 
 def record_dtype(k: int, num_classes: int) -> np.dtype:
@@ -63,6 +80,24 @@ def size_text(size: int) -> str:
     return f"{size / 1e3:.2f} kB"
 
 
+def impossible(records: np.ndarray, num_classes: int, name: Callable[[int], object]) -> str:
+    """What is wrong with the first of the records [n] that no teacher can have given; "" if it can
+    have given all. `name` names one.
+    """
+    # Bits of probabilities sort as their numbers do; those of negative numbers, of what is no
+    # number and of what exceeds 1 come after.
+    bits = records["prob"].view(np.uint16)
+    is_rising = (bits[:, 1:] > bits[:, :-1]).any(axis=1)
+    is_unknown = (records["index"] >= num_classes).any(axis=1)
+    is_bad = (bits[:, 0] > ONE) | is_rising | is_unknown | (records["seed"] < 0)
+    if not is_bad.any():
+        return ""
+    return (
+        f"the record of {name(int(is_bad.argmax()))} has a class from {num_classes:,} up,"
+        " probabilities that do not descend from 1 to 0, or a negative seed"
+    )
+
+
 def block_digests(records: np.ndarray) -> Iterator[str]:
     """The sha256 of each SEAL_RECORDS records, in hex."""
     for low in range(0, len(records), SEAL_RECORDS):
@@ -87,22 +122,26 @@ def decoded(data: bytes, name: str) -> dict[str, Any]:
     try:
         manifest = normalised(json.loads(data))
         version, identity = int(manifest["format"]), manifest["identity"]
-        if version <= FORMAT and (
-            min(int(identity[key]) for key in ("k", "num_classes", "num_images")) < 1
-            or not identity["keys_sha256"]
-        ):
-            raise ValueError("a count is below 1")
-    except (ValueError, TypeError, KeyError) as error:
+        if version != FORMAT:
+            raise StoreError(
+                f"{name}: the store has format {version}, this program knows format {FORMAT}:"
+                " update the program"
+            )
+        counts = [int(identity[key]) for key in ("k", "num_classes", "num_images")]
+        if min(counts) < 1 or max(counts) > MOST or counts[0] > counts[1]:
+            raise ValueError(f"counts of {counts}")
+        if not re.fullmatch("[0-9a-f]{64}", identity["keys_sha256"]):
+            raise ValueError("keys_sha256 is none")
+        if not all(isinstance(manifest[key], dict) for key in ("teacher", "proof", "info")):
+            raise TypeError("a section is none")
+        return translated(manifest, name)
+    except StoreError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise StoreError(
             f"{name}: is no manifest of a logits store ({error!r}): restore the file or write the"
             " store again"
         ) from None
-    if version != FORMAT:
-        raise StoreError(
-            f"{name}: the store has format {version}, this program knows format {FORMAT}: update"
-            " the program"
-        )
-    return translated(manifest, name)
 
 
 def translated(manifest: Mapping[str, Any], name: str) -> dict[str, Any]:

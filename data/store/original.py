@@ -11,7 +11,7 @@ never read for what the later run wrote too.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.store.files import StoreError
-from data.store.format import ranges, record_dtype
+from data.store.format import SEAL_RECORDS, Records, impossible, ranges, record_dtype
 from data.store.keys import Keys, default_cache, load_array, locate, save_array
 
 MOST_CLASSES = 1 << 15  # int16 can't name more
@@ -40,6 +40,7 @@ class UpstreamEpoch:
         self.dtype = values[0].dtype
         self._rows = rows  # int64 [N]: over all ranks, one behind the other; -1 for none
         self._values = values  # of each rank
+        self._files = [Records(_values_path(folder, i), self.dtype) for i in range(len(values))]
         self._keys = keys
         # row of each rank's first record
         self._starts = np.cumsum([0] + [len(value) for value in values])
@@ -59,7 +60,7 @@ class UpstreamEpoch:
             )
         ranks = np.searchsorted(self._starts, rows, "right") - 1
         if rows.ndim == 0:
-            return self._values[ranks][rows - self._starts[ranks]]
+            return self._files[ranks][int(rows - self._starts[ranks])]
         records = np.empty(rows.shape, self.dtype)
         for rank in np.unique(ranks):
             mine = ranks == rank
@@ -147,6 +148,8 @@ class UpstreamStoreReader:
         values = self._values(folder)
         return UpstreamEpoch(folder, self._rows(folder, values), values, self._keys)
 
+    open_records = open_epoch
+
     def check_epochs(self, epochs: Iterable[int]) -> None:
         """Before a run's first batch: raise StoreError unless all these epochs can be read.
 
@@ -170,6 +173,21 @@ class UpstreamStoreReader:
                     f" the first being {_named(lacking[0], self._keys)}: give the data set it was"
                     " saved from"
                 )
+
+    def faults(self, epoch: int) -> Iterator[str]:
+        """As LogitsStoreReader's; but there are no checksums, so that only records which no teacher
+        can give are found.
+        """
+        folder = self._folder(epoch)
+        for rank, values in enumerate(self._values(folder)):
+            path, keys = _values_path(folder, rank), Keys.read(_keys_path(folder, rank))
+            for low in range(0, len(values), SEAL_RECORDS):
+                offset = low * self.dtype.itemsize
+                records = np.fromfile(path, self.dtype, SEAL_RECORDS, offset=offset)
+                fault = impossible(
+                    records, self.num_classes, lambda row, low=low, keys=keys: keys[low + row]
+                )
+                yield fault and f"{path}: {fault}: copy the file again"
 
     def _check_classes(self, records: UpstreamEpoch) -> None:
         for rank, values in enumerate(records._values):

@@ -6,10 +6,11 @@ and, for each sealed epoch, `epoch_0000.npy` (N records) and `epoch_0000.json` (
 last). An epoch being written is a folder of parts.
 """
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from data.store.files import StoreError
 from data.store.format import (
     FORMAT,
     SEAL_RECORDS,
+    Records,
     again,
-    block_digests,
     data_path,
     decoded,
     identity_digest,
+    impossible,
     ranges,
     record_dtype,
     seal_path,
@@ -64,14 +66,23 @@ class LogitsStoreReader:
         return self._num_images
 
     @property
+    def blocks(self) -> int:
+        """Number of stretches of an epoch that have a checksum of their own."""
+        return -(-len(self) // SEAL_RECORDS)
+
+    @property
     def keys(self) -> Keys:
-        """The names of the images, by position: a sequence of str over the mapped file."""
+        """The names of the images, by position: a sequence of str over the mapped file.
+
+        Before they are used their digest is compared with the manifest's.
+        """
         if self._keys is None:
-            keys = Keys.read(self.root / "keys.txt")
-            if len(keys) != len(self):
+            path = self.root / "keys.txt"
+            keys = Keys.read(path)
+            if len(keys) != len(self) or keys.digest() != self.keys_digest:
                 raise StoreError(
-                    f"{self.root / 'keys.txt'}: has {len(keys):,} lines, the manifest says"
-                    f" {len(self):,}: restore the file"
+                    f"{path}: is not the file that the manifest names (its {len(keys):,} lines or"
+                    " their sha256 differ): restore it"
                 )
             self._keys = keys
         return self._keys
@@ -93,7 +104,7 @@ class LogitsStoreReader:
         self._check_seal(epoch)
         try:
             records = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged header makes numpy fail in many ways
             raise StoreError(f"{path}: truncated or damaged ({error}): {again(epoch)}") from error
         if records.dtype != self.dtype:
             raise StoreError(
@@ -110,13 +121,18 @@ class LogitsStoreReader:
             )
         return records
 
+    def open_records(self, epoch: int) -> Records:
+        """The records of a sealed epoch by position, each read when it is asked for."""
+        return Records(data_path(self.root, epoch), self.dtype, self.open_epoch(epoch).offset)
+
     def seal(self, epoch: int) -> dict[str, Any]:
         """The seal of an epoch: counts, checksums, and the teacher's accuracy under "teacher"."""
         path = seal_path(self.root, epoch)
         try:
             seal = json.loads(path.read_bytes())
-            if not isinstance(seal["sha256"], list):
-                raise KeyError("sha256")
+            if not isinstance(seal["sha256"], list) or not isinstance(seal["teacher"], dict):
+                raise TypeError("no checksums")
+            seal["format"] = int(seal.get("format", 0))
             return seal
         except FileNotFoundError:
             sealed = ranges(self.epochs())
@@ -124,7 +140,14 @@ class LogitsStoreReader:
                 f"{self.root}: epoch {epoch} is not sealed (sealed: {sealed}): run save_logits.py"
                 " until it is"
             ) from None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+            OSError,
+        ) as error:
             raise StoreError(f"{path}: can't be understood ({error!r}): {again(epoch)}") from None
 
     def check_epochs(self, epochs: Iterable[int]) -> None:
@@ -143,37 +166,36 @@ class LogitsStoreReader:
         for epoch in sorted(wanted):
             self.open_epoch(epoch)
 
-    def check_keys(self) -> None:
-        """Raise StoreError unless keys.txt is the file that the manifest names."""
-        if self.keys.digest() != self.keys_digest:
-            raise StoreError(
-                f"{self.root / 'keys.txt'}: is not the file that the manifest names (its sha256"
-                " differs): restore it"
-            )
+    def faults(self, epoch: int) -> Iterator[str]:
+        """What is wrong with each block of an epoch, "" with one that holds the sealed bytes and
+        records that a teacher can give.
 
-    def damaged_blocks(
-        self, epoch: int, progress: Callable[[int], None] = lambda size: None
-    ) -> Iterator[str]:
-        """One line for each block of an epoch whose bytes are not the sealed ones.
-
-        `progress` is told the bytes read.
+        All of the file is read, and not mapped: one that is cut short meanwhile is a fault too.
         """
-        records = self.open_epoch(epoch)
-        digests = self.seal(epoch)["sha256"]
-        for number, digest in enumerate(block_digests(records)):
-            low = number * SEAL_RECORDS
-            high = min(low + SEAL_RECORDS, len(records))
-            if digest != digests[number]:
-                yield (
-                    f"{records.filename}: block {number} is damaged (records {low:,} to"
-                    f" {high - 1:,}): {again(epoch)}"
+        offset = self.open_epoch(epoch).offset
+        path = data_path(self.root, epoch)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            for number, digest in enumerate(self.seal(epoch)["sha256"]):
+                low = number * SEAL_RECORDS
+                data = file.read(SEAL_RECORDS * self.dtype.itemsize)
+                if hashlib.sha256(data).hexdigest() != digest:
+                    high = min(low + SEAL_RECORDS, len(self))
+                    yield (
+                        f"{path}: block {number} is damaged (records {low:,} to {high - 1:,}):"
+                        f" {again(epoch)}"
+                    )
+                    continue
+                records = np.frombuffer(data, self.dtype)
+                fault = impossible(
+                    records, self.num_classes, lambda row, low=low: self.keys[low + row]
                 )
-            progress((high - low) * self.dtype.itemsize)
+                yield fault and f"{path}: {fault}: {again(epoch)}"
 
     def _check_seal(self, epoch: int) -> None:
         seal = self.seal(epoch)
         path = seal_path(self.root, epoch)
-        if seal.get("format", 0) > FORMAT:
+        if seal["format"] > FORMAT:
             raise StoreError(
                 f"{path}: has format {seal['format']}, this program knows format {FORMAT}: update"
                 " the program"
@@ -183,9 +205,10 @@ class LogitsStoreReader:
                 f"{path}: the epoch was sealed under another manifest: restore manifest.json, or"
                 f" {again(epoch)}"
             )
-        blocks = -(-len(self) // SEAL_RECORDS)
-        if seal.get("records") != len(self) or len(seal["sha256"]) != blocks:
+        if (seal.get("records"), seal.get("epoch")) != (len(self), epoch) or len(
+            seal["sha256"]
+        ) != self.blocks:
             raise StoreError(
-                f"{path}: seals {seal.get('records')} records, the manifest says {len(self):,}:"
-                f" {again(epoch)}"
+                f"{path}: seals {seal.get('records')} records of epoch {seal.get('epoch')}, the"
+                f" manifest says {len(self):,}: {again(epoch)}"
             )

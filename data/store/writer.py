@@ -30,6 +30,7 @@ from data.store.format import (
     disk_need,
     encoded,
     identity_digest,
+    impossible,
     lock_path,
     normalised,
     parts_path,
@@ -197,17 +198,11 @@ class LogitsStoreWriter:
                 f"{self.root}: positions {positions.min()} to {positions.max()} are not all among"
                 f" its {len(self):,} images: write them to a store with their keys"
             )
-        is_bad = (
-            ~np.isfinite(records["prob"]).all(axis=1)
-            | (records["index"] >= self.num_classes).any(axis=1)
-            | (records["seed"] < 0)
-        )
-        if is_bad.any():
+        fault = impossible(records, self.num_classes, lambda row: f"position {positions[row]}")
+        if fault:
             raise StoreError(
-                f"{self.root}: the record of position {positions[is_bad.argmax()]} has a"
-                f" probability that is no number, a class from {self.num_classes:,} up, or a"
-                " negative seed: check the teacher's weights, or run it in float32 (AMP_ENABLE"
-                " False)"
+                f"{self.root}: {fault}: check the teacher's weights, or run it in float32"
+                " (AMP_ENABLE False)"
             )
         self._part.append(positions, records)
 

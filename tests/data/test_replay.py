@@ -169,7 +169,7 @@ class OneEpochStore:
     def __len__(self) -> int:
         return len(self.records)
 
-    def open_epoch(self, epoch: int) -> np.ndarray:
+    def open_records(self, epoch: int) -> np.ndarray:
         return self.records
 
 

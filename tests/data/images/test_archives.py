@@ -11,13 +11,13 @@ import pytest
 from data.images import archives
 from data.images.archives import (
     NOWHERE,
-    TarBytes,
     is_image,
     read_zip_member,
     tar_members,
     zip_spans,
 )
 from data.images.reading import CorruptImage
+from data.store.files import FileBytes
 from tests.support.images import in_processes, write_tar, write_zip
 
 CONTENTS = {f"{i:03d}.jpeg": bytes([i % 256]) * (i * 37 % 2000 + 1) for i in range(120)}
@@ -144,7 +144,7 @@ def tar(tmp_path):
     return write_tar(tmp_path / "a.tar", CONTENTS)
 
 
-def read_tar(reader: TarBytes, members: list) -> list[bytes]:
+def read_tar(reader: FileBytes, members: list) -> list[bytes]:
     return [reader.read(offset, size) for _, offset, size in members]
 
 
@@ -154,20 +154,20 @@ def test_tar_members_by_offset(tar, monkeypatch, has_pread):
         monkeypatch.delattr(os, "pread", raising=False)
     members = list(tar_members(tar))
     assert [member.name for member in members] == list(CONTENTS)
-    assert read_tar(TarBytes(tar), members) == list(CONTENTS.values())
+    assert read_tar(FileBytes(tar), members) == list(CONTENTS.values())
 
 
 def test_a_tar_that_became_shorter_is_named(tar):
     *_, last = tar_members(tar)
     os.truncate(tar, last.offset + last.size - 1)
     with pytest.raises(ValueError, match=r"a.tar: ends before byte .*truncated, restore it"):
-        TarBytes(tar).read(last.offset, last.size)
+        FileBytes(tar).read(last.offset, last.size)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_many_processes_read_one_tar_at_once(tar, start):
     members = list(tar_members(tar))
-    reader, expected = TarBytes(tar), list(CONTENTS.values())
+    reader, expected = FileBytes(tar), list(CONTENTS.values())
     assert read_tar(reader, members) == expected  # open before the processes start
     assert in_processes(read_tar, 3, reader, members * 5, start=start) == [expected * 5] * 3
     assert read_tar(reader, members) == expected
