@@ -736,7 +736,7 @@ def run(settings: tuple[CfgNode, str], stop: StopRequest) -> int:
     """What the command line asks for: training, or a measurement."""
     cfg, save_model = settings
     world = utils.init_distributed(cfg.DEVICE)
-    utils.choose_kernels(cfg.TRAIN.DETERMINISTIC)
+    utils.choose_kernels(cfg.TRAIN.DETERMINISTIC, world.device)
     if cfg.THROUGHPUT_MODE:
         model = measure_throughput(cfg, world)
     elif cfg.EVAL_MODE:

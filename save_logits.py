@@ -48,7 +48,6 @@ from models.distill import encode
 from models.teacher import Teacher
 from utils import Distributed, Exit, Stopped, StopRequest, run_program
 
-PATIENCE = timedelta(days=7)  # one process may wait while another computes a whole epoch
 GOES_ON = "what is written is kept, run the same again to go on"
 
 Item = TypeVar("Item")
@@ -186,7 +185,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(settings: tuple[argparse.Namespace, CfgNode], stop: StopRequest) -> int:
     """Save or check."""
     args, cfg = settings
-    world = utils.init_distributed(cfg.DEVICE, timeout=PATIENCE)
+    world = utils.init_distributed(cfg.DEVICE)
     utils.choose_kernels(cfg.TRAIN.DETERMINISTIC)
     run = prepare(cfg, world, stop)
     if args.check_saved_logits:

@@ -1,5 +1,6 @@
 """What both programs share: the frame they run in, processes and devices, meters, evaluation."""
 
+import ctypes
 import logging
 import math
 import os
@@ -27,6 +28,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from logger import note_fault
+
+# How long processes wait for each other: in an exchange of tensors, and of objects, where one may
+# be listing millions of files or computing the rest of an epoch alone.
+TIME_OUT = timedelta(minutes=30)
+PATIENCE = timedelta(days=7)
 
 Settings = TypeVar("Settings")
 Result = TypeVar("Result")
@@ -61,6 +67,9 @@ def run_program(
     What `load` reads, the command line, is the same in all processes: rank 0 tells its faults.
     """
     rank = os.environ.get("RANK", "0")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Asks to be stopped when the torchrun that started this process has been killed.
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         settings = load()
     except ValueError as error:
@@ -69,30 +78,39 @@ def run_program(
         return Exit.FAULT
     with StopRequest() as stop:
         try:
-            return program(settings, stop)
-        except Stopped as stopped:
-            logging.getLogger("tinyvit").info(f"stopped on request: {stopped}")
-            return Exit.STOPPED
+            return _ending(lambda: program(settings, stop), stop, rank)
         except KeyboardInterrupt:
             print("ended without saving: the same command goes on", file=sys.stderr)
             return Exit.INTERRUPTED
-        except PeerError:
-            # While a run is being stopped, processes that end are no fault.
-            return Exit.STOPPED if stop.received else Exit.FAULT
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
-            text = one_line(error)
-        except RuntimeError as error:  # of exchanges between processes it is the only type
-            if not (isinstance(error, dist.DistError) or a_peer_is_lost()):
-                raise
-            if stop.received:
-                return Exit.STOPPED
-            text = (
-                "the connection to another process is lost, whose own message tells why"
-                f" ({one_line(error)[:120]})"
-            )
-        print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
-        note_fault(logging.getLogger("tinyvit"), text)
-        return Exit.FAULT
+        finally:
+            if dist.is_initialized():  # after a fault: what is under way waits for others in vain
+                dist.distributed_c10d._abort_process_group()
+
+
+def _ending(program: Callable[[], int], stop: "StopRequest", rank: str) -> int:
+    """The exit code of a program; its faults are told."""
+    try:
+        return program()
+    except Stopped as stopped:
+        logging.getLogger("tinyvit").info(f"stopped on request: {stopped}")
+        return Exit.STOPPED
+    except PeerError:
+        # While a run is being stopped, processes that end are no fault.
+        return Exit.STOPPED if stop.received else Exit.FAULT
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        text = one_line(error)
+    except RuntimeError as error:  # of exchanges between processes it is the only type
+        if not (isinstance(error, dist.DistError) or a_peer_is_lost()):
+            raise
+        if stop.received:
+            return Exit.STOPPED
+        text = (
+            "the connection to another process is lost, whose own message tells why"
+            f" ({one_line(error)[:120]})"
+        )
+    print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
+    note_fault(logging.getLogger("tinyvit"), text)
+    return Exit.FAULT
 
 
 def one_line(error: Exception) -> str:
@@ -120,6 +138,8 @@ class Distributed:
     world_size: int = 1
     local_rank: int = 0  # rank on this machine: the number of its GPU
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # for objects, on the CPU and patient; None is the group of all exchanges
+    objects: dist.ProcessGroup | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -147,7 +167,7 @@ class Distributed:
         if self.world_size == 1:
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
     def gather_objects(self, obj: Any) -> list[Any]:
@@ -155,7 +175,7 @@ class Distributed:
         if self.world_size == 1:
             return [obj]
         objects: list[Any] = [None] * self.world_size
-        dist.all_gather_object(objects, obj)
+        dist.all_gather_object(objects, obj, group=self.objects)
         return objects
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
@@ -212,16 +232,13 @@ def _nothing() -> None:
 
 
 def init_distributed(
-    device: str = "auto",
-    join_timeout: timedelta = timedelta(minutes=5),
-    timeout: timedelta = timedelta(minutes=30),
+    device: str = "auto", join_timeout: timedelta = timedelta(minutes=5)
 ) -> Distributed:
     """Join the processes that torchrun's environment names, or run alone without one.
 
-    `join_timeout` is how long to wait for the others at the start, `timeout` how long for any later
-    exchange: rank 0 may be listing millions of images meanwhile."""
+    `join_timeout` is how long to wait for the others at the start."""
     rank, world_size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
-    local_rank = from_environment("LOCAL_RANK", rank)
+    local_rank = from_environment("LOCAL_RANK", from_environment("SLURM_LOCALID", rank))
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
         raise ValueError(
             "of the environment variables RANK and WORLD_SIZE only one is set: start with torchrun,"
@@ -249,9 +266,10 @@ def init_distributed(
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timeout,
+            timeout=TIME_OUT,
             device_id=chosen if on_gpu else None,
         )
+        objects = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         names = ("MASTER_ADDR", "MASTER_PORT")
         address = ":".join(os.environ.get(name, f"({name} is not set)") for name in names)
@@ -261,7 +279,7 @@ def init_distributed(
             " --master-port; else see that every process was started and that this address is"
             " reachable"
         ) from error
-    return Distributed(rank, world_size, local_rank, chosen)
+    return Distributed(rank, world_size, local_rank, chosen, objects)
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
@@ -347,12 +365,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Ask for kernels that give equal bits from run to run, or for the fastest ones."""
+def choose_kernels(deterministic: bool, device: torch.device) -> None:
+    """Ask for kernels that give equal bits from run to run, or for the fastest ones; what computes
+    in float32 on CUDA may multiply matrices in TF32, as its convolutions do anyway.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
     torch.use_deterministic_algorithms(deterministic)
+    # Writing to all new memory would only help a program that reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
 
 
 def must_compile(cfg, device: torch.device, updates: int) -> tuple[bool, str]:

@@ -43,7 +43,7 @@ def photo(seed: int) -> bytes:
 
 def open_photo(data: bytes) -> Image.Image:
     """The decoded picture, from its JPEG."""
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=["JPEG"])
     image.load()
     return image
 

@@ -100,7 +100,7 @@ def work(pipe: Connection, words: list[str]) -> None:
     """Train the epochs asked for, one at a time; answer each with the peak memory so far."""
     cfg = config_from_args(base_parser("").parse_args(words))
     world = init_distributed(cfg.DEVICE)
-    choose_kernels(False)
+    choose_kernels(False, world.device)
     # whose logger has nothing to say
     run = main.build_training(cfg, world, create_logger(None, rank=1), StopRequest())
     pipe.send(None)

@@ -349,8 +349,8 @@ def _signals_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # as on Windows
         yield
         return
-    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
+    held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield

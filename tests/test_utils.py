@@ -40,7 +40,7 @@ from utils import (
 )
 
 CPU = torch.device("cpu")
-TORCHRUN_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_LOCALID")
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,11 @@ def fault_of(function):
         return type(error).__name__, str(error)
 
 
+def waits(group: dist.ProcessGroup) -> timedelta:
+    """How long an exchange of CPU tensors in a group waits; a ValueError where it has no gloo."""
+    return group._get_backend(CPU).options._timeout
+
+
 def exchange():
     world = init_distributed("cpu", join_timeout=timedelta(seconds=30))
     tensor = torch.tensor([world.rank + 1.0, 10.0], dtype=torch.float64)
@@ -88,6 +93,7 @@ def exchange():
         "object": world.broadcast_object({"chosen": Path("x")} if world.is_main else None),
         "gathered": world.gather_objects(("from", world.rank)),
         "backend": torch.distributed.get_backend(),
+        "patience": [waits(group).days for group in (dist.group.WORLD, world.objects)],
         "any": world.any_of(world.rank == 1, False, True),
         "on main": world.on_main(lambda: world.rank),
         "fault": fault_of(lambda: world.on_main(lambda: int(f"not {world.rank}"))),
@@ -113,6 +119,7 @@ def test_processes_exchange_tensors_and_objects(world_size):
             "object": {"chosen": Path("x")},
             "gathered": [("from", r) for r in range(world_size)],
             "backend": "gloo",
+            "patience": [0, 7],
             "any": [True, False, True],
             "on main": 0,
             "fault": (
@@ -120,6 +127,41 @@ def test_processes_exchange_tensors_and_objects(world_size):
                 "invalid literal for int() with base 10: 'not 0'",
             ),
         }
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes in which group tensors are exchanged, and on what device they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = [
+                x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)
+            ]
+            groups = [x for x in args if isinstance(x, torch.ScriptObject)]
+            name = dist.ProcessGroup.unbox(groups[0]).group_name
+            self.seen |= {(name, x.device.type) for x in tensors}
+        return function(*args, **(kwargs or {}))
+
+
+def exchange_objects():
+    world = init_distributed("cpu", join_timeout=timedelta(seconds=30))
+    with Watched() as objects:
+        assert world.on_main(str) == world.main_first(str) == ""
+    with Watched() as tensors:
+        world.any_of(True)
+    names = [world.objects.group_name, dist.group.WORLD.group_name]
+    world.destroy()
+    return names, objects.seen, tensors.seen
+
+
+def test_objects_travel_in_the_patient_group_on_the_cpu():
+    for (patient, default), objects, tensors in run_ranks(exchange_objects, 2):
+        assert objects == {(patient, "cpu")} and tensors == {(default, "cpu")}
+        assert patient != default
 
 
 @pytest.mark.parametrize(
@@ -267,6 +309,18 @@ def test_a_missing_device_is_a_clear_error(name, gpus, visible, message, machine
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match=message):
         choose_device(name, 2)
+
+
+def test_without_torchrun_slurm_says_which_gpu_is_whose(machine, monkeypatch):
+    current = machine(gpus=2)
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("SLURM_LOCALID", "1")):
+        monkeypatch.setenv(name, value)
+    for local_rank in (None, "0"):
+        if local_rank:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
+            init_distributed("cuda")
+    assert current == [1, 0]
 
 
 def test_mps_runs_alone(machine, monkeypatch):
@@ -438,6 +492,67 @@ def test_a_fault_after_a_signal_stays_a_fault(capsys):
 
     assert ending(program) == 2
     assert "No space left" in capsys.readouterr().err
+
+
+def end_while_another_waits(error):
+    """How two processes end of which the last fails while the first waits for it, and whether they
+    have left their group.
+    """
+
+    def program(stop):
+        world = init_distributed("cpu")
+        if world.rank:
+            raise error
+        dist.all_reduce(torch.ones(3), async_op=True)  # as in a backward pass
+        world.gather_objects("in vain")
+
+    try:
+        code = ending(program)
+    except KeyError:
+        code = "a fault of the program"
+    return code, dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("x"), 2),
+        (utils.Stopped("x"), 75),
+        (KeyboardInterrupt(), 130),
+        (KeyError("x"), "a fault of the program"),
+    ],
+)
+def test_however_a_process_ends_it_leaves_its_group_and_none_waits_for_it(error, code):
+    assert run_ranks(end_while_another_waits, 2, error) == [(2, False), (code, False)]
+
+
+def test_a_second_ctrl_c_may_come_at_any_time(capsys, monkeypatch):
+    """Even while a stop is being told."""
+
+    def program(stop):
+        signal.raise_signal(signal.SIGINT)
+        raise utils.Stopped("x")
+
+    def told(text):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(utils.logging.getLogger("tinyvit"), "info", told)
+    assert ending(program) == 130
+
+
+def test_kernels_are_fast_or_deterministic_and_new_memory_is_never_filled(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        for deterministic, device, products in ((True, CPU, "highest"), (False, "cuda", "high")):
+            utils.choose_kernels(deterministic, torch.device(device))
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert torch.backends.cudnn.benchmark is not deterministic
+            assert torch.get_float32_matmul_precision() == products
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        utils.choose_kernels(False, CPU)
+        torch.backends.cudnn.benchmark = False
 
 
 # ---- meters and evaluation

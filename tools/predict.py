@@ -193,7 +193,7 @@ def _image_files(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
             continue
         if not path.is_dir():
-            raise ValueError(f"{path}: no such file or folder")
+            raise ValueError(f"{path}: no such file or folder: name images, or folders of images")
         found = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
         if not found:
             raise ValueError(f"{path}: no images in this folder")

@@ -18,6 +18,7 @@ from torch import Tensor
 from configs import load_config
 from data.augment import AugmentDecoder
 from data.augment.rng import sample_seed
+from data.images.reading import read_rgb
 
 COLUMNS = 4
 MOST = 400  # seeds on one sheet
@@ -60,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.pairs:
         words += ["AUG.MIXUP_MODE", "pair2"]
     try:
-        decoder = AugmentDecoder.from_config(load_config(words))
-        images = [open_image(name) for name in args.image] or [landscape()]
+        cfg = load_config(words)
+        decoder = AugmentDecoder.from_config(cfg)
+        files = ((name, Path(name).read_bytes()) for name in args.image)
+        images = [read_rgb(data, cfg.DATA.MAX_PIXELS, name) for name, data in files]
+        images = images or [landscape()]
         tiles = tiles_of(decoder, images, seeds_of(args.seeds, args.pairs), args.pairs)
         title = ", ".join(Path(name).name for name in args.image) or "a drawn picture"
         draw(tiles, f"{title}: {decoder}", args.output)
@@ -135,16 +139,6 @@ def draw(tiles: Sequence[Tile], title: str, path: str) -> None:
         lines = [textwrap.fill(word, 36, subsequent_indent="  ") for word in tile.words]
         axes.set_xlabel("\n".join(lines), fontsize=8, loc="left")
     figure.savefig(path, dpi=90)
-
-
-def open_image(name: str) -> Image.Image:
-    """A picture in RGB."""
-    try:
-        return Image.open(name).convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"--image {name}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"--image {name}: cannot be read as a picture ({error})") from None
 
 
 def seeds_of(text: str | None, pairs: bool) -> list[int]:

@@ -55,7 +55,7 @@ def drawn_image(width: int = 120, height: int = 90) -> Image.Image:
 
 def jpeg_image() -> Image.Image:
     """The embedded JPEG, decoded."""
-    image = Image.open(io.BytesIO(base64.b64decode(JPEG)))
+    image = Image.open(io.BytesIO(base64.b64decode(JPEG)), formats=["JPEG"])
     image.load()
     return image
 

@@ -31,7 +31,7 @@ from data.images.listing import (
 from data.images.reading import CorruptImage, read_rgb, warn
 from data.images.scans import ClassLists, class_folders, scan_folder, scan_tar, scan_zips
 from data.store.files import FileBytes
-from data.store.keys import Keys, check_unique, save_array
+from data.store.keys import Keys, check_unique, load_array, save_array
 
 DEBUG_CLASSES = "n00007846"
 NEIGHBOURS = 5000  # looked at for one that can be read: more than any class of ImageNet-22k has
@@ -55,7 +55,9 @@ class ListedImages:
             return self._sample(position)
         except CorruptImage as error:
             if self.on_corrupt == "error":
-                raise
+                raise CorruptImage(
+                    f"{error}; or leave it out (DATA.EXCLUDE), or set DATA.ON_CORRUPT neighbour"
+                ) from error
             return self._neighbour(position, error)
 
     def open_image(self, position: int) -> Image.Image:
@@ -281,7 +283,7 @@ def _build_cifar(cfg, split: str) -> ListedImages:
     source = {"kind": cfg.DATA.DATASET, "root": str(root.resolve()), "split": split}
     listing = _listed(cfg, source, lambda: _scan_cifar(cfg, root, split))
     array = listing.folder / "images.npy"
-    if not array.is_file():  # decoded once, so that all processes map one copy
+    if load_array(array) is None:  # decoded once, so that all processes map one copy
         with named_if_refused(listing.folder):
             save_array(array, _cifar(cfg, root, split).data)
     return ArrayImages(cfg, listing, array)

@@ -1,11 +1,12 @@
 """Which images there are: keys, labels and spans as arrays in files, scanned once, mapped by all.
 
-A listing is sorted by class, then name. Its folder holds keys.txt (one key a line), ends.npy
+A listing is sorted by class, then name. Its folder holds keys.npy (uint8: one key a line), ends.npy
 (offset of each line's end), labels.npy (int32, -1 = none), for archives spans.npy (int64 [N, 2]:
-offset and size in bytes, -1 and 0 = not known), listing.json, and for each part of it that was
+offset and size in bytes, -1 and 0 = not known), info.npy (JSON), and for each part of it that was
 asked for rows-*.npy (int64: the positions of its images). A folder is never changed: running jobs
-may have it mapped. Beside the folders, `<source>.json` names the newest one of a source of images,
-and what makes it stale.
+may have it mapped. Beside the folders, `<source>.npy` names the newest one of a source of images,
+and what makes it stale (JSON too). All are arrays because these carry a digest: a process that
+starts a run computes it, its workers take what that one found.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from data.store.files import sole_user, write_atomic
-from data.store.keys import CHUNK_KEYS, Keys, default_cache, locate, save_array
+from data.store.files import sole_user
+from data.store.keys import CHUNK_KEYS, Keys, default_cache, load_array, locate, save_array
 
 Item = TypeVar("Item")
-FORMAT = 3
+FORMAT = 4
 REPORT_SECONDS = 5.0
 SUBSET_SALT = 11  # of the hash that ranks the images of a class
 SHOWN = 5
@@ -55,13 +56,13 @@ class ListingKeys(Keys):
     """The keys of a listing's folder: line ends and digest are known, so opening them is quick."""
 
     def __init__(self, folder: Path, digest: str) -> None:
-        self.blob = np.memmap(folder / "keys.txt", np.uint8, "r")
+        self.blob = np.load(folder / "keys.npy", mmap_mode="r")
         self.ends = np.load(folder / "ends.npy", mmap_mode="r")
         self._digest = digest
         self._folder = folder
 
     def digest(self) -> str:
-        """The sha256 of keys.txt."""
+        """The sha256 of the lines."""
         return self._digest
 
     def __reduce__(self):
@@ -76,12 +77,14 @@ class Listing:
 
     def __init__(self, folder: Path, rows: str = "") -> None:
         """`rows` names the file with the positions of the part's images; "" means all images."""
-        info = json.loads((folder / "listing.json").read_text(encoding="utf-8"))
+        info = _value(np.load(folder / "info.npy"))
         self.folder = folder
         self.class_names: list[str] = info["class_names"]
         self._all_keys = ListingKeys(folder, info["keys_sha256"])
         self._all_labels = np.load(folder / "labels.npy", mmap_mode="r")
-        self._spans = np.load(folder / "spans.npy", mmap_mode="r") if info["has_spans"] else None
+        self._spans = (
+            np.load(folder / "spans.npy", mmap_mode="r") if "spans" in info["arrays"] else None
+        )
         self._rows_name = rows
         self._rows = np.load(folder / rows, mmap_mode="r") if rows else None
 
@@ -137,7 +140,11 @@ class Listing:
             save_array(self.folder / name, rows if self._rows is None else self._rows[rows])
             return Listing(self.folder, name)
 
-        return _made_once(self.folder / f"{name}.lock", lambda: _opened(self.folder, name), make)
+        def find() -> Listing | None:
+            kept = load_array(self.folder / name)
+            return None if kept is None else Listing(self.folder, name)
+
+        return _made_once(self.folder / f"{name}.lock", find, make)
 
 
 def cached_listing(
@@ -150,7 +157,7 @@ def cached_listing(
     """
     root = (Path(cache) if cache else default_cache()) / "listings"
     name = hashlib.sha256(json.dumps([FORMAT, source], sort_keys=True).encode()).hexdigest()[:20]
-    newest = root / f"{name}.json"
+    newest = root / f"{name}.npy"
     since = PROCESS_BEGAN if again else 0
 
     def make() -> Listing:
@@ -158,7 +165,7 @@ def cached_listing(
         folder = root / f"{name}.{secrets.token_hex(4)}"
         _write(folder, found)
         pointer = {"folder": folder.name, "watched": found.watched, "made": time.time_ns()}
-        write_atomic(newest, json.dumps(pointer).encode())
+        _save_value(newest, pointer)
         return Listing(folder)
 
     return _made_once(root / f"{name}.lock", lambda: _fresh(newest, since), make)
@@ -310,45 +317,54 @@ def _made_once(
 
 def _fresh(newest: Path, since: int) -> Listing | None:
     """The newest listing of a source, if it is not older than `since` and its data is unchanged."""
+    kept = load_array(newest)
+    if kept is None:
+        return None
+    pointer = _value(kept)
     try:
-        pointer = json.loads(newest.read_text(encoding="utf-8"))
         is_changed = any(stamp(watched[0]) != watched for watched in pointer["watched"])
-    except (OSError, ValueError):  # there is none, or what it was made of is gone
+    except OSError:  # what it was made of is gone
         return None
     if is_changed or pointer["made"] < since:
         return None
-    return _opened(newest.parent / pointer["folder"])
-
-
-def _opened(folder: Path, rows: str = "") -> Listing | None:
-    """The listing in a folder; None if there is none, or one that a power cut has damaged."""
-    try:
-        listing = Listing(folder, rows)
-        keys = listing._all_keys
-        is_whole = len(keys.blob) == keys.ends[-1] + 1 and len(keys) == listing.total
-        return listing if is_whole else None
-    except (OSError, ValueError, KeyError, EOFError):
+    folder = newest.parent / pointer["folder"]
+    info = load_array(folder / "info.npy")
+    if info is None or any(
+        load_array(folder / f"{name}.npy") is None for name in _value(info)["arrays"]
+    ):
         return None
+    return Listing(folder)
 
 
 def _write(folder: Path, scan: Scan) -> None:
     keys = Keys.of(scan.keys)
+    arrays = {
+        "keys": keys.blob,
+        "ends": np.asarray(keys.ends, np.int64),
+        "labels": np.asarray(scan.labels, np.int32),
+    }
+    if scan.spans is not None:
+        arrays["spans"] = np.asarray(scan.spans, np.int64)
     info = {
         "class_names": scan.class_names,
         "keys_sha256": Keys.digest(keys),
-        "has_spans": scan.spans is not None,
+        "arrays": list(arrays),
     }
-    folder.mkdir()
     try:
-        (folder / "keys.txt").write_bytes(memoryview(np.ascontiguousarray(keys.blob)))
-        np.save(folder / "ends.npy", np.asarray(keys.ends, np.int64))
-        np.save(folder / "labels.npy", np.asarray(scan.labels, np.int32))
-        if scan.spans is not None:
-            np.save(folder / "spans.npy", np.asarray(scan.spans, np.int64))
-        (folder / "listing.json").write_text(json.dumps(info), encoding="utf-8")
+        for name, array in arrays.items():
+            save_array(folder / f"{name}.npy", array)
+        _save_value(folder / "info.npy", info)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _save_value(path: Path, value: dict) -> None:
+    save_array(path, np.frombuffer(json.dumps(value).encode(), np.uint8))
+
+
+def _value(array: np.ndarray) -> dict:
+    return json.loads(array.tobytes())
 
 
 def taken(keys: Keys, rows: np.ndarray) -> Keys:

@@ -1,4 +1,4 @@
-"""Opening images: any file that Pillow reads -> RGB of 8 bits, or an error that names the file.
+"""Opening images: a file of IMAGE_FORMATS -> RGB of 8 bits, or an error that names the file.
 
 What Pillow's convert("RGB") makes of an image is kept, as in the original: transparency is dropped,
 CMYK and palettes are converted, an orientation tag is not applied, only the first frame of an
@@ -17,6 +17,9 @@ import numpy as np
 from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+# All that Pillow is asked to try, whatever a file calls itself: other formats start programs (EPS:
+# Ghostscript). A camera's MPO file opens as the JPEG that it is.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _LIMIT_LOCK = threading.Lock()
 
 
@@ -37,8 +40,7 @@ def read_rgb(source: Path | str | bytes, max_pixels: int, name: str = "") -> Ima
         if image.width * image.height > max_pixels:
             raise CorruptImage(
                 f"{name}: {image.width} x {image.height} pixels are more than DATA.MAX_PIXELS ="
-                f" {max_pixels}: leave it out (DATA.EXCLUDE), or raise that limit if you trust the"
-                " file"
+                f" {max_pixels}: raise that limit if you trust the file"
             )
         image.load()
         return _as_rgb(image)
@@ -46,11 +48,8 @@ def read_rgb(source: Path | str | bytes, max_pixels: int, name: str = "") -> Ima
         raise
     except Exception as error:  # decoders raise nearly anything when they meet garbage
         unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "no image format that Pillow knows" if unknown else error
-        raise CorruptImage(
-            f"{name}: can't be decoded ({reason}): restore the file, leave it out (DATA.EXCLUDE),"
-            " or set DATA.ON_CORRUPT neighbour"
-        ) from error
+        reason = f"it is no {', '.join(IMAGE_FORMATS)} file" if unknown else error
+        raise CorruptImage(f"{name}: can't be decoded ({reason}): restore the file") from error
 
 
 def warn(text: str) -> None:
@@ -79,13 +78,13 @@ def _opened(data: bytes) -> Image.Image:
     Pillow's limit on pixels, a process-wide setting, gives way: DATA.MAX_PIXELS is judged.
     """
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         with _LIMIT_LOCK:
             limit = Image.MAX_IMAGE_PIXELS
             Image.MAX_IMAGE_PIXELS = None
             try:
-                return Image.open(io.BytesIO(data))
+                return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
 

@@ -50,6 +50,7 @@ def scan_folder(root: Path, class_lists: ClassLists | None) -> Scan:
     )
     keys = list(reported(images, f"listing {root}"))
     _check_some(root, keys, f"{root}/<class>/*.JPEG")
+    _announce_links(watched)
     labels, class_names = _labels(root, map(_folder_of, keys), found, class_lists)
     return Scan(keys, labels, class_names, watched=watched)
 
@@ -58,6 +59,7 @@ def _scan_unlabelled(root: Path) -> Scan:
     watched: list[list] = []
     keys = sorted(reported(_images(root, "", watched), f"listing {root}"), key=os.fsencode)
     _check_some(root, keys, "images in this folder or those below")
+    _announce_links(watched)
     return Scan(keys, np.full(len(keys), -1), [], watched=watched)
 
 
@@ -149,6 +151,17 @@ def _images(
         elif is_folder and not entry.name.startswith("."):
             inner = f"{prefix}{entry.name}/"
             yield from _images(Path(entry.path), inner, watched, (*above, identity))
+
+
+def _announce_links(watched: Sequence[list]) -> None:
+    """Tell which of the folders that were looked into, the first one and those below, are links."""
+    root, *below = [path for path, *_ in watched]
+    links = [path for path in below if os.path.islink(path)]
+    if links:
+        warn(
+            f"{root}: {len(links)} folders are links (first: {links[0]}): the images behind them"
+            " count under these names too"
+        )
 
 
 def _check_some(path: Path, keys: Sized, expected: str) -> None:

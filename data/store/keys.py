@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -250,8 +251,13 @@ def load_array(path: Path) -> np.ndarray | None:
         reason = "it is not as it was written"
     except (OSError, ValueError) as error:
         reason = str(error)
-    print(f"warning: {path}: {reason}: it is made again", file=sys.stderr, flush=True)
+    _tell(f"warning: {path}: {reason}: it is made again")
     return None
+
+
+@cache  # those who wait for a lock look again
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _digest_of_file(path: Path, data: np.ndarray) -> bytes:

@@ -278,6 +278,55 @@ def test_torchrun_starts_a_run_again_whose_process_was_killed(untouched, tmp_pat
     assert_same_end(tmp_path, untouched(2))
 
 
+# A loader process dies during the forward pass; the main process goes on when that is certain.
+LOADER_DIES = """
+import multiprocessing, os
+forward = main.forward
+def meeting(run, batch, index):
+    if run.progress.update == 2:
+        worker = multiprocessing.active_children()[0]
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    return forward(run, batch, index)
+main.forward = meeting
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs POSIX signals")
+def test_a_loader_process_killed_during_a_pass_is_one_line(untouched, tmp_path):
+    opts = [RUN, *split(1), EVERY_STEP]
+    workers = "DATA.NUM_WORKERS 2 DATA.PREFETCH 1"
+    with job(tmp_path, *opts, workers, prepare=LOADER_DIES) as started:
+        codes, text = started.wait()
+    assert codes == [2] and "Traceback" not in text, text
+    assert text.splitlines()[-1].startswith("error: a loader process has died (pid ")
+    finish(tmp_path, *opts)
+    assert_same_end(tmp_path, untouched(1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the signal of a parent's death")
+def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import os, sys, main\nimport torch\ntorch.set_num_threads(1)\n"
+        "code = main.main(sys.argv[1:])\nprint('exit code', code, flush=True)\n"
+    )
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    agent += [f"--master-port={free_port()}", str(tmp_path / "program.py")]
+    agent += command(tmp_path, RUN, *split(2), "TRAIN.EPOCHS 60 DATA.NUM_WORKERS 1")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        agent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    with running:
+        for line in running.stdout:
+            if "epoch 2/60, update" in line:
+                break
+        running.kill()
+        rest = running.stdout.read()  # to its end: no rank or loader process holds it any more
+    assert rest.count("exit code 75") == 2, rest
+    assert state(tmp_path)["step"] > UPDATES
+
+
 @pytest.mark.proof
 def test_two_nodes_with_an_agent_each_start_again_together(untouched, tmp_path):
     prepare = AT_UPDATE.format(update=6, ranks=[1], signal="SIGKILL")

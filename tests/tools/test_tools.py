@@ -137,7 +137,8 @@ def test_predict_takes_all_from_a_trainings_own_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("nothing.jpg --weights weights.pth", "nothing.jpg: no such file or folder"),
+        ("nothing.jpg --weights weights.pth", "no such file or folder: name images, or folders"),
+        ("names.txt --weights weights.pth", "GIF, TIFF, PPM file): restore the file\n"),
         ("i.png --weights weights.pth --classes names.txt", "2 names, the model has 7 classes"),
         ("i.png --weights other.pth", "for a timm model name it with --timm"),
         ("i.png --weights no.pth", "there is no such checkpoint file"),

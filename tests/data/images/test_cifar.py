@@ -117,6 +117,22 @@ def test_cifar_from_a_download(cifar, tmp_path, monkeypatch):
         built("train", **data)
 
 
+def test_decoded_images_that_are_not_as_they_were_kept_are_decoded_again(cifar, tmp_path, capsys):
+    with tarfile.open(fileobj=io.BytesIO(cifar.archive)) as tar:
+        tar.extractall(tmp_path)
+
+    def pixels() -> list[bytes]:
+        dataset = built("train", DATASET=cifar.name, DATA_PATH=tmp_path)
+        return [image.tobytes() for image, _ in dataset]
+
+    expected = pixels()
+    array = built("train", DATASET=cifar.name, DATA_PATH=tmp_path).path
+    data = array.read_bytes()
+    array.write_bytes(data[:128] + data[131:-32] + data[128:131] + data[-32:])
+    assert pixels() == expected
+    assert capsys.readouterr().err.startswith(f"warning: {array}: it is not as it was written")
+
+
 def test_decoded_images_that_can_not_be_kept_are_named(cifar, tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(28, "No space left on device")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_a_listing_says_what_was_found_and_pickles_as_its_path(tmp_path):
     assert (found.position(700), found.key(700), found.label(700)) == (700, "c1/0300.jpg", 1)
     text = "".join(f"{key}\n" for key in keys).encode()
     assert found.keys.digest() == hashlib.sha256(text).hexdigest()
-    assert (found.folder / "keys.txt").read_bytes() == text
+    assert np.load(found.folder / "keys.npy").tobytes() == text
     packed = pickle.dumps(found)
     again = pickle.loads(packed)
     assert len(packed) < 300 and list(again.keys) == keys
@@ -126,23 +127,68 @@ def test_other_data_has_another_listing(tmp_path):
 
 def test_a_listing_in_use_outlives_a_new_one(tmp_path):
     first = cached_listing({}, Counted(), str(tmp_path))
-    (first.folder.parent / f"{first.folder.name.partition('.')[0]}.json").unlink()
+    (first.folder.parent / f"{first.folder.name.partition('.')[0]}.npy").unlink()
     second = cached_listing({}, Counted(), str(tmp_path))
     assert second.folder != first.folder
     # as a worker that starts late opens it
     assert list(pickle.loads(pickle.dumps(first)).keys) == ["a", "b"]
 
 
-@pytest.mark.parametrize("name", ["keys.txt", "ends.npy", "labels.npy", "listing.json", ""])
-@pytest.mark.parametrize("data", [b"a\n", b""])
-def test_a_damaged_listing_is_made_anew(tmp_path, name, data):
-    scan = Counted()
-    folder = cached_listing({}, scan, str(tmp_path)).folder
-    pointer = folder.parent / f"{folder.name.partition('.')[0]}.json"
-    (folder / name if name else pointer).write_bytes(data)
+def scan_spans(last: str = "b") -> Scan:
+    return Scan(["a", last], np.array([0, 1]), ["x", "y"], np.array([[0, 5], [5, 7]]))
+
+
+def content_of(found: Listing) -> tuple:
+    places = [found.span(position) for position in range(len(found))]
+    return list(found.keys), found.labels.tolist(), found.class_names, places, found.keys.digest()
+
+
+SPOILED = {
+    "flipped": lambda data: data[:-33] + bytes([data[-33] ^ 1]) + data[-32:],
+    "swapped": lambda data: data[:128] + data[128:-32][::-1] + data[-32:],
+    "pickled": lambda data: re.sub(rb"'[<|].\d'", b"'|O' ", data),
+    "unfinished header": lambda data: data.replace(b"}", b"(", 1),
+    "endless": lambda data: data.replace(b"'shape': (", b"'shape': (99999999999"),
+    "cut": lambda data: data[: len(data) // 2],
+    "text": lambda data: b"a\n",
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("name", ["keys", "ends", "labels", "spans", "info", "pointer"])
+@pytest.mark.parametrize("fault", [*SPOILED, "another's"])
+def test_a_listing_that_is_not_as_it_was_written_is_made_anew(
+    tmp_path, name, fault, capsys, monkeypatch
+):
+    """What is read teaches: with two labels swapped a run would learn wrong targets in silence."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # half a minute in all
+
+    def files(source: dict, scan: Counted) -> Path:
+        folder = cached_listing(source, scan, str(tmp_path)).folder
+        pointer = folder.with_name(f"{folder.name.partition('.')[0]}.npy")
+        return pointer if name == "pointer" else folder / f"{name}.npy"
+
+    scan = Counted(scan_spans)
+    expected = content_of(cached_listing({}, scan, str(tmp_path)))
+    path = files({}, scan)
+    other = files({"other": 1}, Counted(lambda: scan_spans("c"))).read_bytes()
+    spoiled = other if fault == "another's" else SPOILED[fault](path.read_bytes())
+    assert spoiled != path.read_bytes() or name in ("ends", "labels", "spans")
+    path.write_bytes(spoiled)
     for _ in range(2):
-        assert list(cached_listing({}, scan, str(tmp_path)).keys) == ["a", "b"]
-    assert scan.count == 2
+        assert content_of(cached_listing({}, scan, str(tmp_path))) == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}: ") and scan.count == 2
+
+
+def test_a_pipe_or_folder_in_the_place_of_a_listing_hinders_nobody(tmp_path):
+    folder = cached_listing({}, Counted(), str(tmp_path)).folder
+    (folder / "labels.npy").unlink()
+    (folder / "labels.npy").mkdir()
+    again = cached_listing({}, Counted(), str(tmp_path)).folder
+    (again / "labels.npy").unlink()
+    os.mkfifo(again / "labels.npy")
+    assert list(cached_listing({}, Counted(), str(tmp_path)).keys) == ["a", "b"]
 
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path):
@@ -310,7 +356,10 @@ def test_a_selection_is_made_once_and_anew_where_it_is_damaged(tmp_path, monkeyp
         assert list(part("\r\nc1/0007.jpg").keys) == expected  # the same choice
     assert list(part("c1/0008.jpg\n").keys) != expected
     for file in first.folder.glob("rows-*.npy"):
-        for data in (b"", file.read_bytes()[:-1]):
+        whole = file.read_bytes()
+        twin = next(other for other in first.folder.glob("rows-*.npy") if other != file)
+        shifted = whole[:128] + whole[136:-32] + whole[128:136] + whole[-32:]
+        for data in (b"", whole[:-1], shifted, twin.read_bytes()):
             file.write_bytes(data)
             assert list(part("c1/0007.jpg\n").keys) == expected
 

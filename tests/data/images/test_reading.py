@@ -1,6 +1,8 @@
 """Opening images: every kind becomes RGB of 8 bits as in the original, or a named error."""
 
+import ast
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from data.images.reading import CorruptImage, read_rgb
+from data.images.reading import IMAGE_FORMATS, CorruptImage, read_rgb
 from tests.support.images import encoded, picture
 
 LIMIT = 10**6
@@ -143,6 +145,61 @@ def test_a_file_that_is_gone_or_unreadable_is_no_corrupt_image(tmp_path, name, m
     with pytest.raises(ValueError, match=message) as error:
         read_rgb(tmp_path / name, LIMIT)
     assert not isinstance(error.value, CorruptImage)
+
+
+def test_a_file_that_calls_itself_an_image_starts_no_program(tmp_path, monkeypatch):
+    """Pillow hands EPS files to Ghostscript, whatever their names are."""
+    marker = tmp_path / "started"
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    evil = encoded(picture(1), "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it looks for the program once
+    with pytest.raises(OSError):  # the test itself is able to start it
+        Image.open(io.BytesIO(evil)).load()
+    assert marker.exists()
+    marker.unlink()
+    (tmp_path / "evil.jpg").write_bytes(evil)
+    for source in (tmp_path / "evil.jpg", evil):
+        with pytest.raises(CorruptImage, match=r"evil.jpg: can't be decoded \(it is no JPEG, PNG"):
+            read_rgb(source, LIMIT, str(tmp_path / "evil.jpg"))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "PCX", "SGI", "TGA", "DDS", "GIF"])
+def test_no_format_but_those_that_are_named_is_tried(kind):
+    assert set(IMAGE_FORMATS) == {"JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"}
+    data = encoded(picture(1, (32, 32)), kind)
+    if kind in IMAGE_FORMATS:
+        assert pixels(data).shape == (32, 32, 3)
+        return
+    with pytest.raises(CorruptImage, match="it is no JPEG"):
+        pixels(data)
+
+
+def test_a_cameras_file_of_several_pictures_is_the_jpeg_that_it_is():
+    """Pillow calls it MPO once it is open, so a look at the format afterwards would refuse it."""
+    first, second = picture(1, (64, 48)), picture(2, (32, 24))
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    opened = Image.open(io.BytesIO(data), formats=["JPEG"])
+    assert (opened.format, opened.n_frames) == ("MPO", 2)
+    assert (pixels(data) == np.asarray(opened.convert("RGB"))).all()
+
+
+def test_every_image_that_the_product_opens_is_of_a_stated_format(root):
+    folders = ("configs", "data", "models", "tools", "benchmarks")
+    files = [
+        *root.glob("*.py"),
+        *(path for name in folders for path in (root / name).rglob("*.py")),
+    ]
+    calls = [
+        (path.name, {keyword.arg for keyword in node.keywords})
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
+    ]
+    assert calls and all("formats" in keywords for _, keywords in calls), calls
 
 
 def test_out_of_memory_is_not_taken_for_a_corrupt_image(monkeypatch):

@@ -119,6 +119,19 @@ def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path):
     assert list(scan_folder(root, []).keys) == keys
 
 
+@pytest.mark.parametrize("class_lists", [[], None])
+def test_links_to_folders_are_announced_for_their_images_count_twice(tmp_path, class_lists, capsys):
+    root = write_files(tmp_path / "train", ["a/1.jpg", "b/2.jpg"])
+    (tmp_path / "here").symlink_to(root)  # this one is what the user named
+    assert len(scan_folder(tmp_path / "here", class_lists).keys) == 2
+    assert capsys.readouterr().err == ""
+    (root / "b" / "other").symlink_to(root / "a")
+    (root / "c").symlink_to(root / "a")
+    assert len(scan_folder(root, class_lists).keys) == 4
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: {root}: 2 folders are links (first: {root}/")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
 def test_a_pipe_is_no_image_but_a_broken_link_is_one(tmp_path):
     """Opening a pipe waits for ever; what a link should lead to is missed when it is opened."""
