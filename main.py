@@ -415,7 +415,14 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     log.info(world.on_main(data.check_store) or in_the_loop or "no teacher, labels alone")
     plan = batch_plan(cfg)
     executor = world.everywhere(lambda: data.choose_executor(world.device, log.info))
-    loader = data.train_loader(plan.per_process, world.rank, plan.per_update, executor=executor)
+    shown = partial(progress, unit="blocks", log=log.info, enabled=world.is_main)
+    loader = data.train_loader(
+        plan.per_process,
+        world.rank,
+        plan.per_update,
+        executor=executor,
+        verify=lambda epoch: world.on_each_machine(lambda: data.verify(epoch, shown)),
+    )
     steps = loader.count() // plan.accumulation  # updates of an epoch
     labels = labels_of_training(data, world)
     validate = open_validation(data, world, log, not cfg.DISTILL.ENABLED, stop)

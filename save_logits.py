@@ -90,8 +90,14 @@ class Run:
         """This rank's batches of an epoch, every image once over all ranks."""
         world, log = self.world, self.log
         executor = world.everywhere(lambda: self.data.choose_executor(world.device, log.info))
-        size = self.cfg.DATA.BATCH_SIZE
-        return self.data.train_loader(size, world.rank, topk=topk, executor=executor)
+        shown = partial(progress, unit="blocks", log=log.info, enabled=world.is_main)
+        return self.data.train_loader(
+            self.cfg.DATA.BATCH_SIZE,
+            world.rank,
+            topk=topk,
+            executor=executor,
+            verify=lambda epoch: world.on_each_machine(lambda: self.data.verify(epoch, shown)),
+        )
 
     def watched(
         self, batches: Iterable[Item], total: int, what: str, note: Callable[[], str] = str

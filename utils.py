@@ -203,6 +203,10 @@ class Distributed:
         """What `function` returns on rank 0, on every process; they fail together."""
         return self.broadcast_object(self.on_main_alone(function))
 
+    def on_each_machine(self, function: Callable[[], object]) -> None:
+        """Call `function` on one process of each machine; none goes on before it is done on all."""
+        self.everywhere(function if self.local_rank == 0 else _nothing)
+
     def main_first(self, function: Callable[[], Result]) -> Result:
         """What `function` returns here; rank 0 calls it first, the others find its files."""
         if self.is_main:

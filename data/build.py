@@ -32,6 +32,7 @@ from data.store.format import ranges
 from data.store.keys import map_positions
 from data.store.original import UpstreamStoreReader
 from data.store.reader import LogitsStoreReader
+from data.store.verify import Shown, Verifier
 
 ORIGINAL_CLASSES = {"imagenet22k": 21841}  # an original's store does not say how many it has
 
@@ -87,12 +88,14 @@ class RunData:
         step_images: int = 1,
         topk: int = 0,
         executor: str = "pillow",
+        verify: Callable[[int], object] = int,
     ) -> EpochLoader:
         """One rank's training batches.
 
         `step_images`: images of an update over all ranks, to a multiple of which an epoch is cut (1
         keeps every image, for saving). `topk` of the store's columns are read (0: as configured).
-        The batches of `executor` "device" are for `data.replay.on_device`.
+        The batches of `executor` "device" are for `data.replay.on_device`. `verify` is called with
+        an epoch before anything of it is read.
         """
         cfg = self.cfg
         replay = ReplayDataset(
@@ -113,7 +116,7 @@ class RunData:
             step_images=step_images,
             available=replay.available,
         )
-        return EpochLoader(cfg, replay, sampler, batch_size, self.store_epoch)
+        return EpochLoader(cfg, replay, sampler, batch_size, self.store_epoch, verify)
 
     def val_loader(self, rank: int = 0) -> EpochLoader:
         """One rank's share of the validation images, each once over all ranks: (images, labels)."""
@@ -161,6 +164,20 @@ class RunData:
         if self.store is None or not self.cfg.DISTILL.REUSE_EPOCHS:
             return epoch
         return epoch % self._num_stored
+
+    def verify(self, epoch: int, shown: Shown) -> None:
+        """Return when the records of an epoch are verified, as `shown` shows; a StoreError if they
+        are not what was sealed. Those of the next epoch are verified meanwhile.
+        """
+        if self.store is None or not self.cfg.DISTILL.VERIFY:
+            return
+        self._verifier.wait(self.store_epoch(epoch), shown)
+        if epoch + 1 < self.cfg.TRAIN.EPOCHS:
+            self._verifier.begin(self.store_epoch(epoch + 1))
+
+    @cached_property
+    def _verifier(self) -> Verifier:
+        return Verifier(self.store)
 
     @cached_property
     def _num_stored(self) -> int:
@@ -217,12 +234,16 @@ class EpochLoader:
         sampler: EpochSampler,
         batch_size: int,
         store_epoch: Callable[[int], int] = int,
+        verify: Callable[[int], object] = int,
     ) -> None:
-        """`store_epoch` says which epoch of the order serves an epoch of the run."""
+        """`store_epoch` says which epoch of the order serves an epoch of the run; `verify` is told
+        an epoch of the run before anything of it is read.
+        """
         self.dataset = dataset
         self.sampler = sampler
         self.waited = 0.0
         self._store_epoch = store_epoch
+        self._verify = verify
         self._batches = EpochBatches(sampler, batch_size)
         self._workers: list[multiprocessing.Process] = []
         options: dict[str, Any] = {"num_workers": cfg.DATA.NUM_WORKERS}
@@ -251,6 +272,7 @@ class EpochLoader:
         those that are `wanted`.
         """
         self.waited = 0.0
+        self._verify(epoch)
         self._batches.set_epoch(self._store_epoch(epoch), start, wanted)
         return self._received(self._started())
 

@@ -18,6 +18,7 @@ from data.store.format import (
     encoded,
     epoch_bytes,
     lock_path,
+    num_blocks,
     parts_path,
     ranges,
     record_dtype,
@@ -143,7 +144,9 @@ def verify(args: argparse.Namespace) -> int:
         faults.append(str(error))
     for epoch in epochs:
         try:
-            blocks = progress(reader.faults(epoch), reader.blocks, f"epoch {epoch}", "blocks")
+            blocks = progress(
+                reader.faults(epoch), num_blocks(len(reader)), f"epoch {epoch}", "blocks"
+            )
             faults += filter(None, blocks)
         except StoreError as error:
             faults.append(str(error))

@@ -58,6 +58,11 @@ def pack_records(
     return records
 
 
+def num_blocks(num_images: int) -> int:
+    """Stretches of an epoch that have a checksum each."""
+    return -(-num_images // SEAL_RECORDS)
+
+
 def epoch_bytes(num_images: int, k: int, num_classes: int) -> int:
     """Size of a sealed epoch, without its header."""
     return num_images * record_dtype(k, num_classes).itemsize

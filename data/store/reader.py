@@ -26,6 +26,7 @@ from data.store.format import (
     decoded,
     identity_digest,
     impossible,
+    num_blocks,
     ranges,
     record_dtype,
     seal_path,
@@ -64,11 +65,6 @@ class LogitsStoreReader:
     def __len__(self) -> int:
         """Number of images, which is that of an epoch's records."""
         return self._num_images
-
-    @property
-    def blocks(self) -> int:
-        """Number of stretches of an epoch that have a checksum of their own."""
-        return -(-len(self) // SEAL_RECORDS)
 
     @property
     def keys(self) -> Keys:
@@ -207,7 +203,7 @@ class LogitsStoreReader:
             )
         if (seal.get("records"), seal.get("epoch")) != (len(self), epoch) or len(
             seal["sha256"]
-        ) != self.blocks:
+        ) != num_blocks(len(self)):
             raise StoreError(
                 f"{path}: seals {seal.get('records')} records of epoch {seal.get('epoch')}, the"
                 f" manifest says {len(self):,}: {again(epoch)}"

@@ -25,6 +25,7 @@ from data.store.format import (
     disk_need,
     epoch_bytes,
     identity_digest,
+    num_blocks,
     pack_records,
 )
 from tests.support.helpers import ROOT
@@ -710,7 +711,7 @@ def test_a_flipped_bit_is_found_and_its_block_named(root, monkeypatch, position)
     path.write_bytes(data)
     low = position // 100 * 100
     found = list(reader.faults(0))
-    assert len(found) == reader.blocks == 4
+    assert len(found) == num_blocks(IMAGES) == 4
     (message,) = filter(None, found)
     assert message.startswith(
         f"{path}: block {position // 100} is damaged (records {low} to {min(low + 99, 300)}):"
