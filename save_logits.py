@@ -192,7 +192,7 @@ def run(settings: tuple[argparse.Namespace, CfgNode], stop: StopRequest) -> int:
     """Save or check."""
     args, cfg = settings
     world = utils.init_distributed(cfg.DEVICE)
-    utils.choose_kernels(cfg.TRAIN.DETERMINISTIC)
+    utils.choose_kernels(cfg.TRAIN.DETERMINISTIC, world.device)
     run = prepare(cfg, world, stop)
     if args.check_saved_logits:
         code = check(run, args.exact, args.percent)
