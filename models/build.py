@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from models.clip_vit import clip_vit_large14_224
 from models.pretrained import (
     CLIP_VARIANT,
+    PIN,
     ZOO_NAMES,
     LoadReport,
     StateDict,
@@ -53,7 +54,7 @@ def build_teacher(cfg: CfgNode, *, log: Callable[[str], None] = print) -> nn.Mod
     model = _construct(cfg, log)
     name = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
     if name:
-        weights = _read_named_weights(cfg, name)
+        weights = _read_named_weights(cfg, name, log)
         classes = head_classes(model, weights)
         may_reset = not cfg.MODEL.NUM_CLASSES and hasattr(model, "reset_classifier")
         if may_reset and classes and classes != num_outputs(model):
@@ -75,10 +76,11 @@ def load_named_weights(
     exact: bool = False,
     log: Callable[[str], None] = print,
 ) -> LoadReport:
-    """Load weights by what a configuration calls them: a path, a URL, a name of the model zoo, for
-    TYPE timm also `hub`.
+    """Load weights by what a configuration calls them: a path, a URL, a name of the model zoo, each
+    with @sha256=... if you like, for TYPE timm also `hub`.
     """
-    return load_weights(model, _read_named_weights(cfg, name), exact=exact, label=name, log=log)
+    weights = _read_named_weights(cfg, name, log)
+    return load_weights(model, weights, exact=exact, label=name, log=log)
 
 
 def num_outputs(model: nn.Module) -> int:
@@ -195,7 +197,7 @@ def _recompute_activations(model: nn.Module) -> None:
         ) from None
 
 
-def _read_named_weights(cfg: CfgNode, name: str) -> StateDict:
+def _read_named_weights(cfg: CfgNode, name: str, log: Callable[[str], None]) -> StateDict:
     if cfg.MODEL.TYPE == "timm" and name == "hub":
         try:
             return _timm_model(cfg, lambda _: None, pretrained=True).state_dict()
@@ -205,11 +207,15 @@ def _read_named_weights(cfg: CfgNode, name: str) -> StateDict:
                 f"MODEL.PRETRAINED hub: no weights for {cfg.MODEL.NAME} ({reason}). Without a"
                 " connection fetch the file elsewhere and give its path as MODEL.PRETRAINED"
             ) from error
-    if cfg.MODEL.TYPE == "tiny_vit" and name in ZOO_NAMES:
-        return read_state_dict(zoo_url(_zoo_variant(cfg), name))
-    if cfg.MODEL.TYPE == "clip_vit_large14_224" and name == "22k":
-        return read_state_dict(zoo_url(CLIP_VARIANT, name))
-    return read_state_dict(name)
+    which = name.partition(PIN)[0]
+    variant = ""
+    if cfg.MODEL.TYPE == "tiny_vit" and which in ZOO_NAMES:
+        variant = _zoo_variant(cfg)
+    elif cfg.MODEL.TYPE == "clip_vit_large14_224" and which == "22k":
+        variant = CLIP_VARIANT
+    if variant:
+        name = zoo_url(variant, which) + name.removeprefix(which)
+    return read_state_dict(name, log=log)
 
 
 def _zoo_variant(cfg: CfgNode) -> str:

@@ -3,8 +3,8 @@
 import errno
 import math
 import os
+import re
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.pretrained import read_file, unwrap
+
+# names that a training gives
+_OWN = re.compile(r"(last|best|epoch_\d+)\.pth")
+MOST_UPDATES = 10**12  # more than a training could do: 30 years at 1,000 a second
 # what a training's checkpoint holds, at least
 STATE_KEYS = set(
     "model model_ema optimizer scaler progress measured step metric_lines config".split()
@@ -101,36 +106,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint that `save_atomic` wrote, on the CPU; no code in it is ever run, and a damaged
     file is a ValueError.
     """
-    if Path(path).suffix == ".safetensors":
-        raise ValueError(
-            f"{path} holds weights alone, so no training goes on from it: take them with"
-            " --pretrained"
-        )
-    try:
-        # torch does not compare checksums: without this a flipped bit would become a weight.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}") from None
-    except (OSError, MemoryError) as error:  # which say nothing of what the file holds
-        raise OSError(
-            getattr(error, "errno", None) or errno.EIO,
-            f"this checkpoint can't be read now ({error})",
-            str(path),
-        ) from error
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"the checkpoint {path} is damaged or of another kind ({reason}): use another one"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"the checkpoint {path} holds a {type(state).__name__} instead of a training state: use"
-            " another one"
-        )
+    state, _, digest = read_file(path)
+    kind = "file without checksums" if digest else type(state).__name__
+    if digest or not isinstance(state, dict):
+        raise ValueError(f"{path} is a {kind} instead of a training state: use another one")
     return state
 
 
@@ -143,22 +122,33 @@ def load_state(path: str | Path) -> dict[str, Any]:
             f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its"
             " weights with --pretrained"
         )
+    unwrap(state, Path(path), ema=False)
+    if state["model_ema"]:
+        unwrap(state, Path(path), ema=True)
+    if not _is_step(state["step"]):
+        raise ValueError(f"{path}: no training has done {str(state['step'])[:40]} updates")
     return state
 
 
 def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
     """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date.
 
-    Damaged ones are named and skipped; if all are, or one can't be read for no fault of its own,
-    that is an error: what they hold may be a month of work.
+    Files of names that no training gives are looked at when no other can be used. Damaged ones are
+    named and skipped; if all are, or one can't be read for no fault of its own, that is an error:
+    what they hold may be a month of work.
     """
 
-    def progress(path: Path) -> tuple[float, int, bool]:
+    def progress(path: Path) -> tuple[bool, float, int, bool]:
+        is_own = _OWN.fullmatch(path.name) is not None
+        step, date = None, 0
         try:
-            step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+            if path.is_file():  # opening a FIFO would wait for ever
+                date = path.stat().st_mtime_ns
+                step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
         except Exception:
-            step = math.inf  # it comes first, to be reported
-        return step, path.stat().st_mtime_ns, path.name == "last.pth"
+            pass
+        # What can't be used comes first, to be reported.
+        return is_own, step if _is_step(step) else math.inf, date, path.name == "last.pth"
 
     paths = sorted(Path(folder).glob("*.pth"), key=progress, reverse=True)
     for path in paths:
@@ -174,6 +164,10 @@ def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path
             " move them away with TRAIN.AUTO_RESUME False"
         )
     return None
+
+
+def _is_step(step: object) -> bool:
+    return type(step) is int and 0 <= step < MOST_UPDATES
 
 
 def move_aside(folder: Path) -> Path | None:

@@ -3,9 +3,10 @@ model zoo.
 
 Checkpoints of the official release, of this project and of timm are read, as .pth or .safetensors.
 No file can run code: only tensors, plain containers and the configuration node that some official
-files hold are accepted.
+files hold are accepted. Checksums are tested where a file has such; `FILE@sha256=...` asks for one.
 """
 
+import errno
 import http.client
 import os
 import pickle
@@ -14,6 +15,7 @@ import shutil
 import urllib.parse
 import urllib.request
 import uuid
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,6 +45,8 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _OPTIONAL = "num_batches_tracked"  # a counter that no output depends on; files of old have none
 _RECOMPUTED = "attention_bias_idxs"  # a buffer of official files that the window size tells
 _TIMEOUT = 30  # seconds without a byte
+PIN = "@sha256="  # between a file's name and the beginning of its digest
+_DIGEST = "tensors_sha256"  # where the metadata of our safetensors have it
 
 # timm numbers the two convolutions of the stem, and counts a merging layer to the stage after it
 _OURS_TO_TIMM = {
@@ -86,21 +90,26 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def read_state_dict(source: str | Path, *, ema: bool = False) -> StateDict:
+def read_state_dict(
+    source: str | Path, *, ema: bool = False, log: Callable[[str], None] | None = None
+) -> StateDict:
     """The weights in a checkpoint file or behind a URL, without wrappers; `ema` asks for the
     averaged ones.
 
-    Without `ema` averaged weights are taken only where there are no others.
+    Without `ema` averaged weights are taken only where there are no others. `log` is told the
+    digest of a file that has no checksums of its own.
     """
-    content, path = _read(source)
-    return _unwrap(content, path, ema)
+    content, path, digest = read_file(source)
+    if digest and log:
+        log(f"{path}: without checksums; {PIN}{digest} behind its name asks for this very file")
+    return unwrap(content, path, ema)
 
 
 def read_notes(source: str | Path) -> dict[str, object]:
     """What a checkpoint of a training of ours tells beside its weights: `config`, its YAML, and
     `class_names`; others tell nothing.
     """
-    content, _ = _read(source)
+    content, *_ = read_file(source)
     notes = {}
     if isinstance(content, Mapping):
         for key, kind in (("config", str), ("class_names", list)):
@@ -128,7 +137,7 @@ def load_weights(
         state = _without_wrappers(source)
         label = label or "the given state dict"
     else:
-        state = read_state_dict(source)
+        state = read_state_dict(source, log=log)
         label = label or str(source)
     targets = model.state_dict()
     state = _in_naming_of(
@@ -140,7 +149,9 @@ def load_weights(
     adapted, zeroed, missing, misfits = [], [], [], []
     for key, target in targets.items():
         value = state.get(key)
-        if value is not None and value.shape == target.shape:
+        if value is not None and not (_are_of_a_kind(value, target) or key.endswith(_OPTIONAL)):
+            misfits.append(f"{key} is {value.dtype}, the model's {target.dtype}")
+        elif value is not None and value.shape == target.shape:
             fitting[key] = value
         elif key.startswith(head):
             given = "not in the file" if value is None else f"{list(value.shape)} in the file"
@@ -155,7 +166,7 @@ def load_weights(
             missing.append(key)
         elif value is None:
             misfits.append(f"{key} is missing")
-        elif not exact and key.endswith("attention_biases") and value.shape[0] == target.shape[0]:
+        elif not exact and key.endswith("attention_biases") and _are_windows(value, len(target)):
             fitting[key] = resize_attention_biases(value, target.shape[1])
             adapted.append(f"{key} (window {isqrt(value.shape[1])} to {isqrt(target.shape[1])})")
         else:
@@ -189,7 +200,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     }
     temporary = Path(f"{path}.tmp")
     try:
-        safetensors.torch.save_file(state, temporary)
+        safetensors.torch.save_file(state, temporary, {_DIGEST: weights_digest(state)})
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -197,6 +208,15 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
         raise OSError(f"{path}: the weights can't be written ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of a model's state, in hex: names, types, shapes and bytes, by name."""
+    digest = sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_pretrained(
@@ -308,7 +328,8 @@ def head_classes(model: nn.Module, state: Mapping[str, torch.Tensor]) -> int:
     state = _in_naming_of(model.state_dict(), dict(state))
     for name in classifier_names(model):
         if f"{name}.weight" in state:
-            return len(state[f"{name}.weight"])
+            weight = state[f"{name}.weight"]
+            return len(weight) if weight.ndim and weight.numel() else 0
     return 0
 
 
@@ -336,9 +357,18 @@ def _in_naming_of(targets: Mapping[str, torch.Tensor], state: StateDict) -> Stat
 
 
 def _is_22k_head_for_1k(value: torch.Tensor | None, target: torch.Tensor) -> bool:
-    if value is None or value.shape[1:] != target.shape[1:]:
-        return False
-    return len(value) == 21841 and len(target) == 1000
+    given = None if value is None else value.shape
+    return given == (21841, *target.shape[1:]) and len(target) == 1000
+
+
+def _are_of_a_kind(value: torch.Tensor, target: torch.Tensor) -> bool:
+    """Whether both are fractions or neither, so that taking the one for the other cuts nothing."""
+    return value.is_floating_point() == target.is_floating_point()
+
+
+def _are_windows(value: torch.Tensor, heads: int) -> bool:
+    """Whether these are attention biases [heads, side^2]."""
+    return value.ndim == 2 and len(value) == heads and isqrt(value.shape[1]) ** 2 == value.shape[1]
 
 
 def _head_rows(value: torch.Tensor) -> torch.Tensor:
@@ -351,21 +381,24 @@ def _head_rows(value: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _read(source: str | Path) -> tuple[object, Path]:
-    """What a checkpoint file, or one behind a URL, holds, and where it lies; a ValueError says why
-    it can't be used.
+def read_file(source: str | Path) -> tuple[object, Path, str]:
+    """What a checkpoint file, or one behind a URL, holds; where it lies; and its sha256, but ""
+    where it has checksums of its own, which are tested.
+
+    A ValueError says why it can't be used, an OSError why not now.
     """
-    path = cached_download(source) if _is_url(source) else Path(source).expanduser()
+    place, is_pinned, pin = str(source).partition(PIN)
+    path = cached_download(place) if _is_url(place) else Path(os.path.expanduser(place))
     if path.is_dir():
         raise ValueError(
             f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}"
         )
     if not path.is_file():
         raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
+    load = _load_safetensors if path.suffix == ".safetensors" else _load_plain
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path), path
-        return _load_plain(path), path
+        content, is_tested = load(path)
+        digest = "" if is_tested and not is_pinned else _file_digest(path)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {found[1]}" if found else "it is no checkpoint, or a damaged one"
@@ -373,40 +406,92 @@ def _read(source: str | Path) -> tuple[object, Path]:
             f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is"
             " run. If you trust it, load it elsewhere and save model.state_dict() alone"
         ) from None
+    except (OSError, MemoryError) as error:  # which say nothing of what the file holds
+        number = getattr(error, "errno", None) or errno.EIO
+        raise OSError(number, f"this checkpoint can't be read now ({error})", str(path)) from error
     except Exception as error:  # whatever the bytes of a damaged file lead the readers to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
+    if is_pinned and not (len(pin) >= 8 and digest.startswith(pin.lower())):
+        raise ValueError(
+            f"{path}: its sha256 is {digest}, not {pin!r}: give the file that was meant, or"
+            f" {PIN} and at least 8 digits of this one"
+        )
+    return content, path, "" if is_tested else digest
 
 
-def _load_plain(path: Path) -> object:
-    """Unpickle tensors and plain containers; the configuration nodes of official checkpoints are
-    read as dictionaries.
+def _load_safetensors(path: Path) -> tuple[StateDict, bool]:
+    """The tensors of a file, and whether it has told their digest, as `save_weights` does."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = file.keys()
+        state = {name: file.get_tensor(name) for name in names}
+        told = (file.metadata() or {}).get(_DIGEST)
+    if told and told != weights_digest(state):
+        raise ValueError("its tensors are not those that were written")
+    return state, told is not None
+
+
+def _load_plain(path: Path) -> tuple[object, bool]:
+    """Unpickle tensors and plain containers, and say whether there were checksums to test; the
+    configuration nodes of official checkpoints are read as dictionaries.
     """
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # as torch tells them from older files
+    if is_zip:
+        # torch does not compare checksums: without this a flipped bit would become a weight.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
     stand_ins = [
         type(name, (), {"__module__": module, "__new__": lambda cls: OrderedDict()})
         for module, name in (("yacs.config", "CfgNode"), ("argparse", "Namespace"))
     ]
     with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True), is_zip
 
 
-def _unwrap(content: object, path: Path, ema: bool) -> StateDict:
-    """The state dict inside a checkpoint's content."""
+def _file_digest(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unwrap(content: object, path: Path, ema: bool, depth: int = 4) -> StateDict:
+    """The state dict inside a checkpoint's content, at most so deep."""
     if isinstance(content, Mapping):
         for key in _EMA_KEYS if ema else _WEIGHT_KEYS + _EMA_KEYS:
-            if isinstance(content.get(key), Mapping):
-                return _unwrap(content[key], path, ema=False)
+            if depth and isinstance(content.get(key), Mapping):
+                return unwrap(content[key], path, False, depth - 1)
         if ema:
             raise ValueError(f"{path}: it holds no averaged weights (TRAIN.EMA_DECAY was 0)")
-        if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        if content and all(
+            isinstance(key, str) and isinstance(value, torch.Tensor)
+            for key, value in content.items()
+        ):
+            _check_tensors(content, path)
             return _without_wrappers(content)
     held = f"a {type(content).__name__}"
     if isinstance(content, Mapping):
-        held = f"keys {', '.join(map(str, list(content)[:8]))}"
+        held = f"keys {', '.join(map(str, list(content)[:8]))}"[:200]
     raise ValueError(
         f"{path}: no weights found, only {held}: expected a state dict, alone or under"
         f" {' or '.join(reversed(_WEIGHT_KEYS))}"
     )
+
+
+def _check_tensors(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise a ValueError unless all are dense numbers of which the file holds every one."""
+    for key, value in state.items():
+        is_dense = value.layout == torch.strided and not (value.is_nested or value.is_quantized)
+        is_plain = is_dense and not (value.is_meta or value.is_complex())
+        if not is_plain or value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: {key} is not a dense tensor of real numbers that are all in the file"
+                f" ({value.dtype}, {value.layout}, {value.device})"
+            )
 
 
 def _without_wrappers(state: Mapping[str, torch.Tensor]) -> StateDict:

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from models.build import build_teacher, num_outputs
 from models.class_map import LabelMap, find_label_map, read_class_subset
 from models.distill import encode
-from models.pretrained import classifier_names
+from models.pretrained import classifier_names, weights_digest
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of each channel
 
@@ -141,7 +141,7 @@ class Teacher(nn.Module):
         """
         identity = {
             "name": self.name,
-            "weights_sha256": weights_digest(self.model),
+            "weights_sha256": weights_digest(self.model.state_dict()),
             "dtype": self.precision,
         }
         if self.memory_format == torch.channels_last:
@@ -182,15 +182,6 @@ def strict_float32() -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(products)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """The sha256 of a model's state, in hex: names, types, shapes and bytes, by name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _in_float32(forward: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:

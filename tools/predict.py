@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -116,20 +115,25 @@ def load_model(
             recipe = Path(folder) / "config.yaml"
             recipe.write_text(notes["config"], encoding="utf-8")
             cfg = load_config(["--cfg", str(recipe), "--eval", "--resume", str(weights)])
+        if ":" in cfg.MODEL.TYPE:
+            raise ValueError(
+                f"{weights}: its model is made by {cfg.MODEL.TYPE}, which no file of weights may"
+                " start: evaluate it with main.py --cfg ... --eval"
+            )
         return build_teacher(cfg, log=lambda text: None), cfg, notes.get("class_names", ())
-    state = read_state_dict(weights)
     if timm_name:
-        cfg = load_config(["--opts", "MODEL.TYPE", "timm", "MODEL.NAME", timm_name, "--eval"])
-        *_, head = (
-            value for key, value in state.items() if key.endswith("weight") and value.ndim == 2
-        )
-        model: nn.Module = timm.create_model(timm_name, num_classes=len(head))
-    else:
-        if "patch_embed.conv1.conv.weight" in state:
-            state = from_timm(state)
+        words = ["--eval", "--resume", weights, "--opts", "MODEL.TYPE", "timm", "MODEL.NAME"]
+        cfg = load_config([*words, timm_name])
+        return build_teacher(cfg, log=lambda text: None), cfg, ()
+    state = read_state_dict(weights)
+    if "patch_embed.conv1.conv.weight" in state:
+        state = from_timm(state)
+    try:
         settings = tiny_vit_settings(state, weights)
         cfg = load_config(["--opts", "DATA.IMG_SIZE", str(settings["img_size"]), "--eval"])
         model = TinyViT(**settings)
+    except (LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{weights}: no TinyViT has tensors like these ({error})") from None
     load_weights(model, state, exact=True, log=lambda text: None)
     return model.eval(), cfg, ()
 
@@ -177,6 +181,7 @@ def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Seque
         if len(names) != count:
             raise ValueError(f"{file}: holds {len(names)} names, the model has {count} classes")
         return names
+    own = own if len(own) == count else ()
     if count not in (1000, 21841):
         return own or [f"class {i}" for i in range(count)]
     from timm.data import ImageNetInfo

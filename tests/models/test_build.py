@@ -145,7 +145,7 @@ def test_names_of_the_zoo(monkeypatch, opts, url):
     class Asked(Exception):
         pass
 
-    def ask(source):
+    def ask(source, log):
         raise Asked(source)
 
     monkeypatch.setenv("TINYVIT_ZOO_URL", "mirror")

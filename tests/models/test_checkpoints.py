@@ -1,6 +1,8 @@
 """Checkpoints: on real files, damaged ones and full disks among them."""
 
 import errno
+import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -15,11 +17,13 @@ from torch import nn
 from models.checkpoints import (
     STATE_KEYS,
     load_checkpoint,
+    load_state,
     newest_valid,
     restore,
     save_also,
     save_atomic,
 )
+from models.pretrained import save_weights
 from utils import grad_scaler
 
 
@@ -178,26 +182,25 @@ def test_damaged_and_foreign_files_are_errors_that_name_them(tmp_path, monkeypat
     for name in (*damaged, "evil"):
         with pytest.raises(
             ValueError,
-            match=(
-                rf"the checkpoint {name}\.pth is damaged or of another kind \(.+\): use another one"
-            ),
+            match=rf"{name}\.pth: (not a|refused: it .*) checkpoint, or a damaged one|asks for",
         ):
             load_checkpoint(f"{name}.pth")
     assert not Path("executed").exists()
     with pytest.raises(
-        ValueError, match=r"the checkpoint list\.pth holds a list instead of a training state"
+        ValueError, match=r"list\.pth is a list instead of a training state: use another one"
     ):
         load_checkpoint("list.pth")
-    with pytest.raises(ValueError, match=r"there is no checkpoint none\.pth"):
+    with pytest.raises(ValueError, match=r"none\.pth: there is no such checkpoint file"):
         load_checkpoint("none.pth")
 
 
 def test_a_state_is_more_than_weights_and_belongs_to_one_model(tmp_path):
-    with pytest.raises(
-        ValueError, match="model.safetensors holds weights alone, so no training goes on from it"
-    ):
-        load_checkpoint(tmp_path / "model.safetensors")
     model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    save_weights(model, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="model.safetensors holds no .*: take its weights with --pretrained"
+    ):
+        load_state(tmp_path / "model.safetensors")
     restore(model, other.state_dict())
     assert torch.equal(model.weight, other.weight)
     with pytest.raises(
@@ -246,12 +249,12 @@ def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path)
     whole = (tmp_path / "epoch_10.pth").read_bytes()
     (tmp_path / "epoch_10.pth").write_bytes(whole[:-1])
     (tmp_path / "epoch_11.pth").write_bytes(b"")
-    save_atomic({"model": {}}, tmp_path / "weights.pth")
+    save_atomic({"model": {}}, tmp_path / "best.pth")
     assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_9.pth"
     assert {line.split(".pth")[0].split("/")[-1] for line in lines} == {
         "epoch_10",
         "epoch_11",
-        "weights",
+        "best",
     }
     assert all(line.startswith("skipped: ") for line in lines)
     for name in ("epoch_9", "epoch_2"):
@@ -274,3 +277,77 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(tmp_path):
 def test_old_safe_containers_are_read_too(tmp_path):
     save_atomic({"model": OrderedDict(a=torch.ones(2))}, tmp_path / "c.pth")
     assert torch.equal(load_checkpoint(tmp_path / "c.pth")["model"]["a"], torch.ones(2))
+
+
+def spoil(path: Path, how: str) -> None:
+    """Put something at a path that is no checkpoint a training could go on from."""
+    whole = whole_state(7)
+    changes = {
+        "a step of 10^30": {"step": 10**30},
+        "a step that is no number": {"step": math.nan},
+        "an endless step": {"step": math.inf},
+        "a step below 0": {"step": -1},
+        "a step in words": {"step": "12"},
+        "a step that is true": {"step": True},
+        "a step that is a tensor": {"step": torch.tensor(9)},
+        "no weights": {"model": None},
+        "numbered weights": {"model": {1: torch.ones(2)}},
+        "averages in words": {"model_ema": {"w": "text"}},
+    }
+    if how in changes:
+        torch.save({**whole, **changes[how]}, path)
+    elif how == "a FIFO":
+        os.mkfifo(path)
+    elif how == "a dangling link":
+        path.symlink_to("nowhere")
+    elif how == "a link to itself":
+        path.symlink_to(path.name)
+    elif how == "a folder":
+        path.mkdir()
+    elif how == "an old file":
+        torch.save({**whole, "step": 99}, path, _use_new_zipfile_serialization=False)
+    elif how == "a list":
+        torch.save([1, 2], path)
+    else:
+        assert how == "weights alone"
+        torch.save({"model": {"w": torch.ones(2)}}, path)
+
+
+SPOILT = [
+    *("a step of 10^30", "a step that is no number", "an endless step", "a step below 0"),
+    *("a step in words", "a step that is true", "a step that is a tensor", "no weights"),
+    *("numbered weights", "averages in words", "a FIFO", "a dangling link", "a link to itself"),
+    *("a folder", "an old file", "a list", "weights alone"),
+]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs and links")
+@pytest.mark.parametrize("how", SPOILT)
+def test_nothing_in_the_folder_blocks_a_good_checkpoint(how, tmp_path):
+    save_atomic(whole_state(5), tmp_path / "last.pth")
+    for name in ("best", "epoch_0009", "epoch_0001", "foreign"):
+        spoil(tmp_path / f"{name}.pth", how)
+    lines: list[str] = []
+    assert newest_valid(tmp_path, lines.append) == tmp_path / "last.pth"
+    assert all(line.startswith("skipped: ") and "\n" not in line for line in lines)
+    (tmp_path / "last.pth").unlink()
+    with pytest.raises(ValueError, match="none of the checkpoints there can be used"):
+        newest_valid(tmp_path, lines.append)  # rather than begin anew: they may be work
+    assert len({line.split(".pth")[0] for line in lines}) == 4
+
+
+def test_checkpoints_of_other_names_come_after_a_trainings_own(tmp_path):
+    save_atomic(whole_state(5), tmp_path / "last.pth")
+    save_atomic(whole_state(8), tmp_path / "another_run.pth")
+    assert newest_valid(tmp_path, pytest.fail) == tmp_path / "last.pth"
+    (tmp_path / "last.pth").write_bytes(b"")
+    assert newest_valid(tmp_path, lambda line: None) == tmp_path / "another_run.pth"
+
+
+def test_a_checkpoint_can_be_pinned(tmp_path):
+    path = tmp_path / "last.pth"
+    save_atomic(whole_state(5), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_state(f"{path}@sha256={digest[:8]}")["step"] == 5
+    with pytest.raises(ValueError, match=f"last.pth: its sha256 is {digest}, not '0123456789'"):
+        load_state(f"{path}@sha256=0123456789")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import http.server
 import io
 import json
@@ -23,11 +24,14 @@ from models.pretrained import (
     cached_download,
     classifier_names,
     from_timm,
+    head_classes,
     load_pretrained,
     load_weights,
     read_state_dict,
     resize_attention_biases,
+    save_weights,
     to_timm,
+    weights_digest,
     zoo_url,
 )
 from models.tiny_vit import TinyViT
@@ -151,6 +155,140 @@ def test_safetensors(tmp_path, weights):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({key: value.contiguous() for key, value in weights.items()}, path)
     assert states_equal(read_state_dict(path), weights)
+
+
+def pinned(path, digits=64):
+    return f"{path}@sha256={hashlib.sha256(path.read_bytes()).hexdigest()[:digits]}"
+
+
+def test_what_has_no_checksums_is_shown_by_its_digest_and_can_be_pinned(tmp_path, weights):
+    old, foreign = tmp_path / "old.pth", tmp_path / "foreign.safetensors"
+    torch.save(weights, old, _use_new_zipfile_serialization=False)
+    safetensors.torch.save_file(
+        {key: value.contiguous() for key, value in weights.items()}, foreign
+    )
+    for path in (old, foreign):
+        lines = []
+        load_weights(tiny(), path, log=lines.append)
+        assert pinned(path).removeprefix(str(path)) in lines[0] and "without checksums" in lines[0]
+        assert states_equal(read_state_dict(pinned(path)), weights)
+        content = bytearray(path.read_bytes())
+        content[-8] ^= 1  # a weight's: no reader could know
+        before = pinned(path, 12)
+        path.write_bytes(content)
+        assert not states_equal(read_state_dict(path), weights)
+        with pytest.raises(ValueError, match=f"{path.name}: its sha256 is .*, not '.*': give the"):
+            read_state_dict(before)
+
+
+def test_what_has_checksums_can_be_pinned_too(zoo, tmp_path, weights):
+    path, ours = tmp_path / "new.pth", tmp_path / "ours.safetensors"
+    torch.save(weights, path)
+    save_weights(tiny(), ours)
+    for file in (path, ours):
+        lines = []
+        load_weights(tiny(), pinned(file, 8), log=lines.append)
+        assert len(lines) == 1  # the report alone
+        for pin in ("", "1234567", "12345678", "text"):
+            with pytest.raises(ValueError, match="its sha256 is .* at least 8 digits of this one"):
+                read_state_dict(f"{file}@sha256={pin}")
+    zoo.body = path.read_bytes()
+    digest = pinned(path).removeprefix(str(path))
+    assert states_equal(read_state_dict(f"{zoo.url}/a.pth{digest}"), weights)
+    assert zoo.asked == ["/a.pth"]
+    with pytest.raises(ValueError, match="a-.*.pth: its sha256 is "):
+        read_state_dict(f"{zoo.url}/a.pth@sha256=12345678")
+
+
+def test_our_own_files_tell_the_digest_of_their_tensors(tmp_path, weights):
+    path = tmp_path / "ours.safetensors"
+    save_weights(tiny(), path)
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"tensors_sha256": weights_digest(weights)}
+    content = path.read_bytes()
+    for place in range(len(content) - 1, 0, -len(content) // 40):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="not a checkpoint, or a damaged one"):
+            read_state_dict(path)
+
+
+def test_no_flipped_bit_of_a_zip_becomes_a_weight(tmp_path, weights):
+    path = tmp_path / "new.pth"
+    torch.save(weights, path)
+    content = path.read_bytes()
+    for key in [key for key, value in weights.items() if value.ndim == 2]:
+        changed = bytearray(content)
+        changed[content.index(weights[key].numpy().tobytes())] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="a damaged one .wrong checksum of new/data/|Bad CRC"):
+            read_state_dict(path)
+
+
+def recursive():
+    content = {}
+    content["model"] = {"state_dict": content}
+    return content
+
+
+@pytest.mark.filterwarnings("ignore")  # of kinds of tensors that PyTorch calls unfinished
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: {"w": torch.ones(2, dtype=torch.complex64)}, r"w is not a dense .*complex64"),
+        (lambda: {"w": torch.eye(2).to_sparse()}, r"w is not a dense .*sparse_coo"),
+        (lambda: {"w": torch.eye(2).to_sparse_csr()}, r"w is not a dense .*sparse_csr"),
+        (lambda: {"w": torch.empty(2, device="meta")}, r"w is not a dense .*meta"),
+        (
+            lambda: {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8)},
+            r"w is not a dense .*quint8",
+        ),
+        (lambda: {"w": torch.nested.nested_tensor([torch.ones(2)])}, "w is not a dense"),
+        (lambda: {"w": torch.ones(1).expand(10**6, 10**6)}, "w is not a dense .*all in the file"),
+        (lambda: {1: torch.ones(2)}, "no weights found, only keys 1"),
+        (lambda: {"w": torch.ones(2), (1, 2): torch.ones(2)}, "no weights found, only keys w, "),
+        (recursive, "no weights found, only keys "),
+        (lambda: {"model": {"x" * 10**6: 1}}, "no weights found, only keys xxx"),
+    ],
+)
+def test_unusable_tensors_are_one_line(tmp_path, make, message):
+    torch.save(make(), tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=f"odd.pth: {message}") as caught:
+        read_state_dict(tmp_path / "odd.pth")
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_shared_and_strided_tensors_are_read(tmp_path):
+    whole = torch.arange(12.0)
+    state = {"a": whole, "b": whole, "c": whole.view(3, 4).T, "d": whole[::5]}
+    torch.save(state, tmp_path / "shared.pth")
+    assert states_equal(read_state_dict(tmp_path / "shared.pth"), state)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    "key",
+    ["head.weight", "patch_embed.seq.0.c.weight", "layers.1.blocks.0.attn.attention_biases"],
+)
+def test_whole_numbers_are_not_taken_for_fractions(weights, key, exact):
+    state = {**weights, key: (weights[key] * 100).long()}
+    with pytest.raises(ValueError, match=f"{key} is torch.int64, the model's torch.float32"):
+        load_weights(tiny(), state, exact=exact, log=quiet)
+    halves = {name: value.half() for name, value in weights.items()}  # also of a counter
+    assert load_weights(tiny(), halves, exact=exact, log=quiet).loaded == len(weights)
+
+
+@pytest.mark.parametrize("biases", [torch.tensor(1.0), torch.ones(1), torch.ones(1, 50)])
+def test_biases_of_no_window_do_not_fit(weights, biases):
+    key = "layers.1.blocks.0.attn.attention_biases"
+    with pytest.raises(ValueError, match=rf"{key} is \[.*\], the model's \[1, 49\]"):
+        load_weights(tiny(), {**weights, key: biases}, log=quiet)
+
+
+@pytest.mark.parametrize("head", [torch.tensor(1.0), torch.ones(0, 64), torch.ones(10**12, 0)])
+def test_a_head_of_no_classes_tells_no_number(weights, head):
+    assert head_classes(tiny(), {**weights, "head.weight": head}) == 0
 
 
 class Evil:

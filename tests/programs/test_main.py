@@ -259,7 +259,7 @@ def test_where_nothing_can_be_read_nothing_is_overwritten(copy, capsys, monkeypa
     lines = (folder(copy) / "metrics.jsonl").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(
-            main.checkpoints.zipfile,
+            zipfile,
             "ZipFile",
             lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")),
         )
@@ -286,9 +286,7 @@ def test_a_run_goes_back_to_one_of_its_own_checkpoints(trained, copy):
 
 def test_weights_alone_or_another_model_are_no_state_to_go_on_from(trained, tmp_path, capsys):
     line = fault(capsys, tmp_path, flags=["--resume", trained / "weights.safetensors"])
-    assert (
-        "holds weights alone, so no training goes on from it: take them with --pretrained" in line
-    )
+    assert "so no training goes on from it: take its weights with --pretrained" in line
     changed = state(trained) | {"model": {"other.weight": torch.zeros(1)}}
     torch.save(changed, tmp_path / "changed.pth")
     line = fault(
@@ -348,14 +346,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(trained, copy, capsy
         path = checkpoint(copy, name)
         path.unlink() if content is None else path.write_bytes(content)
     assert run(copy, "TRAIN.EMA_DECAY 0.9") == 0
-    assert len(re.findall("WARNING skipped: the checkpoint .* is damaged", log_of(copy))) == 2
+    assert len(re.findall("WARNING skipped: .*checkpoint, or a damaged one", log_of(copy))) == 2
     assert "epoch_0001.pth: 5 updates are done" in log_of(copy)
     assert (folder(copy) / "metrics.jsonl").read_bytes() == (
         folder(trained) / "metrics.jsonl"
     ).read_bytes()
     (copy / "damaged.pth").write_bytes(b"no")
     line = fault(capsys, copy, flags=["--tag x --resume", copy / "damaged.pth"])
-    assert f"the checkpoint {copy / 'damaged.pth'} is damaged" in line
+    assert f"{copy / 'damaged.pth'}: refused: it is no checkpoint, or a damaged one" in line
     torch.save({"model": {}}, copy / "weights.pth")
     line = fault(capsys, copy, flags=["--tag x --resume", copy / "weights.pth"])
     assert (
