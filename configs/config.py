@@ -7,12 +7,20 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+LONGEST_MESSAGE = 2000  # characters
+
 
 class ConfigError(ValueError):
-    """A fault in the user's configuration: a line that names source, key, value and the way out."""
+    """A fault in the user's configuration: a line that names source, key, value and the way out.
+
+    What makes it too long to read stands in the middle, which is left out.
+    """
 
     def __init__(self, message: str, key: str = "") -> None:
-        super().__init__(message)
+        line = " ".join(message.splitlines())
+        if len(line) > LONGEST_MESSAGE:
+            line = f"{line[:500]} ... {line[-500:]}"
+        super().__init__(line)
         self.key = key  # the dotted key to blame, if it is one
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import yaml
-
 from configs import Config, ConfigError, batch_plan, dump
 from configs.config import flatten
+from configs.load import parse
 
 # What may differ because it changes where things are, what is shown and how fast it goes, but not
 # what is computed.
@@ -45,9 +44,12 @@ def check_continuation(before: str, cfg: Config, where: str) -> list[Change]:
     Returns the changes that are allowed but worth saying; any that is not allowed is a ConfigError.
     Keys that only one of the two has do not matter.
     """
-    old = flatten(yaml.safe_load(before))
-    changes = _changes(old, flatten(yaml.safe_load(dump(cfg))))
-    was, is_now = _images_per_update(old), batch_plan(cfg).per_update
+    old = parse(before, where)
+    changes = _changes(old, parse(dump(cfg), where))
+    try:
+        was, is_now = _images_per_update(old), batch_plan(cfg).per_update
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: its configuration is not whole ({error!r})") from None
     if was != is_now:
         changes.append(Change("images per update", was, is_now))
     free = FREE | SPLIT if cfg.TRAIN.GLOBAL_BATCH else FREE

@@ -54,7 +54,7 @@ _C.DATA.MEAN_AND_STD_TYPE = "default"
 _C.DATA.MEAN = []
 # three numbers that replace the type's standard deviation
 _C.DATA.STD = []
-# pixels a side of the square that a model sees, from 32 up
+# pixels a side of the square that a model sees, from 32 to 4096
 _C.DATA.IMG_SIZE = 224
 # bicubic | bilinear | random (training draws one of the two; evaluation uses bicubic)
 _C.DATA.INTERPOLATION = "bicubic"

@@ -8,6 +8,8 @@ import difflib
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ Layer = tuple[str, dict[str, Any]]  # where values come from, and they under the
 
 # What load_config itself writes; files may hold it, since dumps do.
 WRITTEN = ("BASE", "EXPLICIT", "WORLD_SIZE")
+LARGEST_FILE = 50_000  # characters of YAML; a dump has 6,000
+LONGEST_VALUE = 3_000  # characters; Python prints no number that is much longer
 KINDS = {str: "text (quote it)", bool: "True or False", int: "a whole number", float: "a number"}
 
 
@@ -103,7 +107,19 @@ def choices_in_words(cfg: Config) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values alone, no tag runs anything; a key that stands there twice is an error."""
+    """Plain values alone, no tag runs anything; a key that stands there twice is an error.
+
+    So is an alias: a few lines of them make more values than a memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.composer.ComposerError(
+                problem=f"*{alias.anchor} stands for another value, write that out",
+                problem_mark=alias.start_mark,
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -115,6 +131,27 @@ class _PlainLoader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """The values of a YAML text under their dotted keys."""
+    if len(text) > LARGEST_FILE:
+        raise ConfigError(f"{where}: more than {LARGEST_FILE:,} characters, which is no recipe")
+    try:
+        content = yaml.load(text, _PlainLoader) or {}
+    except Exception as error:  # PyYAML checks few of the values that it converts
+        text = str(error).replace('"<unicode string>"', "the text")
+        raise ConfigError(f"{where}: broken YAML: {' '.join(text.split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: expected KEY: value lines, found a {type(content).__name__}")
+    for key, items in (("BASE", "YAML files"), ("EXPLICIT", "keys")):
+        if isinstance(content.get(key), str):
+            content[key] = [content[key]]
+        names = content.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            found = type(names).__name__
+            raise ConfigError(f"{where}: {key}: expected a list of {items}, found a {found}")
+    return flatten(content)
 
 
 def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
@@ -129,24 +166,16 @@ def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
     named_by = f" (BASE of {readers[-1]})" if readers else ""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _PlainLoader) or {}
+            text = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{named_by}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error}){named_by}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected KEY: value lines, found a {type(content).__name__}")
-    bases = content.get("BASE") or []
-    if isinstance(bases, str):
-        bases = [bases]
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: BASE = {bases!r}: expected a list of YAML files")
+    values = parse(text, str(path))
     layers: list[Layer] = []
-    for base in filter(None, bases):
+    for base in filter(None, values.get("BASE") or []):
         layers += _file_layers(path.parent / base, chain)
-    return [*layers, (str(path), flatten(content))]
+    return [*layers, (str(path), values)]
 
 
 def _opts_values(words: list[str]) -> dict[str, str]:
@@ -168,6 +197,12 @@ def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
 
     Beyond these a whole number stands for a fraction, and None for a list that is not given.
     """
+    try:
+        is_long = len(repr(value)) > LONGEST_VALUE
+    except ValueError:  # a number of more digits than Python prints
+        is_long = True
+    if is_long:
+        raise ConfigError(f"{key}: expected at most {LONGEST_VALUE:,} characters", key)
     if key not in defaults:
         raise ConfigError(f"{key} = {value!r}: {_what_instead(key, list(defaults))}", key)
     default = defaults[key]
@@ -178,7 +213,7 @@ def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
         value = repr(value) if isinstance(default, str) else _literal(value)
     match default:
         case float() if type(value) is int:
-            value = float(value)
+            value = float(str(value))  # infinite where it is too large
         case list() | tuple() if value is None:
             value = default
         case None if isinstance(value, tuple):
@@ -195,11 +230,9 @@ def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
 
 def _literal(text: str) -> Any:
     """A Python or YAML literal, or the text itself."""
-    for read in (ast.literal_eval, yaml.safe_load):
-        try:
+    for read in (ast.literal_eval, partial(yaml.load, Loader=_PlainLoader)):
+        with suppress(Exception):  # of nearly any kind
             return read(text)
-        except (ValueError, SyntaxError, TypeError, yaml.YAMLError):
-            continue
     return text
 
 

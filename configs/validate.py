@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterator
-from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +16,8 @@ class Items(NamedTuple):
     """What a list of numbers must be."""
 
     lengths: tuple[int, ...]
-    low: float = -inf
-    high: float = inf
+    low: float = -1000
+    high: float = 1000
     is_whole: bool = False
     is_ascending: bool = False
 
@@ -50,22 +48,25 @@ CHOICES = {
     "AMP_DTYPE": ("auto", "bf16", "fp16", "off"),
     "DEVICE": ("auto", "cuda", "mps", "cpu"),
 }
+MANY = 10**9
+# The largest values are far above what anybody uses, and below what exhausts time or memory.
 RANGES = {  # (smallest value, largest value): the keys that it holds for
-    (0, inf): """
-        DATA.NUM_WORKERS MODEL.NUM_CLASSES DISTILL.LOGITS_TOPK TRAIN.START_EPOCH
-        TRAIN.WARMUP_EPOCHS TRAIN.WEIGHT_DECAY TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR
-        TRAIN.CLIP_GRAD TRAIN.GLOBAL_BATCH TRAIN.CHECKPOINT_MINUTES TRAIN.OPTIMIZER.EPS
-        AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX TEST.BATCH_SIZE
+    (0, MANY): """
+        TRAIN.WEIGHT_DECAY TRAIN.BASE_LR TRAIN.WARMUP_LR TRAIN.MIN_LR TRAIN.CLIP_GRAD
+        TRAIN.CHECKPOINT_MINUTES TRAIN.OPTIMIZER.EPS AUG.COLOR_JITTER AUG.MIXUP AUG.CUTMIX
     """,
-    (1, inf): """
-        DATA.BATCH_SIZE DATA.PREFETCH DATA.MAX_PIXELS DATA.SHAPES.TRAIN_IMAGES
-        DATA.SHAPES.VAL_IMAGES MODEL.TINY_VIT.IN_CHANS MODEL.TINY_VIT.LOCAL_CONV_SIZE
-        TRAIN.EPOCHS TRAIN.ACCUMULATION_STEPS TRAIN.MAX_BAD_STEPS
-        TRAIN.LR_SCHEDULER.DECAY_EPOCHS AUG.RECOUNT TEST.EVERY SAVE_FREQ PRINT_FREQ
-    """,
-    (16, inf): "DATA.SHAPES.SIZE",
-    (32, inf): "DATA.IMG_SIZE",
-    (TINY, inf): """
+    (1, MANY): "DATA.MAX_PIXELS TEST.EVERY SAVE_FREQ PRINT_FREQ",
+    (1, 10**7): "DATA.SHAPES.TRAIN_IMAGES DATA.SHAPES.VAL_IMAGES",
+    (0, 10**6): "MODEL.NUM_CLASSES DISTILL.LOGITS_TOPK TRAIN.GLOBAL_BATCH TEST.BATCH_SIZE",
+    (1, 10**6): "DATA.BATCH_SIZE TRAIN.ACCUMULATION_STEPS",
+    (0, 10**5): "TRAIN.START_EPOCH TRAIN.WARMUP_EPOCHS",
+    (1, 10**5): "TRAIN.EPOCHS TRAIN.LR_SCHEDULER.DECAY_EPOCHS TRAIN.MAX_BAD_STEPS",
+    (0, 1000): "DATA.NUM_WORKERS",
+    (1, 1000): "DATA.PREFETCH MODEL.TINY_VIT.IN_CHANS AUG.RECOUNT",
+    (1, 100): "MODEL.TINY_VIT.LOCAL_CONV_SIZE",
+    (16, 4096): "DATA.SHAPES.SIZE",
+    (32, 4096): "DATA.IMG_SIZE",
+    (TINY, 1000): """
         DISTILL.TEMPERATURE MODEL.TINY_VIT.MLP_RATIO MODEL.TINY_VIT.MBCONV_EXPAND_RATIO
     """,
     (TINY, 1): "DATA.SUBSET TRAIN.LAYER_LR_DECAY",
@@ -77,7 +78,7 @@ RANGES = {  # (smallest value, largest value): the keys that it holds for
     (0, BELOW_1): "TRAIN.EMA_DECAY",
     (0, 2**31 - 1): "DATA.SEED SEED",
 }
-STAGES = Items((4,), 1, is_whole=True)
+STAGES = Items((4,), 1, 1000, is_whole=True)
 LISTS = {
     "DATA.MEAN": Items((0, 3)),
     "DATA.STD": Items((0, 3), TINY),
@@ -88,8 +89,8 @@ LISTS = {
     "TRAIN.OPTIMIZER.BETAS": Items((2,), 0, BELOW_1),
     "MODEL.TINY_VIT.DEPTHS": STAGES,
     "MODEL.TINY_VIT.NUM_HEADS": STAGES,
-    "MODEL.TINY_VIT.WINDOW_SIZES": STAGES,
-    "MODEL.TINY_VIT.EMBED_DIMS": STAGES,
+    "MODEL.TINY_VIT.WINDOW_SIZES": Items((4,), 1, 100, is_whole=True),
+    "MODEL.TINY_VIT.EMBED_DIMS": Items((4,), 1, 10**5, is_whole=True),
 }
 MSTD = r"-mstd(\d+(\.\d+)?|inf)"
 POLICY = re.compile(
@@ -121,7 +122,7 @@ def _ranges(cfg: Config) -> Iterator[Rule]:
     for (low, high), keys in RANGES.items():
         for key in keys.split():
             fits = _is_number(cfg.value(key), low, high)
-            yield not fits, key, f"expected a number{_bounds(low, high)}"
+            yield not fits, key, f"expected a number from {low:,} to {high:,}"
 
 
 def _lists(cfg: Config) -> Iterator[Rule]:
@@ -139,18 +140,13 @@ def _lists(cfg: Config) -> Iterator[Rule]:
         count = " or ".join(map(str, lengths))
         whole = "whole " if is_whole else ""
         order = ", the smaller one first" if is_ascending else ""
-        yield not fits, key, f"expected {count} {whole}numbers{_bounds(low, high)}{order}"
+        bounds = f"from {low:,} to {high:,}{order}"
+        yield not fits, key, f"expected {count} {whole}numbers {bounds}"
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and low <= value <= high
-
-
-def _bounds(low: float, high: float) -> str:
-    if high < inf:
-        return f" from {low} to {high}"
-    return f" from {low} up" if low > -inf else ""
+    return is_number and low <= value <= high
 
 
 def _images(cfg: Config) -> Iterator[Rule]:
@@ -230,7 +226,7 @@ def _folders(cfg: Config) -> Iterator[Rule]:
     if cfg.EVAL_MODE or cfg.THROUGHPUT_MODE:
         return
     folder = Path(cfg.OUTPUT).absolute() / cfg.MODEL.NAME / cfg.TAG
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     yield not existing.is_dir(), "OUTPUT", f"{existing} is a file, choose another folder"
     yield (
         not os.access(existing, os.W_OK | os.X_OK),

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from configs import (
+    ConfigError,
     argument_parser,
     batch_plan,
     choices_in_words,
@@ -108,6 +109,22 @@ def test_a_key_of_an_earlier_version_is_a_line_and_stops_nothing(tmp_path, capsy
     monkeypatch.setenv("RANK", "1")
     from_yaml(tmp_path, "DISTILL: {STAGE_DIR: /disk}")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("5", "expected KEY: value lines, found a int"),
+        ("SEED: [", "broken YAML"),
+        ("A: [&a [1], *a]", r"\*a stands for another value"),
+        ("SEED: 1", r"its configuration is not whole \(KeyError"),
+        ("WORLD_SIZE: [1]\nDATA: {BATCH_SIZE: x}\nTRAIN: {GLOBAL_BATCH: 0}", "is not whole"),
+        ("x" * 60_000, "more than 50,000 characters"),
+    ],
+)
+def test_a_checkpoint_of_a_damaged_configuration_is_named(before, message):
+    with pytest.raises(ConfigError, match=f"last.pth: .*{message}"):
+        check_continuation(before, opts("SEED 1"), "last.pth")
 
 
 def test_timm_models_bring_their_own_input():
