@@ -124,6 +124,7 @@ class Training:
     sources: dict[str, Any]  # which images and which teacher it learns from
     meters: Meters
     recent: deque[Tensor]  # positions of the images of the latest updates, to name bad ones
+    saver: checkpoints.Saver  # of rank 0
 
 
 def train_step(run: Training, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -204,7 +205,8 @@ def train(run: Training) -> None:
     training_log = TrainingLog(
         run.log.info, run.writer, cfg.TRAIN.EPOCHS, run.plan.per_update, now.update
     )
-    saved, is_saved = time.monotonic(), True
+    agreement, saved = utils.Agreement(run.world), time.monotonic()
+    run.saver.best = now.best
     while now.epoch < cfg.TRAIN.EPOCHS:
         keeps_statistics = cfg.TRAIN.EVAL_BN_WHEN_TRAINING
         set_training_mode(run.model, cfg.TRAIN.FREEZE == "backbone", keeps_statistics)
@@ -222,8 +224,8 @@ def train(run: Training) -> None:
             minutes = (time.monotonic() - saved) / 60
             is_due = run.world.is_main and 0 < cfg.TRAIN.CHECKPOINT_MINUTES <= minutes
             is_asked = run.stop.received is not None
-            must_stop, must_save = run.world.any_of(is_asked, is_due)
-            is_logged = now.update % cfg.PRINT_FREQ == 0
+            is_logged = now.update % cfg.PRINT_FREQ == 0  # when all wait anyway
+            must_stop, must_save = agreement.any_of(is_asked, is_due, now=is_logged)
             if is_logged or must_stop or must_save or now.step == steps:
                 collect(run)
             if is_logged:
@@ -242,9 +244,15 @@ def train(run: Training) -> None:
             if must_stop:
                 stop(run)
             if must_save:
-                is_saved, saved = save(run, "last.pth"), time.monotonic()
-        is_saved, saved = end_epoch(run), time.monotonic()
-    if not is_saved and not save(run, "last.pth"):
+                settle(run)
+                save(run, "last.pth")
+                saved = time.monotonic()
+        end_epoch(run)
+        saved = time.monotonic()
+    if settle(run):
+        return
+    save(run, "last.pth")
+    if not settle(run):
         raise OSError(
             f"all epochs are done, but their result is not saved in {run_folder(cfg)}/checkpoints:"
             " make room and start the same command again, which goes on from the newest checkpoint"
@@ -253,7 +261,9 @@ def train(run: Training) -> None:
 
 def stop(run: Training) -> None:
     """End the run as it was asked to, with its state saved."""
-    if not save(run, "last.pth"):
+    settle(run)
+    save(run, "last.pth")
+    if not settle(run):
         raise OSError("stopped on request, and nothing could be saved")
     raise Stopped(GOES_ON)
 
@@ -277,11 +287,9 @@ def collect(run: Training) -> None:
     )
 
 
-def end_epoch(run: Training) -> bool:
-    """Evaluate, write the epoch's metrics and checkpoints, and move on to the next epoch.
-
-    Returns whether its state was saved.
-    """
+def end_epoch(run: Training) -> None:
+    """Evaluate, write the epoch's metrics and checkpoints, and move on to the next epoch."""
+    settle(run)
     cfg, now, done = run.cfg, run.progress, run.progress.epoch + 1
     is_due = done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS
     results = evaluate_all(run) if run.validate and is_due else {}
@@ -297,10 +305,7 @@ def end_epoch(run: Training) -> bool:
         names.insert(0, f"epoch_{done:04d}.pth")
     if now.best > before:
         names.insert(0, "best.pth")
-    is_saved = save(run, *names)
-    if not is_saved:
-        now.best = before  # so that a later epoch can still become the best that is kept
-    return is_saved
+    save(run, *names)
 
 
 def evaluate_all(run: Training) -> dict[str, float]:
@@ -320,25 +325,18 @@ def evaluate_all(run: Training) -> dict[str, float]:
     return results
 
 
-def save(run: Training, *names: str) -> bool:
-    """Write the state of a run under some names; whether all were written.
-
-    Where that fails the files of before are kept.
-    """
-    fault = ""
+def save(run: Training, *names: str) -> None:
+    """Begin to write the state of a run as it is now under some names."""
     if run.world.is_main:
-        try:
-            folder = run_folder(run.cfg) / "checkpoints"
-            checkpoints.save_atomic(state_of(run), folder / names[0])
-            for name in names[1:]:
-                checkpoints.save_also(folder / names[0], folder / name)
-        except OSError as error:
-            fault = str(error)
-            run.log.error(
-                f"NO CHECKPOINT WRITTEN: {fault}. Training goes on; make room, or this work can be"
-                " lost"
-            )
-    return not run.world.broadcast_object(fault)
+        run.saver.begin(state_of(run), names)
+
+
+def settle(run: Training) -> bool:
+    """Wait for the checkpoint that is being written: whether it was. What was not is not the best
+    that is kept, so that a later epoch can still become it.
+    """
+    saved, run.progress.best = run.world.on_main(run.saver.wait)
+    return saved
 
 
 def state_of(run: Training) -> dict[str, Any]:
@@ -461,6 +459,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         sources=sources,
         meters=Meters(world),
         recent=deque(maxlen=cfg.TRAIN.MAX_BAD_STEPS),
+        saver=checkpoints.Saver(run_folder(cfg) / "checkpoints", log.error),
     )
     if state:
         restore(run, state)
@@ -644,6 +643,7 @@ def run_training(cfg: CfgNode, world: Distributed, stop: StopRequest) -> nn.Modu
         log = create_logger(folder, world.rank)
         run = build_training(cfg, world, log, stop)
         stack.callback(run.writer.close)
+        stack.callback(run.saver.close)
         describe(run)
         if run.progress.epoch >= cfg.TRAIN.EPOCHS:
             log.info(

@@ -223,6 +223,30 @@ class Distributed:
             dist.destroy_process_group()
 
 
+class Agreement:
+    """What processes ask each other about once a second, after the same piece of work on all: to
+    wait for each other after every piece would cost the slowest one's time again and again.
+    """
+
+    def __init__(self, world: Distributed) -> None:
+        self._world = world
+        self._since, self._pieces, self._next = time.monotonic(), 0, 1
+
+    def any_of(self, *flags: bool, now: bool = False) -> list[bool]:
+        """After a piece of work: for each flag whether it is set on any process, and False where
+        it is not yet time to ask; `now` asks anyway. The answers are the same on all processes.
+        """
+        self._pieces += 1
+        if self._world.world_size > 1 and self._pieces < self._next and not now:
+            return [False] * len(flags)
+        seconds = time.monotonic() - self._since
+        *counts, total = self._world.all_reduce_sum(torch.tensor([*flags, seconds])).tolist()
+        a_second = int(self._pieces * self._world.world_size / max(total, 1e-6))
+        self._next = min(a_second, 2 * self._pieces)  # short times say little of later ones
+        self._since, self._pieces = time.monotonic(), 0
+        return [count > 0 for count in counts]
+
+
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     """(result, None) or (None, the error)."""
     try:
@@ -470,8 +494,8 @@ class StopRequest:
     """Notes that the process was asked to stop: SIGTERM, SIGUSR1 as batch systems send before the
     time is up, Ctrl-C.
 
-    Who works looks at `received` between two pieces of work: main.py's `train` after each update,
-    `in_step` before each batch of an evaluation, save_logits.py's `watched` after each batch.
+    Who works looks at `received` between two pieces of work: main.py's `train` after an update,
+    `in_step` before a batch of an evaluation, save_logits.py's `watched` after each batch.
     A second Ctrl-C is a KeyboardInterrupt. A context manager: on leaving it, the handlers from
     before are back."""
 
@@ -644,14 +668,14 @@ def time_calls(
 def in_step(
     batches: Iterable[Item], count: int, world: Distributed, stop: StopRequest | None
 ) -> Iterator[Item]:
-    """The batches, of which this process has `count`; Stopped as soon as any process must stop.
+    """The batches, of which this process has `count`; Stopped soon after any process must stop.
 
-    All processes agree before each batch, so that none is left waiting for the others.
+    All processes agree before the same batches, so that none is left waiting for the others.
     """
     most = max(world.gather_objects(count))
-    own = iter(batches)
+    own, agreement = iter(batches), Agreement(world)
     for _ in range(most):
-        if stop and world.any_of(stop.received is not None)[0]:
+        if stop and agreement.any_of(stop.received is not None)[0]:
             raise Stopped("the same command goes on")
         yield from islice(own, 1)
 

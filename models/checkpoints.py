@@ -5,7 +5,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,67 @@ def save_also(path: str | Path, other: str | Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(other.parent)
+
+
+class Saver:
+    """Writes checkpoints in a thread, one at a time, while training goes on."""
+
+    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
+        self.best = -1.0  # of the checkpoints that were written
+        self._folder = folder
+        self._log = log
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[bool] = Future()
+        self._writing.set_result(True)
+
+    def begin(self, state: dict[str, Any], names: Sequence[str]) -> None:
+        """Write a state as it is now under some names, once what is being written is."""
+        self.wait()
+        kept, ready = snapshot(state), None
+        if torch.cuda.is_initialized():
+            ready = torch.cuda.Event(blocking=True)
+            ready.record()
+        self._writing = self._thread.submit(self._write, kept, ready, names)
+
+    def wait(self) -> tuple[bool, float]:
+        """Wait for the checkpoint that is being written: whether it was, and the best by now."""
+        return self._writing.result(), self.best
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self._thread.shutdown()
+
+    def _write(
+        self, state: dict[str, Any], ready: torch.cuda.Event | None, names: Sequence[str]
+    ) -> bool:
+        if ready:
+            ready.synchronize()
+        try:
+            save_atomic(state, self._folder / names[0])
+            for name in names[1:]:
+                save_also(self._folder / names[0], self._folder / name)
+        except OSError as error:
+            self._log(
+                f"NO CHECKPOINT WRITTEN: {error}. Training goes on; make room, or this work can be"
+                " lost"
+            )
+            return False
+        self.best = state["progress"]["best"]
+        return True
+
+
+def snapshot(value: Any) -> Any:
+    """A copy on the CPU of tensors and plain values; of CUDA tensors it is made on their stream,
+    which is not waited for.
+    """
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(snapshot, value))
+    if not isinstance(value, Tensor):
+        return value
+    copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return copy.copy_(value, non_blocking=value.is_cuda)
 
 
 def _assert_plain(value: Any, name: str) -> None:

@@ -405,6 +405,42 @@ def test_all_ranks_stop_when_one_is_asked():
     assert run_ranks(stop_on_rank_1, 2) == [(False, True, None), (False, True, "SIGTERM")]
 
 
+def agree(now: float, seconds: dict[int, float]) -> tuple[list[int], list[int]]:
+    """After which of 40 pieces of work, each of so many seconds for this rank, it agreed; and which
+    of them found that rank 1 wanted something, after its piece 9.
+    """
+    world, clock = init_distributed("cpu"), [0.0]
+    utils.time.monotonic = lambda: clock[0]
+    reduce, asked, found = Distributed.all_reduce_sum, [], []
+    agreement = utils.Agreement(world)
+    for piece in range(1, 41):
+        clock[0] += seconds[world.rank]
+        Distributed.all_reduce_sum = lambda *args, piece=piece: asked.append(piece) or reduce(*args)
+        wants = world.rank == 1 and piece >= 9
+        if agreement.any_of(False, wants, now=now > 0 and piece % now == 0) == [False, True]:
+            found.append(piece)
+    return asked, found
+
+
+@pytest.mark.parametrize(
+    ("now", "seconds", "expected"),
+    [
+        (0, {0: 1 / 16, 1: 3 / 16}, [1, 3, 7, 15, 23, 31, 39]),  # 8 pieces a second on average
+        (0, {0: 0.5, 1: 3.0}, [*range(1, 41)]),
+        (20, {0: 0.0, 1: 0.0}, [1, 3, 7, 15, 20, 30, 40]),  # and where all wait anyway
+    ],
+)
+def test_processes_agree_once_a_second_after_the_same_work(now, seconds, expected):
+    found = [piece for piece in expected if piece >= 9]
+    assert run_ranks(agree, 2, now, seconds) == [(expected, found)] * 2
+
+
+def test_one_process_need_not_ask_and_always_knows():
+    agreement = utils.Agreement(Distributed())
+    flags = [(bool(i % 2), bool(i % 3)) for i in range(12)]
+    assert [tuple(agreement.any_of(*pair)) for pair in flags] == flags
+
+
 # ---- precision
 
 

@@ -1,11 +1,13 @@
 """Checkpoints: on real files, damaged ones and full disks among them."""
 
+import copy
 import errno
 import hashlib
 import math
 import os
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -16,14 +18,17 @@ from torch import nn
 
 from models.checkpoints import (
     STATE_KEYS,
+    Saver,
     load_checkpoint,
     load_state,
     newest_valid,
     restore,
     save_also,
     save_atomic,
+    snapshot,
 )
 from models.pretrained import save_weights
+from tests.support.fake_cuda import Watch, fake_cuda, on_fake
 from utils import grad_scaler
 
 
@@ -153,6 +158,70 @@ def test_other_failures_while_saving_are_not_taken_for_a_full_disk(tmp_path, mon
     with pytest.raises(RuntimeError, match="out of memory"):
         save_atomic({"step": 1}, tmp_path / "c.pth")
     assert os.listdir(tmp_path) == []
+
+
+def progressed(step: int, best: float) -> dict:
+    return {"step": step, "progress": {"best": best}, "w": torch.full((1000,), float(step))}
+
+
+def test_a_checkpoint_holds_the_moment_it_was_begun_at_and_is_whole_or_the_old_one(
+    tmp_path, monkeypatch
+):
+    gate, sync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: gate.wait(20) and sync(descriptor))
+    saver, path = Saver(tmp_path, print), tmp_path / "last.pth"
+    assert saver.wait() == (True, -1.0)
+    gate.set()
+    saver.begin(progressed(1, 10.0), ["last.pth"])
+    assert saver.wait() == (True, 10.0)
+    gate.clear()
+    live = progressed(2, 20.0)
+    moment = copy.deepcopy(live)
+    saver.begin(live, ["best.pth", "last.pth"])
+    live["w"].zero_()  # training goes on
+    live["progress"]["best"] = live["step"] = 3
+    assert_equal(load_checkpoint(path), progressed(1, 10.0))
+    gate.set()
+    assert saver.wait() == saver.wait() == (True, 20.0)
+    saver.close()
+    assert_equal(load_checkpoint(path), moment)
+    assert path.samefile(tmp_path / "best.pth") and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_checkpoint_that_is_not_written_is_told_and_changes_nothing(tmp_path, monkeypatch):
+    lines: list[str] = []
+    saver = Saver(tmp_path / "none yet", lines.append)
+    saver.begin(progressed(1, 10.0), ["last.pth"])
+    assert saver.wait() == (False, -1.0)
+    (line,) = lines
+    assert line.startswith("NO CHECKPOINT WRITTEN: ") and "No such file" in line
+    (tmp_path / "none yet").mkdir()
+    saver.begin(progressed(2, 20.0), ["last.pth"])
+    assert saver.wait() == (True, 20.0)
+    saver.begin(progressed(3, 30.0) | {"path": Path("x")}, ["last.pth"])
+    with pytest.raises(AssertionError, match="pathlib"):  # a fault of the program
+        saver.wait()
+    saver.close()
+    assert load_checkpoint(tmp_path / "none yet" / "last.pth")["step"] == 2
+
+
+def test_a_snapshot_of_a_gpu_is_not_waited_for():
+    with fake_cuda() as device:
+        model = on_fake(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), device)
+        with Watch(device) as watch:
+            taken = snapshot({"model": model.state_dict(), "steps": [torch.ones(()), 3]})
+    assert watch.blocking == watch.waits == []
+    assert {tensor.device.type for tensor in taken["model"].values()} == {"cpu"}
+    assert taken["steps"][1] == 3
+
+
+def test_a_snapshot_keeps_strides_and_shares_nothing():
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    flat = torch.arange(10.0)
+    taken = snapshot({"a": weight, "b": (flat[2:4], flat[4:])})
+    assert_equal(taken, {"a": weight, "b": (flat[2:4], flat[4:])})
+    assert taken["a"].stride() == weight.stride()
+    assert len(taken["b"][0].untyped_storage()) == 8
 
 
 class Evil:

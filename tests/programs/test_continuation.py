@@ -178,7 +178,9 @@ def test_what_was_done_since_the_last_checkpoint_is_done_again_and_the_same(tmp_
         with job(
             tmp_path / "killed",
             *opts,
-            prepare=AT_UPDATE.format(update=update, ranks=[0], signal="SIGKILL"),
+            prepare=AT_UPDATE.format(update=update, ranks=[0], signal="SIGKILL").replace(
+                "everyone =", "run.saver.wait(); everyone ="
+            ),
         ) as started:
             assert started.wait().codes == [-9], started.text()
     finish(tmp_path / "killed", *opts)

@@ -380,6 +380,7 @@ def on_a_full_disk(disk: str) -> dict:
 
     def filling(run, batches):
         if run.progress.update == 4:
+            run.saver.wait()
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
                 while file.write(bytes(4096)):
                     pass
