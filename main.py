@@ -66,7 +66,7 @@ from models.build import (
 )
 from models.class_map import LabelMap, find_label_map
 from models.distill import DistillLoss, label_cross_entropy, share_right
-from models.param_groups import build_optimizer
+from models.param_groups import build_optimizer, load_optimizer
 from models.pretrained import load_weights, read_state_dict, save_weights
 from models.teacher import Teacher
 from models.update import (
@@ -74,6 +74,7 @@ from models.update import (
     batch_norms,
     frozen_statistics,
     guarded_step,
+    in_one,
     restore_unless,
     running_statistics,
     set_training_mode,
@@ -131,7 +132,7 @@ def train_step(run: Training, batches: Iterator[Batch]) -> dict[str, Tensor]:
     """One update from as many batches as it accumulates; what it measures, still on the device."""
     passes = run.plan.accumulation
     norms = running_statistics(run.model)  # of batch norm, which the forward pass moves
-    before = [tensor.clone() for tensor in norms]
+    before = in_one(norms)
     measured, positions = [], []
     for index in range(run.progress.step * passes, (run.progress.step + 1) * passes):
         batch = next(batches)
@@ -143,16 +144,16 @@ def train_step(run: Training, batches: Iterator[Batch]) -> dict[str, Tensor]:
             values = forward(run, batch, index)
             loss = values["loss"]
             # A loss that is not finite makes all gradients so, on every process: the norm alone
-            # then decides for all of them.
-            poison = torch.where(torch.isfinite(loss), 1.0, torch.nan)
+            # then decides for all of them. This is 1 / passes, or not a number.
+            weight = torch.rsub(loss.detach(), 1 / passes, alpha=0)
             recomputes = run.cfg.TRAIN.USE_CHECKPOINT
             with frozen_statistics(run.model) if recomputes else nullcontext():
-                run.scaler.scale(loss / passes * poison).backward()
+                loss.backward(run.scaler.scale(weight))
         measured.append(values)
         positions.append(batch.position)
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.TRAIN.CLIP_GRAD or math.inf)
-    is_good = torch.isfinite(norm)
+    is_good = norm < math.inf  # also not where it is not a number
     # A bad update moves nothing; whether it is bad only the device knows.
     guarded_step(run.optimizer, is_good)
     run.scaler.update()
@@ -161,7 +162,9 @@ def train_step(run: Training, batches: Iterator[Batch]) -> dict[str, Tensor]:
         run.ema.update(run.progress.update, is_good)
     run.optimizer.zero_grad()
     run.recent.append(torch.cat(positions))
-    means = {name: torch.stack([v[name] for v in measured]).mean() for name in measured[0]}
+    means = measured[0]
+    if passes > 1:
+        means = {name: torch.stack([v[name] for v in measured]).mean() for name in means}
     return {"norm": norm, **means}
 
 
@@ -392,7 +395,7 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
 def restore(run: Training, state: dict[str, Any]) -> None:
     """Bring a training to where a checkpoint left it."""
     checkpoints.restore(run.model, state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(run.optimizer, state["optimizer"])
     if state["scaler"]:  # nothing where the checkpoint's training needed no loss scale
         run.scaler.load_state_dict(state["scaler"])
     if run.ema:

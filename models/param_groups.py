@@ -2,6 +2,8 @@
 optimizer over them.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -33,6 +35,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         nesterov=settings.MOMENTUM > 0,
         fused=devices == {"cuda"},  # so that an update without effect need not ask the device
     )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Bring an optimizer to a checkpoint's state.
+
+    Whether its kernels are fused is this run's affair: another device may have written the state.
+    """
+    fused = optimizer.param_groups[0]["fused"]
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def parameter_groups(

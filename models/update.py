@@ -2,7 +2,7 @@
 of it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -42,35 +42,40 @@ def guarded_step(
         return
     for group in optimizer.param_groups:
         # a fused first step that is skipped would leave the buffers uninitialised
-        if group.get("momentum"):
-            for parameter in group["params"]:
-                optimizer.state[parameter].setdefault(
-                    "momentum_buffer", torch.zeros_like(parameter)
-                )
+        for parameter in group["params"] if group.get("momentum") else ():
+            if "momentum_buffer" not in optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     # The interface between GradScaler and fused optimizers: where found_inf is not 0 the kernel
     # changes nothing.
     optimizer.grad_scale = None
-    optimizer.found_inf = (~is_good).float()
+    optimizer.found_inf = torch.logical_not(is_good).float()
     optimizer.step()
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that a forward pass in training mode changes."""
+    """The bytes of each buffer that a forward pass in training mode changes."""
     return [
-        buffer
+        buffer.view(-1).view(torch.uint8)
         for module in batch_norms(model)
         if module.training
         for buffer in module.buffers(False)
     ]
 
 
+def in_one(tensors: list[Tensor]) -> Tensor:
+    """A copy of tensors [n], one behind the other: a few launches for however many they are."""
+    return torch.cat(tensors) if tensors else torch.empty(0)
+
+
 @torch.no_grad()
-def restore_unless(is_good: Tensor, tensors: Iterable[Tensor], saved: Iterable[Tensor]) -> None:
-    """Give tensors their saved values back where the flag does not hold; CUDA is not waited for."""
-    if is_good.device.type == "cpu" and is_good:
+def restore_unless(is_good: Tensor, tensors: list[Tensor], saved: Tensor) -> None:
+    """Give tensors what `in_one` has saved back where the flag does not hold; CUDA is not waited
+    for.
+    """
+    if not tensors or (is_good.device.type == "cpu" and is_good):
         return
-    for tensor, before in zip(tensors, saved):
-        tensor.copy_(torch.where(is_good, tensor, before))
+    chosen = torch.where(is_good, in_one(tensors), saved)
+    torch._foreach_copy_(tensors, chosen.split([len(tensor) for tensor in tensors]))
 
 
 @contextmanager
@@ -96,16 +101,22 @@ class EMA:
         """Begin at the model's present weights."""
         self.model = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self._pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        kinds: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for pair in zip(self.model.state_dict().values(), model.state_dict().values()):
+            kinds.setdefault(pair[0].dtype, []).append(pair)
+        self._lists = [tuple(map(list, zip(*pairs))) for pairs in kinds.values()]
 
     @torch.no_grad()
     def update(self, updates: int, is_good: Tensor) -> None:
         """Move towards the model after its update number `updates`, if the flag holds; early on in
         larger steps.
         """
-        weight = (1 - min(self.decay, (1 + updates) / (10 + updates))) * is_good.float()
-        for mine, theirs in self._pairs:
-            if mine.is_floating_point():
-                mine.lerp_(theirs, weight.to(mine.dtype))
-            else:
-                mine.copy_(theirs)
+        weight = is_good * (1 - min(self.decay, (1 + updates) / (10 + updates)))
+        for mine, theirs in self._lists:
+            if not mine[0].is_floating_point():
+                torch._foreach_copy_(mine, theirs)
+                continue
+            # A kernel takes many tensors if all lists have the same shapes and strides.
+            spread = weight.to(mine[0].dtype).repeat(max(tensor.numel() for tensor in mine))
+            weights = [spread.as_strided(tensor.shape, tensor.stride()) for tensor in mine]
+            torch._foreach_lerp_(mine, theirs, weights)

@@ -1,6 +1,7 @@
 """Parameter groups against the original's, and the optimizers over them."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import timm
@@ -8,7 +9,12 @@ import torch
 from torch import nn
 
 from configs import load_config
-from models.param_groups import build_optimizer, freeze_backbone, parameter_groups
+from models.param_groups import (
+    build_optimizer,
+    freeze_backbone,
+    load_optimizer,
+    parameter_groups,
+)
 from models.tiny_vit import TinyViT
 
 
@@ -177,3 +183,25 @@ def test_nothing_to_train():
         build_optimizer(config("TRAIN.FREEZE backbone"), small_tiny_vit(num_classes=0))
     with pytest.raises(ValueError, match="GELU has no parameter to train"):
         parameter_groups(nn.GELU(), 0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_does_not_choose_the_kernels(name, fused):
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(config(f"TRAIN.OPTIMIZER.NAME {name}"), model)
+    states = []
+    for there in (fused, not fused):
+        for group in optimizer.param_groups:
+            group["fused"] = there
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        states.append(deepcopy(optimizer.state_dict()))
+    load_optimizer(optimizer, states[0])
+    assert all(group["fused"] is not fused for group in optimizer.param_groups)
+    assert states[0]["param_groups"][0]["fused"] is fused  # is left alone
+    for index, values in states[0]["state"].items():
+        for key, value in values.items():
+            assert torch.equal(optimizer.state_dict()["state"][index][key], value)
+    optimizer.step()

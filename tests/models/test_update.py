@@ -9,6 +9,7 @@ from torch import nn
 from models.update import (
     EMA,
     guarded_step,
+    in_one,
     restore_unless,
     running_statistics,
     set_training_mode,
@@ -98,11 +99,11 @@ def test_running_statistics_go_back_where_the_flag_is_down():
     for flag in (GOOD, BAD):
         moving = running_statistics(model)
         assert len(moving) == 3
-        before = [tensor.clone() for tensor in moving]
+        before, saved = [tensor.clone() for tensor in moving], in_one(moving)
         model(images)
         changed = [tensor.clone() for tensor in moving]
         assert not any(torch.equal(a, b) for a, b in zip(before, changed))
-        restore_unless(flag, moving, before)
+        restore_unless(flag, moving, saved)
         assert all(torch.equal(a, b) for a, b in zip(moving, changed if flag else before))
 
 
@@ -148,3 +149,44 @@ def test_the_average_against_a_naive_one_and_untouched_by_bad_updates():
     assert not any(
         a.data_ptr() == b.data_ptr() for a, b in zip(average.model.parameters(), model.parameters())
     )
+
+
+def test_the_average_of_many_tensors_at_once_is_that_of_each():
+    model = small_model()
+    average, alone = EMA(model, decay=0.7), deepcopy(model).state_dict()
+    for update in range(12):
+        flag = torch.tensor(update % 4 != 1)
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.randn(value.shape).to(value.dtype) * 3)
+        average.update(update, flag)
+        weight = (1 - min(0.7, (1 + update) / (10 + update))) * flag.float()
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                alone[name].lerp_(value, weight)
+            else:
+                alone[name].copy_(value)
+        assert all(torch.equal(alone[k], v) for k, v in average.model.state_dict().items())
+
+
+def test_statistics_that_are_no_numbers_go_back_too():
+    model = small_model()
+    before = deepcopy(model[1].state_dict())
+    moving = running_statistics(model)
+    saved = in_one(moving)
+    model(torch.full((6, 3, 6, 6), torch.nan))
+    assert not model[1].running_mean.isfinite().any()
+    restore_unless(BAD, moving, saved)
+    assert all(torch.equal(value, before[name]) for name, value in model[1].state_dict().items())
+
+
+def test_momentum_is_set_to_zero_once(monkeypatch):
+    model = small_model()
+    optimizer, made = optimizer_of("sgd0.9", model, fused=True), []
+    zeros_like = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda tensor: made.append(1) or zeros_like(tensor))
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        guarded_step(optimizer, GOOD, wait=False)
+    assert len(made) == len([*model.parameters()])

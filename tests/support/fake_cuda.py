@@ -173,6 +173,9 @@ def launches(name: str, args: tuple) -> int:
     is_stepped = name.startswith("_fused_adam")
     if is_stepped:
         lists = lists[:4]  # the fifth is there for AMSGrad, the last counts the steps
+    shapes = [[(t.shape, t.stride()) for t in tensors] for tensors in lists]
+    if any(other != shapes[0] for other in shapes):
+        return len(lists[0])  # each tensor by itself
     most = LISTS[len(lists)]
     count = tensors = blocks = 0
     for tensor in lists[0]:

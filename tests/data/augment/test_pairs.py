@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from configs.defaults import get_defaults
-from data.augment.pairs import UNMIXED, BatchMix, Mix, PairMix, smooth_targets
+from data.augment.pairs import (
+    UNMIXED,
+    BatchMix,
+    Mix,
+    PairMix,
+    blend_,
+    blended,
+    numbers_of,
+    smooth_targets,
+)
 from data.augment.rng import generator
 
 SEEDS = [2147483647, 0, 1, 2147483646, 123456789, 987654321, 5, 5]
@@ -239,6 +248,49 @@ def test_an_unmixed_pair_keeps_every_bit():
     seeds = next([seed, 0] for seed in range(99) if mixer.draw([seed, 0], 4, 8) == [UNMIXED])
     mixed, _ = mixer(images, None, seeds)
     assert mixed.numpy().tobytes() == images.numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [2, 5])
+@pytest.mark.parametrize(("height", "width"), [(20, 24), (33, 7), (1, 1), (5, 40)])
+def test_all_groups_by_masks_are_each_group_by_itself(height, width, group, dtype):
+    seeds = np.random.default_rng(7).integers(0, 2**31, 120).tolist()
+    mixes = pair_mix("AUG.MIXUP_PROB", 0.8).draw(seeds, height, width)
+    mixes += [Mix(1 - 2**-40), Mix(2**-40), Mix(1.0, (0, 0, 3, 3)), Mix(0.0, (0, height, 0, width))]
+    assert {(mix == UNMIXED, mix.box is None) for mix in mixes} == {(1, 1), (0, 1), (0, 0)}
+    generator = torch.Generator().manual_seed(height)
+    groups = torch.randn(len(mixes), group, 3, height, width, generator=generator)
+    # what an addition, a product with 0 or a sum of two zeros would change
+    for number, value in enumerate([-0.0, torch.inf, torch.nan]):
+        places = torch.rand(groups.shape, generator=generator) < 0.1
+        groups[places] = value if number < 2 else torch.nan
+    groups = groups.to(dtype)
+    expected = groups.clone()
+    for images, mix in zip(expected, numbers_of(mixes).tolist()):
+        blend_(images, *mix)
+    found = blended(groups, numbers_of(mixes))
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    assert found.dtype == dtype
+    is_number = ~expected.isnan()  # which number a sum that is none is, is up to the processor
+    assert torch.equal(found.isnan(), ~is_number)
+    assert torch.equal(found.view(bits)[is_number], expected.view(bits)[is_number])
+
+
+def test_masks_keep_the_memory_format():
+    images = random_images().contiguous(memory_format=torch.channels_last)
+    mixes = numbers_of(pair_mix().draw(SEEDS, 20, 24))
+    mixed = blended(images.unflatten(0, (4, 2)), mixes).flatten(0, 1)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(mixed, pair_mix()(images, None, SEEDS)[0])
+
+
+def test_numbers_drawn_before_mix_as_seeds_do():
+    images, labels = random_images(), torch.arange(8)
+    numbers = numbers_of(pair_mix().draw(SEEDS, 20, 24))
+    for found, expected in zip(
+        pair_mix()(images, labels, SEEDS, numbers), pair_mix()(images, labels, SEEDS)
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_probability_and_switch_are_honoured():
