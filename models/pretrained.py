@@ -406,10 +406,12 @@ def read_file(source: str | Path) -> tuple[object, Path, str]:
             f"{path}: refused: {what}; weights are plain tensors, and nothing else in a file is"
             " run. If you trust it, load it elsewhere and save model.state_dict() alone"
         ) from None
-    except (OSError, MemoryError) as error:  # which say nothing of what the file holds
-        number = getattr(error, "errno", None) or errno.EIO
-        raise OSError(number, f"this checkpoint can't be read now ({error})", str(path)) from error
     except Exception as error:  # whatever the bytes of a damaged file lead the readers to
+        number = getattr(error, "errno", None) or errno.EIO
+        # Only of a damaged zip is a place before the file's beginning looked for, which is EINVAL.
+        if isinstance(error, (OSError, MemoryError)) and number != errno.EINVAL:
+            fault = f"this checkpoint can't be read now ({error})"
+            raise OSError(number, fault, str(path)) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: not a checkpoint, or a damaged one ({reason})") from None
     if is_pinned and not (len(pin) >= 8 and digest.startswith(pin.lower())):
@@ -441,8 +443,10 @@ def _load_plain(path: Path) -> tuple[object, bool]:
         # torch does not compare checksums: without this a flipped bit would become a weight.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            # of what is marked as a folder torch reads nothing, and leaves the memory as it was
+            folders = [info for info in archive.infolist() if info.external_attr & 0x10]
+        if damaged or folders:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}" if damaged else "folders in it")
     stand_ins = [
         type(name, (), {"__module__": module, "__new__": lambda cls: OrderedDict()})
         for module, name in (("yacs.config", "CfgNode"), ("argparse", "Namespace"))

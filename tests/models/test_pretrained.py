@@ -226,6 +226,33 @@ def test_no_flipped_bit_of_a_zip_becomes_a_weight(tmp_path, weights):
             read_state_dict(path)
 
 
+def test_no_damage_to_a_zips_directory_becomes_a_weight(tmp_path):
+    """Python's reader, which tests the checksums, and PyTorch's must see the same file."""
+    path, state = tmp_path / "small.pth", {"a": torch.arange(20.0) + 1, "b": torch.arange(7) + 1}
+    content = file_of({"model": state})
+    torch.save({"model": {key: value * 0 + 5 for key, value in state.items()}}, tmp_path / "other")
+    refused = 0
+    for place in range(content.index(b"PK\x01\x02"), len(content)):
+        for mask in (0x10, 0xFF):
+            changed = bytearray(content)
+            changed[place] ^= mask
+            path.write_bytes(changed)
+            torch.load(tmp_path / "other")  # so that memory which is not written is wrong
+            try:
+                assert states_equal(read_state_dict(path), state), (place, mask)
+            except ValueError:
+                refused += 1
+    assert refused > 300
+
+
+def test_a_zip_that_has_lost_bytes_is_damaged_rather_than_unreadable(tmp_path):
+    path = tmp_path / "short.pth"
+    content = file_of({"model": {"a": torch.zeros(5000)}})
+    path.write_bytes(content[:700] + content[1700:])  # its directory now begins before the file
+    with pytest.raises(ValueError, match="short.pth: not a checkpoint, or a damaged one"):
+        read_state_dict(path)
+
+
 def recursive():
     content = {}
     content["model"] = {"state_dict": content}
