@@ -5,7 +5,7 @@ PYTHON ?= .venv/bin/python
 TORCH_INDEX ?=
 READY = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready)
 
-.PHONY: demo test proof lint bench clean
+.PHONY: demo test proof lint bench gpu clean
 
 demo: $(READY)
 	$(PYTHON) -m tools.demo
@@ -23,6 +23,9 @@ lint: $(READY)
 
 bench: $(READY)
 	for name in model augment listing store saving distill; do $(PYTHON) -m benchmarks.$$name || exit 1; done
+
+gpu: $(READY)
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv build .pytest_cache .ruff_cache

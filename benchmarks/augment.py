@@ -9,6 +9,7 @@ time goes."""
 import io
 import random
 import time
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +27,7 @@ IMAGES = 64
 SIZE = (500, 375)
 
 
+@cache
 def photo(seed: int) -> bytes:
     """A JPEG with detail at every scale, about as large as ImageNet's at these dimensions."""
     rng = generator(seed)

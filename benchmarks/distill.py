@@ -117,8 +117,31 @@ def work(pipe: Connection, words: list[str]) -> None:
         pipe.send(peak_memory(world.device))
 
 
-def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Prepare the teacher and its store, then time the three ways in turn."""
+def ways(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """The words of main.py for a student of each of the three ways."""
+    own = {
+        "labels": [],
+        "stored": [
+            "DISTILL.TEACHER_LOGITS_PATH",
+            str(folder / "store"),
+            "DISTILL.REUSE_EPOCHS",
+            "True",
+        ],
+        "online": [
+            "DISTILL.ONLINE",
+            "True",
+            "DISTILL.TEACHER_CFG",
+            str(folder / "teacher.yaml"),
+            "DISTILL.TEACHER_WEIGHTS",
+            str(folder / "teacher.pth"),
+        ],
+    }
+    student = options(args, folder, args.student)
+    return {mode: [*student, *own[mode], "TAG", mode] for mode in MODES}
+
+
+def prepare(args: argparse.Namespace, folder: Path, epochs: int = 1) -> dict[str, dict]:
+    """Write the teacher and its store; what student and teacher cost."""
     sizes = {}
     for role, name in (("student", args.student), ("teacher", args.teacher)):
         model = build_model(
@@ -132,35 +155,29 @@ def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         }
         if role == "teacher":
             save_atomic({"model": model.state_dict()}, folder / "teacher.pth")
+    teacher = options(args, folder, args.teacher)
+    (folder / "teacher.yaml").write_text(main.dump(load_config(teacher)))
+    store = ["DISTILL.TEACHER_LOGITS_PATH", str(folder / "store"), "TRAIN.EPOCHS", str(epochs)]
+    if save_logits.main(["--resume", str(folder / "teacher.pth"), "--skip-eval", *teacher, *store]):
+        raise SystemExit("the store could not be written")
+    return sizes
+
+
+def benchmark(args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Prepare the teacher and its store, then time the three ways in turn."""
+    sizes = prepare(args, folder)
     ratio = sizes["teacher"]["multiply_adds"] / sizes["student"]["multiply_adds"]
     if ratio < 10:
         raise SystemExit(
             f"the teacher has only {ratio:.1f} times the student's multiply-adds: take a larger one"
             " (10 times at least)"
         )
-    teacher = options(args, folder, args.teacher)
-    store = ["DISTILL.TEACHER_LOGITS_PATH", str(folder / "store"), "TRAIN.EPOCHS", "1"]
-    if save_logits.main(["--resume", str(folder / "teacher.pth"), "--skip-eval", *teacher, *store]):
-        raise SystemExit("the store could not be written")
-    (folder / "teacher.yaml").write_text(main.dump(load_config(teacher)))
-    student = options(args, folder, args.student)
-    ways = {
-        "labels": [],
-        "stored": [*store[:2], "DISTILL.REUSE_EPOCHS", "True"],
-        "online": [
-            "DISTILL.ONLINE",
-            "True",
-            "DISTILL.TEACHER_CFG",
-            str(folder / "teacher.yaml"),
-            "DISTILL.TEACHER_WEIGHTS",
-            str(folder / "teacher.pth"),
-        ],
-    }
-    context, pipes, memory = multiprocessing.get_context("spawn"), {}, {}
-    for mode in MODES:
+    context, pipes, memory = multiprocessing.get_context(args.start), {}, {}
+    for mode, words in ways(args, folder).items():
         pipes[mode], other = context.Pipe()
-        context.Process(target=work, args=(other, [*student, *ways[mode], "TAG", mode])).start()
-        pipes[mode].recv()
+        context.Process(target=work, args=(other, words)).start()
+    for pipe in pipes.values():
+        pipe.recv()
     epochs = dict.fromkeys(MODES, 0)
 
     def train_epoch(mode: str) -> None:
@@ -200,6 +217,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="loader processes of each way")
     parser.add_argument("--repeats", type=int, default=5, help="epochs that are timed")
     parser.add_argument("--warmup", type=int, default=1, help="epochs before, that are not")
+    parser.add_argument("--start", default="spawn", help="how processes start; fork: CPU alone")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)
 

@@ -13,19 +13,21 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import main
 from benchmarks.augment import open_photo, photo
+from benchmarks.model import step
 from benchmarks.timing import machine, report
 from configs import load_config
 from data.augment import AugmentDecoder
 from data.augment.device import apply_batch
-from data.replay import on_device
+from data.replay import Batch, on_device
 from logger import create_logger
-from utils import Distributed, StopRequest, choose_device, time_calls
+from utils import Distributed, StopRequest, choose_device, choose_kernels, time_calls
 
 PHOTOS = 64  # different ones; further files hold the same
 TINY = "MODEL.TINY_VIT.DEPTHS [1,1,1,1] MODEL.TINY_VIT.NUM_HEADS [1,1,1,1] DATA.IMG_SIZE 64"
@@ -72,16 +74,22 @@ def compare(decoder: AugmentDecoder, device: torch.device, batch: int) -> dict[s
     }
 
 
-def train(words: list[str], device: torch.device, steps: int) -> dict[str, float]:
-    """Images a second of a training, after a tenth of the steps, and the share spent waiting."""
+def begin(words: list[str], device: torch.device) -> tuple[main.Training, Iterator[Batch]]:
+    """A training by main.py before its first step, and its batches."""
     log = create_logger(None, rank=1)  # which has nothing to say
     world = Distributed(device=device)
+    choose_kernels(False)
     run = main.build_training(load_config(words), world, log, StopRequest())
     main.set_training_mode(run.model, False, False)
+    return run, on_device(run.loader.batches(0), device)
+
+
+def train(words: list[str], device: torch.device, steps: int) -> dict[str, float]:
+    """Images a second of a training, after a tenth of the steps, and the share spent waiting."""
+    run, batches = begin(words, device)
     warm_up = max(1, steps // 10)
-    batches = on_device(run.loader.batches(0), device)
-    for step in range(warm_up + steps):
-        if step == warm_up:
+    for index in range(warm_up + steps):
+        if index == warm_up:
             wait(device)
             begun, waited = time.perf_counter(), run.loader.waited
         run.meters.add(main.train_step(run, batches))
@@ -99,22 +107,27 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def step_ms(words: list[str], device: torch.device) -> float:
-    """Milliseconds of a training step whose batch lies ready."""
-    run = main.build_training(
-        load_config(words), Distributed(device=device), create_logger(None, 1), StopRequest()
-    )
-    main.set_training_mode(run.model, False, False)
-    batch = next(on_device(run.loader.batches(0), device))
+def step_times(words: list[str], device: torch.device) -> dict[str, float]:
+    """Milliseconds of a training step whose batch lies ready, and of the model's part in it."""
+    run, batches = begin(words, device)
+    batch = next(batches)
+    size = run.cfg.DATA.IMG_SIZE
+    images = torch.randn(run.plan.per_process, 3, size, size, device=device)
+    if run.cfg.TRAIN.CHANNELS_LAST:
+        images = images.contiguous(memory_format=torch.channels_last)
+    dtype = "float32" if run.dtype is None else "bfloat16"
+    parts = {
+        "step_ms": lambda: main.train_step(run, iter([batch] * run.plan.accumulation)),
+        "model_ms": step(run.network, images, "training step", dtype),
+    }
+    return {
+        name: 1000 * statistics.median(time_calls(part, device, 20, 10.0))
+        for name, part in parts.items()
+    }
 
-    def step() -> None:
-        main.train_step(run, iter([batch] * run.plan.accumulation))
 
-    return 1000 * statistics.median(time_calls(step, device, 20))
-
-
-def measure() -> None:
-    """Measure and print."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     add = parser.add_argument
     add("--device", default="auto")
@@ -123,7 +136,11 @@ def measure() -> None:
     add("--workers", type=int, nargs="+", default=[4, 8, 16])
     add("--steps", type=int, default=40, help="updates of each training that are timed")
     add("--model", choices=["5m", "11m", "21m", "tiny"], default="5m")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Bits and milliseconds, then each training."""
     device = choose_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder) / "images", args.images)
@@ -135,16 +152,18 @@ def measure() -> None:
         words += ["TRAIN.AUTO_RESUME", "False", "AUG.MIXUP_MODE", "pair2"]
         words += TINY.split() if args.model == "tiny" else []
         one = [*words, "DATA.NUM_WORKERS", "0"]
-        found = compare(AugmentDecoder.from_config(load_config(one)), device, args.batch)
-        found["step_ms"] = step_ms(one, device)
-        found["training"] = {}
+        yield compare(AugmentDecoder.from_config(load_config(one)), device, args.batch)
+        yield step_times(one, device)
         for workers in args.workers:
             for executor in ("pillow", "device"):
                 chosen = ["AUG.EXECUTOR", executor, "DATA.NUM_WORKERS", str(workers)]
                 name = f"{executor}, {workers} workers"
-                found["training"][name] = train([*words, *chosen], device, args.steps)
-    report({"model": args.model, "batch": args.batch, **found, **machine()})
+                yield {name: train([*words, *chosen], device, args.steps)}
 
 
 if __name__ == "__main__":
-    measure()
+    options = parse()
+    found = {"model": options.model, "batch": options.batch}
+    for part in measure(options):
+        found |= part
+    report({**found, **machine()})

@@ -10,7 +10,7 @@ on top of these. Ratios above 1 mean that ours is faster.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import timm
@@ -28,8 +28,8 @@ TIMM_NAMES = {
 }
 
 
-def main() -> None:
-    options = parse()
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    """A row for each task and type."""
     device = torch.device(options.device)
     ours = TinyViT.from_config(options.variant, drop_path_rate=0.0).to(device)
     theirs = timm.create_model(
@@ -39,23 +39,14 @@ def main() -> None:
     images = torch.randn(options.batch, 3, options.image_size, options.image_size, device=device)
     with torch.inference_mode():
         difference = (ours.eval()(images[:2]) - theirs.eval()(images[:2])).abs().max().item()
-    rows = []
     for task in ("evaluation", "training step"):
         build_sides = evaluation_sides if task == "evaluation" else training_sides
         sides = build_sides(ours, theirs, options.compile)
-        for dtype in ("float32", "bfloat16"):
+        for dtype in options.dtypes:
             steps = {name: step(model, images, task, dtype) for name, model in sides.items()}
-            rows.append({"task": task, "dtype": dtype, **compare(timed(steps, options))})
-            print(line(rows[-1], options.batch), file=sys.stderr, flush=True)
-    report(
-        {
-            "benchmark": "model",
-            "machine": machine(),
-            "settings": vars(options),
-            "largest_difference": difference,
-            "rows": rows,
-        }
-    )
+            row = {"task": task, "dtype": dtype, **compare(timed(steps, options))}
+            print(line(row, options.batch), file=sys.stderr, flush=True)
+            yield {**row, "memory_gb": memories(steps, device), "largest_difference": difference}
 
 
 def evaluation_sides(ours: nn.Module, theirs: nn.Module, compiled: bool) -> dict[str, nn.Module]:
@@ -106,11 +97,25 @@ def timed(
     steps: dict[str, Callable[[], None]], options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Seconds of each side; as many rounds as fit into the time for a row, from 3 to --repeats."""
-    warmup = alternate(steps, repeats=1, warmup=1 if options.compile else 0)
+    # what CUDA and compilers do once is not to be counted
+    warmup = alternate(steps, repeats=1, warmup=options.compile or options.device != "cpu")
     round_seconds = sum(times["median"] for times in warmup.values())
     return alternate(
         steps, repeats=max(3, min(options.repeats, int(options.seconds / round_seconds))), warmup=0
     )
+
+
+def memories(steps: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """The most that a step of each side adds to what lies on the GPU, in GB."""
+    if device.type != "cuda":
+        return {}
+    found = {}
+    for name, run in steps.items():
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        found[name] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
+    return found
 
 
 def compare(times: dict[str, dict[str, float]]) -> dict[str, object]:
@@ -143,7 +148,7 @@ def line(row: dict, batch: int) -> str:
     )
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -168,10 +173,17 @@ def parse() -> argparse.Namespace:
         default=on_cuda,
         help="time compiled models too; takes minutes",
     )
-    options = parser.parse_args()
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    options = parser.parse_args(argv)
     options.image_size = options.image_size or VARIANTS[options.variant].get("img_size", 224)
     options.batch = options.batch or (128 if options.device.startswith("cuda") else 4)
     return options
+
+
+def main() -> None:
+    options = parse()
+    rows = list(measure(options))
+    report({"benchmark": "model", "machine": machine(), "settings": vars(options), "rows": rows})
 
 
 if __name__ == "__main__":

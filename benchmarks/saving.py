@@ -54,8 +54,8 @@ def ready_batches(number: int, size: int, pixels: int, num_classes: int) -> list
     return made
 
 
-def main() -> None:
-    """Measure and print."""
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
@@ -68,8 +68,13 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=21841)
     parser.add_argument("--topk", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=15)
-    args = parser.parse_args()
-    world = init_distributed("auto")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    """Time both sides in turn."""
+    world = init_distributed(args.device)
     cfg = load_config(["--opts", "AUG.MIXUP_MODE", "pair2"])
     cfg = cfg.replace({"MODEL.NUM_CLASSES": args.classes, "DISTILL.LOGITS_TOPK": args.topk})
     model = TinyViT.from_config(args.model, num_classes=args.classes)
@@ -115,31 +120,28 @@ def main() -> None:
     images = args.batches * args.batch_size
     # the first two rounds are warm-up
     busy = {name: statistics.median(times[2:]) for name, times in processor.items()}
-    report(
-        {
-            "teacher": f"TinyViT-{args.model}, {teacher.precision}",
-            "images_per_turn": images,
-            "batch_size": args.batch_size,
-            "top_k": f"{args.topk} of {args.classes}",
-            "bytes_per_image": bytes_per_image,
-            "images_per_second": {
-                name: round(images / times["median"], 1) for name, times in seconds.items()
-            },
-            "seconds_per_turn": seconds,
-            "processor_seconds_per_turn": {
-                **busy,
-                "appending alone": statistics.median(in_appending),
-            },
-            "saving_adds": (
-                f"{seconds['saving']['median'] / seconds['without writing']['median'] - 1:+.2%}"
-            ),
-            "saving_adds_at_best": (
-                f"{seconds['saving']['best'] / seconds['without writing']['best'] - 1:+.2%}"
-            ),
-            "saving_adds_processor_time": f"{busy['saving'] / busy['without writing'] - 1:+.2%}",
-            **machine(),
-        }
-    )
+    return {
+        "teacher": f"TinyViT-{args.model}, {teacher.precision}",
+        "images_per_turn": images,
+        "batch_size": args.batch_size,
+        "top_k": f"{args.topk} of {args.classes}",
+        "bytes_per_image": bytes_per_image,
+        "images_per_second": {
+            name: round(images / times["median"], 1) for name, times in seconds.items()
+        },
+        "seconds_per_turn": seconds,
+        "processor_seconds_per_turn": {
+            **busy,
+            "appending alone": statistics.median(in_appending),
+        },
+        "saving_adds": (
+            f"{seconds['saving']['median'] / seconds['without writing']['median'] - 1:+.2%}"
+        ),
+        "saving_adds_at_best": (
+            f"{seconds['saving']['best'] / seconds['without writing']['best'] - 1:+.2%}"
+        ),
+        "saving_adds_processor_time": f"{busy['saving'] / busy['without writing'] - 1:+.2%}",
+    }
 
 
 def counted(side: Callable[[], None], seconds: list[float]) -> None:
@@ -152,4 +154,4 @@ def counted(side: Callable[[], None], seconds: list[float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    report({**measure(parse()), **machine()})
