@@ -81,7 +81,9 @@ def create_logger(
         log.addHandler(console)
     if folder is not None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        file = _File(Path(folder) / f"log_rank{rank}.txt", encoding="utf-8")
+        # names of files that are no text are written in escapes
+        path = Path(folder) / f"log_rank{rank}.txt"
+        file = _File(path, encoding="utf-8", errors="backslashreplace")
         line = "%(asctime)s %(levelname)s %(message)s"
         file.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
         log.addHandler(file)
@@ -129,6 +131,7 @@ class MetricWriter(NullWriter):
         self.path = Path(folder) / "metrics.jsonl"
         self._warn = warn
         self._wandb_run: Any = None
+        self._is_whole = True  # no line was cut short
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.cut_back(math.inf)
 
@@ -171,8 +174,12 @@ class MetricWriter(NullWriter):
         numbers = {key: _number(value) for key, value in values.items()}
         finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         try:
+            if not self._is_whole:  # as a full disk leaves it
+                self.cut_back(math.inf)
+            self._is_whole = False
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(place | finite) + "\n")
+            self._is_whole = True
             self.lines += 1
         except OSError as error:  # no reason to end a training
             self._warn(f"the metrics of step {step} could not be written: {error}")

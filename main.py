@@ -281,7 +281,8 @@ def collect(run: Training) -> None:
     names = run.loader.dataset.keys_of(sorted({place for part in parts for place in part}))
     listed = run_folder(run.cfg) / "bad_images.txt"
     if run.world.is_main:
-        listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        text = "".join(f"{name}\n" for name in names)
+        listed.write_text(text, encoding="utf-8", errors="surrogateescape")
     raise ValueError(
         f"{limit} updates in a row had a non-finite loss or gradient, up to number"
         f" {run.progress.update} (epoch {run.progress.epoch + 1}). Their images are listed in"

@@ -8,12 +8,19 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
 import logger
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 from logger import MetricWriter, NullWriter, create_logger, create_metric_writer, progress
 
 
@@ -131,6 +138,44 @@ def test_metrics_that_cannot_be_written_are_a_warning(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     writer.write(7, 0, loss=1.0)
     assert len(warnings) == 1 and "metrics of step 7" in warnings[0] and writer.lines == 0
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Files can't grow beyond a size: what fits of a write is written, then it is refused."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(resource is None, reason="a system without limits of file sizes")
+@pytest.mark.parametrize("room", [0, 10])
+def test_a_line_that_a_full_disk_cut_short_does_not_spoil_the_next(room, tmp_path):
+    warnings: list[str] = []
+    writer = MetricWriter(tmp_path, warnings.append)
+    writer.write(1, 0, loss=1.0)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with full_disk(size + room):
+        writer.write(2, 0, loss=2.0)
+        assert (tmp_path / "metrics.jsonl").stat().st_size == size + room
+        writer.write(3, 0, loss=3.0)
+    assert len(warnings) == 2
+    for step in (4, 5):
+        writer.write(step, 0, loss=4.0)
+    assert [line["step"] for line in read(tmp_path)] == [1, 4, 5] and writer.lines == 3
+    assert len(warnings) == 2
+
+
+def test_a_name_that_is_no_text_is_logged_in_escapes(tmp_path, name, capsys):
+    log = create_logger(tmp_path, 1, name)
+    logger.note_fault(log, os.fsdecode(b"a/\xff.jpg is broken"))
+    log.info("next")
+    text = (tmp_path / "log_rank1.txt").read_text(encoding="utf-8")
+    assert "a/\\udcff.jpg is broken\n" in text and text.endswith("INFO next\n")
+    assert capsys.readouterr().err == ""
 
 
 def test_cutting_back_by_lines_parts_an_update_from_the_evaluation_at_the_same_step(tmp_path):

@@ -6,6 +6,7 @@ import errno
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import socket
@@ -25,10 +26,13 @@ import save_logits
 import utils
 from configs import dump, load_config
 from configs.continuation import FREE, check_continuation
+from data.images import build_dataset
+from data.images.listing import read_names
 from models.class_map import imagenet_wnids, map_22k_to_1k
 from models.distill import share_right
 from models.teacher import Teacher
 from tests.support import saving
+from tests.support.images import config, write_files
 from tests.support.jobs import words
 from tests.support.mounts import alone, mount_small, needs_mounts
 from tests.support.training import (
@@ -603,6 +607,29 @@ def test_too_many_in_a_row_end_the_run_with_the_images_names(every, tmp_path, mo
     )
     # of 27 images that are left
     assert len(seen) == 2 and not {name for batch in seen for name in batch} & set(names)
+
+
+def test_images_whose_names_are_no_text_are_listed_so_that_they_can_be_left_out(
+    tmp_path, monkeypatch, capsys
+):
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own is
+    names = [os.fsdecode(b"%s/\xff%d.png" % (c, i)) for c in (b"a", b"b") for i in range(8)]
+    for split in ("train", "val"):
+        write_files(tmp_path / "data" / split, names)
+    forward = main.forward
+
+    def broken(run, batch, index):
+        values = forward(run, batch, index)
+        return values | {"loss": values["loss"] * torch.nan}
+
+    monkeypatch.setattr(main, "forward", broken)
+    opts = "DATA.DATASET imagenet TRAIN.MAX_BAD_STEPS 1 PRINT_FREQ 1 TRAIN.WARMUP_EPOCHS 0"
+    line = fault(capsys, tmp_path, opts, flags=["--data-path", tmp_path / "data"])
+    listed = folder(tmp_path) / "bad_images.txt"
+    left_out = read_names(str(listed), "DATA.EXCLUDE")
+    assert set(left_out) < set(names) and f"\\udcff{left_out[0][-5:]}" in line
+    cfg = config("DATA.DATA_PATH", tmp_path / "data", "DATA.EXCLUDE", listed)
+    assert set(build_dataset(cfg, "train").get_keys()) == set(names) - set(left_out)
 
 
 def test_a_frozen_backbone_stays_as_it_is_and_layers_learn_at_their_own_rates(trained, tmp_path):
