@@ -344,11 +344,11 @@ def answers(
     for batch in batches:
         logits, labels = run.ask(batch)  # [B, C], [B]
         indices, probs = encode(logits, max(k, 5), run.cfg.DISTILL.TEMPERATURE)  # [B, >= K]
-        count = len(batch.position) - has_own_partner(batch.position)
+        positions, seeds = batch.position.numpy(), batch.seed.numpy()
+        count = len(positions) - has_own_partner(positions)
         arrive = to_host(labels[:count], indices[:count], probs[:count, :k])
-        seeds = batch.seed[:count].numpy()
-        records = partial(records_of, arrive, seeds, k, run.cfg.MODEL.NUM_CLASSES, tally)
-        yield batch.position[:count].numpy(), records
+        num_classes = run.cfg.MODEL.NUM_CLASSES
+        yield positions[:count], partial(records_of, arrive, seeds[:count], k, num_classes, tally)
 
 
 def records_of(
@@ -393,7 +393,7 @@ def to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     return wait
 
 
-def has_own_partner(positions: Tensor) -> bool:
+def has_own_partner(positions: Tensor | np.ndarray) -> bool:
     """Whether a batch ends with the last image of an odd paired epoch, which stands there twice."""
     return len(positions) > 1 and bool(positions[-1] == positions[-2])
 

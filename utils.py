@@ -705,9 +705,9 @@ def evaluate(
     # Running statistics differ between ranks after a step: rank 0's are the ones saved.
     world.broadcast_tensors(model.buffers())
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    sums = torch.zeros(5, dtype=wide, device=device)  # loss, known, images, top-1, top-5
+    sums = torch.zeros(5, dtype=wide, device=device)  # loss, known, top-1, top-5, images
     by_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, right ones
-    was_training, rows = model.training, 0
+    was_training, rows, count = model.training, 0, 0
     model.eval()
     try:
         for images, labels, *_ in batches:
@@ -722,14 +722,16 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
             right = best == labels[:, None]
-            row = [loss, labels >= 0, torch.ones_like(labels), right[:, 0], right.any(1)]
-            sums += torch.stack([values.to(wide).sum() for values in row])
+            hits = torch.stack([labels >= 0, right[:, 0], right.any(1)])  # [3, B]
+            sums[0].add_(loss.sum(dtype=wide))
+            sums[1:4].add_(hits.sum(1))
+            count += len(labels)
             if num_classes:
-                hits = torch.stack([labels >= 0, right[:, 0]]).long()
-                by_class.index_add_(1, labels.clamp(min=0), hits)
+                by_class.index_add_(1, labels.clamp(min=0), hits[:2].long())
     finally:
         model.train(was_training)
-    loss, known, count, top1, top5 = world.all_reduce_sum(sums).tolist()
+    sums[4] = count
+    loss, known, top1, top5, count = world.all_reduce_sum(sums).tolist()
     result: dict[str, Any] = {"count": int(count)}
     if not known:
         return result

@@ -68,7 +68,7 @@ class LabelMap:
 
     def known(self, labels: Tensor) -> Tensor:
         """The data's labels [B], -1 where no output stands for the class."""
-        return labels.masked_fill(self.labels(labels) < 0, -1)
+        return labels if self.is_identity else labels.masked_fill(self.labels(labels) < 0, -1)
 
     def logits(self, logits: Tensor) -> Tensor:
         """Outputs [B, C] in the data's numbering [B, data classes].

@@ -2,7 +2,7 @@
 host, copies that block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import repeat
@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import (
 )
 
 import main
+import save_logits
 import utils
 from configs import dump, load_config
 from data.augment.pairs import PairMix
 from data.replay import on_device
 from logger import create_logger
-from models.class_map import LabelMap
+from models.class_map import LabelMap, find_label_map
 from models.distill import DistillLoss
 from models.param_groups import build_optimizer
 from models.teacher import Teacher
@@ -190,3 +191,105 @@ def test_a_call_for_many_tensors_launches_a_few_kernels():
         assert watch.launches["rest"] == 4
         torch._foreach_mul_(many, 2.0)  # 110 tensors at a time
         assert watch.launches["rest"] == 6
+
+
+# ---- evaluation and saving
+
+
+class Answers(nn.Module):
+    """A model of two operations, which remembers the sizes of its batches."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.weight = nn.Parameter(torch.zeros(num_classes, 3))
+        self.sizes: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        return nn.functional.linear(images.amax((2, 3)), self.weight)
+
+
+def answers(cfg) -> nn.Module:
+    return Answers(10)
+
+
+class Moment:
+    """An event of CUDA's that nobody may wait for here."""
+
+    def __init__(self, blocking: bool) -> None:
+        """As CUDA's."""
+
+    def record(self) -> None:
+        """Nothing is remembered."""
+
+
+@contextmanager
+def audit(model: nn.Module) -> Iterator[tuple[Watch, torch.device]]:
+    """Count what happens around a model that is on a fake device."""
+    with fake_cuda() as device, patch.object(torch.cuda, "Event", Moment):
+        on_fake(model, device)
+        watch = Watch(device)
+        model.forward = watch.during("model", model.forward)
+        mixing = watch.during("mixing", PairMix.__call__)
+        with patch.object(PairMix, "__call__", mixing):
+            yield watch, device
+
+
+def watched(watch: Watch, items: Iterable, costs: list[int]) -> Iterator:
+    """The items; what each costs, outside the model and the mixing, until the next is asked for."""
+    for item in items:
+        watch.clear()
+        yield item
+        assert watch.waits == [] and watch.blocking == []
+        costs.append(watch.launches["rest"])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "classes", "budget"), [(10, 10, 20), (1000, 21841, 30), (10, 0, 16)]
+)
+def test_an_evaluation_waits_for_its_end_alone(outputs, classes, budget):
+    """The data's classes are the model's, are numbered otherwise, or are not known."""
+    label_map, _ = find_label_map(outputs, classes)
+    costs: list[int] = []
+    for size in BATCHES:
+        images, labels = torch.zeros(2 * size + 2, 3, 8, 8), torch.zeros(2 * size + 2).long()
+        model = Answers(outputs)
+        with audit(model) as (watch, device):
+            moved = label_map and label_map.to(device)
+            batches = watched(watch, zip(images.split(size), labels.split(size)), costs)
+            with watch, pytest.raises(DataDependentOutputException):
+                utils.evaluate(
+                    model, batches, device, torch.bfloat16, label_map=moved, num_classes=classes
+                )
+        assert watch.waits == ["rest: _local_scalar_dense"]  # the sums of all batches
+        assert model.sizes == [size] * 3
+    assert costs[:3] == costs[3:] and max(costs) <= budget, costs
+
+
+@pytest.mark.parametrize(
+    ("has_labels", "subset", "budget"),
+    [(True, "", 24), (True, "4 2 9 7 1 0 3 5 6 8", 24), (False, "", 16)],
+)
+def test_saving_waits_for_no_batch_before_it_has_asked_the_next(
+    has_labels, subset, budget, tmp_path
+):
+    (tmp_path / "classes").write_text(subset.replace(" ", "\n"))
+    options = ["DISTILL.CLASS_SUBSET", tmp_path / "classes"] if subset else []
+    options += ["MODEL.TYPE", f"{__name__}:answers", "DATA.SHAPES.TRAIN_IMAGES"]
+    costs: list[int] = []
+    for size in BATCHES:
+        words = [*options, 2 * size + 2, "DATA.BATCH_SIZE", size]
+        _, cfg = save_logits.load(saving.command(tmp_path / "store", *words))
+        run = save_logits.prepare(cfg, Distributed(), StopRequest())
+        loaded = list(run.open_loader().batches(0))
+        model = run.teacher.model
+        with audit(run.teacher) as (watch, device):
+            labels = run.labels.to(device) if has_labels else None
+            run = replace(run, world=Distributed(device=device), labels=labels)
+            with watch:
+                batches = watched(watch, on_device(loaded, device), costs)
+                for _, records in save_logits.answers(run, batches, save_logits.Tally()):
+                    assert callable(records)  # to be called when the next batch is under way
+        assert model.sizes == [size] * 3
+    assert costs[:3] == costs[3:] and max(costs) <= budget, costs
