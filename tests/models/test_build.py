@@ -139,6 +139,10 @@ def test_drop_rates_reach_the_model(drop, drop_path):
             "pretrained_teacher/clip_vit_large_patch14_22k.pth",
         ),
         ("MODEL.PRETRAINED http://somewhere/1k", "http://somewhere/1k"),
+        (
+            "MODEL.PRETRAINED 1k@sha256=01234567",
+            "checkpoints/tiny_vit_21m_1k.pth@sha256=01234567",
+        ),
     ],
 )
 def test_names_of_the_zoo(monkeypatch, opts, url):

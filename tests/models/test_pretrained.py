@@ -35,14 +35,8 @@ from models.pretrained import (
     zoo_url,
 )
 from models.tiny_vit import TinyViT
+from tests.models.test_tiny_vit import VARIANTS
 
-VARIANTS = {
-    "5m": "tiny_vit_5m_224",
-    "11m": "tiny_vit_11m_224",
-    "21m": "tiny_vit_21m_224",
-    "21m_384": "tiny_vit_21m_384",
-    "21m_512": "tiny_vit_21m_512",
-}
 TINY = {"embed_dims": (32, 32, 64, 64), "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)}
 
 

@@ -1,13 +1,17 @@
 """The small programs: curves, predictions, the zoo's check, the demo's picture, counts of code."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from configs import dump, load_config
 from data.augment.decoder import eval_transform
 from data.build import open_run
 from models.pretrained import to_timm
@@ -153,6 +157,56 @@ def test_predict_names_its_faults(words, text, tmp_path, monkeypatch, capsys):
     torch.save({"fc.weight": torch.zeros(2, 2)}, "other.pth")
     assert predict.main(words.split()) == 2
     assert text in capsys.readouterr().err
+
+
+def called(cfg):
+    Path("called").touch()
+    return TinyViT(**SMALL)
+
+
+def test_no_checkpoint_says_what_predict_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    noise("i.png")
+    config = dump(load_config(["--opts", "MODEL.TYPE", f"{__name__}:called"]))
+    torch.save({"model": TinyViT(**SMALL).state_dict(), "config": config}, "weights.pth")
+    assert predict.main(["i.png", "--weights", "weights.pth"]) == 2
+    line = f"error: weights.pth: its model is made by {__name__}:called, which no file of weights"
+    assert line in capsys.readouterr().err and not Path("called").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("patch_embed.seq.2.c.weight", ()),
+        ("patch_embed.seq.2.c.weight", (7, 1)),
+        ("layers.1.blocks.0.attn.attention_biases", (49,)),
+        ("layers.1.blocks.0.attn.attention_biases", (0, 49)),
+        ("layers.1.blocks.0.mlp.fc1.weight", ()),
+        ("layers.1.blocks.0.attn.proj.weight", None),
+        ("head.weight", (5,)),
+    ],
+)
+def test_predict_takes_no_odd_shape_for_a_model(name, shape, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    noise("i.png")
+    state = TinyViT(**SMALL).state_dict()
+    state[name] = None if shape is None else torch.zeros(shape)
+    torch.save({key: value for key, value in state.items() if value is not None}, "odd.pth")
+    assert predict.main(["i.png", "--weights", "odd.pth"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1
+
+
+def test_predict_takes_a_pinned_file_of_timm(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    noise("i.png")
+    torch.save(timm.create_model("test_byobnet", num_classes=3).state_dict(), "timm.pth")
+    digest = hashlib.sha256(Path("timm.pth").read_bytes()).hexdigest()
+    words = ["i.png", "--timm", "test_byobnet", "--weights"]
+    assert predict.main([*words, f"timm.pth@sha256={digest[:8]}"]) == 0
+    assert "class 2" in capsys.readouterr().out
+    assert predict.main([*words, "timm.pth@sha256=00000000"]) == 2
+    assert f"timm.pth: its sha256 is {digest}" in capsys.readouterr().err
 
 
 def test_imagenet_classes_have_names():
