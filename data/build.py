@@ -399,7 +399,10 @@ def open_store(cfg, keys, num_outputs: int = 0) -> LogitsStoreReader | UpstreamS
     """The store a run reads, in our layout or the original's."""
     root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
     if (root / "manifest.json").is_file():
-        return LogitsStoreReader(root)
+        store = LogitsStoreReader(root)
+        for epoch in store.epochs()[:1]:
+            store.check_seal(epoch)  # before anything that the manifest says is believed
+        return store
     if not any(root.glob("logits_top*_epoch*")):
         raise ValueError(
             f"DISTILL.TEACHER_LOGITS_PATH = {root}: no store there (neither manifest.json nor"

@@ -123,10 +123,19 @@ def check_proof(
     index_of: np.ndarray | None = None,
 ) -> None:
     """Raise IdentityError unless this machine decodes, and this data holds, what the writer saw."""
+    count = len(dataset) if index_of is None else len(index_of)
+    try:
+        expected = dict(proof.get("canary", {}))
+        images = proof.get("images", {"positions": [], "sha256": []})
+        sampled = {int(place): sha for place, sha in zip(images["positions"], images["sha256"])}
+        if not all(0 <= position < count for position in sampled):
+            raise IndexError(f"positions beyond {count:,}")
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise IdentityError(
+            f"{root}/manifest.json: its proof can't be understood ({error!r}): restore the file"
+        ) from None
     canary = decoder.canary()
-    drifted = [
-        name for name, digest in proof.get("canary", {}).items() if canary.get(name) != digest
-    ]
+    drifted = [name for name, digest in expected.items() if canary.get(name) != digest]
     if drifted:
         raise IdentityError(
             f"this machine does not augment as the writer of the store {root} did"
@@ -135,14 +144,13 @@ def check_proof(
         )
     keys = dataset.get_keys() if hasattr(dataset, "get_keys") else None
     replaced = []
-    images = proof.get("images", {"positions": [], "sha256": []})
-    for position, digest in zip(images["positions"], images["sha256"]):
+    for position, digest in sampled.items():
         index = position if index_of is None else int(index_of[position])
         if index >= 0 and image_digest(dataset, index) != digest:
             replaced.append(keys[index] if keys is not None else str(position))
     if replaced:
         raise IdentityError(
-            f"{len(replaced)} of {len(images['positions'])} sampled images differ from those the"
+            f"{len(replaced)} of {len(sampled)} sampled images differ from those the"
             f" store {root} was written for (first: {', '.join(replaced[:3])}): restore the data,"
             " or save the logits again"
         )

@@ -97,7 +97,7 @@ class LogitsStoreReader:
     def open_epoch(self, epoch: int) -> np.memmap:
         """The records of a sealed epoch, mapped: `records[position]["seed" | "index" | "prob"]`."""
         path = data_path(self.root, epoch)
-        self._check_seal(epoch)
+        self.check_seal(epoch)
         try:
             records = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # a damaged header makes numpy fail in many ways
@@ -188,7 +188,8 @@ class LogitsStoreReader:
                 )
                 yield fault and f"{path}: {fault}: {again(epoch)}"
 
-    def _check_seal(self, epoch: int) -> None:
+    def check_seal(self, epoch: int) -> None:
+        """Raise StoreError unless an epoch was sealed under this manifest."""
         seal = self.seal(epoch)
         path = seal_path(self.root, epoch)
         if seal["format"] > FORMAT:
