@@ -362,6 +362,40 @@ def test_a_decoder_that_has_drifted(own):
         student(own)
 
 
+@pytest.mark.parametrize(
+    "proof",
+    [
+        {"canary": 1.5},
+        {"images": None},
+        {"images": {"positions": [0]}},
+        *(
+            {"images": {"positions": [place], "sha256": [""]}}
+            for place in ("one", [], -1, 61, 1e999)
+        ),
+    ],
+)
+def test_a_proof_that_is_none(own, proof):
+    manifest = json.loads((own / "manifest.json").read_text())
+    (own / "manifest.json").write_text(json.dumps({**manifest, "proof": proof}))
+    with pytest.raises(ValueError, match=r"manifest.json: its proof can't be understood .*restore"):
+        student(own)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("temperature", [2]), ("image_size", "large"), ("base_seed", 12)]
+)
+def test_a_manifest_that_its_seals_do_not_know(own, key, value):
+    manifest = json.loads((own / "manifest.json").read_text())
+    manifest["identity"][key] = value
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was sealed under another manifest: restore manifest"):
+        student(own)
+    del manifest["identity"][key]
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was sealed under another manifest: restore manifest"):
+        student(own)
+
+
 # ---- images that have changed
 
 
