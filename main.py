@@ -618,7 +618,7 @@ def describe(run: Training) -> None:
     log.info(
         f"{images:,} images, {run.loader.count() // plan.accumulation:,} updates an epoch, each of"
         f" {plan.per_update} images: {world.world_size} processes x {plan.accumulation} passes x"
-        f" {plan.per_process}"
+        f" {plan.per_process}; loader processes of each: {run.loader.num_workers}"
     )
     if not cfg.TRAIN.GLOBAL_BATCH:
         return

@@ -60,8 +60,8 @@ _C.DATA.IMG_SIZE = 224
 _C.DATA.INTERPOLATION = "bicubic"
 # page-locked batches (used with CUDA alone)
 _C.DATA.PIN_MEMORY = True
-# loader processes per training process
-_C.DATA.NUM_WORKERS = 8
+# loader processes per training process; -1 = its share of the cores but one, 16 at most
+_C.DATA.NUM_WORKERS = -1
 # fork | spawn | forkserver; auto = the platform's default
 _C.DATA.WORKER_START = "auto"
 # batches that each loader process prepares ahead

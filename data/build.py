@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.util
+import os
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from data.augment import AugmentDecoder, PairMix, canary
 from data.augment.decoder import eval_transform, mean_and_std
@@ -246,8 +247,9 @@ class EpochLoader:
         self._verify = verify
         self._batches = EpochBatches(sampler, batch_size)
         self._workers: list[multiprocessing.Process] = []
-        options: dict[str, Any] = {"num_workers": cfg.DATA.NUM_WORKERS}
-        if cfg.DATA.NUM_WORKERS:
+        self.num_workers = loader_processes(cfg)
+        options: dict[str, Any] = {"num_workers": self.num_workers}
+        if self.num_workers:
             options["persistent_workers"] = True
             options["prefetch_factor"] = cfg.DATA.PREFETCH
             if cfg.DATA.WORKER_START != "auto":
@@ -345,11 +347,26 @@ class _Guarded(Dataset):
 
 
 def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
-    """A batch of samples, or the first fault among them."""
+    """A batch of samples, in memory that processes share, or the first fault among them."""
     for sample in samples:
         if isinstance(sample, ValueError):
             return sample
-    return collate(samples)
+    try:
+        batch = collate(samples)
+        if get_worker_info():
+            # PyTorch would do so in a thread whose faults nobody hears of.
+            for part in batch:
+                part = getattr(part, "buffer", part)
+                if isinstance(part, torch.Tensor):
+                    part.share_memory_()
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        return ValueError(
+            "/dev/shm is full, where loader processes hand over their batches: give the container"
+            " more (docker run --shm-size 16g), or set DATA.NUM_WORKERS 0"
+        )
+    return batch
 
 
 @contextmanager
@@ -387,6 +404,17 @@ def _kill(workers: Iterable[multiprocessing.Process]) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()
+
+
+def loader_processes(cfg) -> int:
+    """DATA.NUM_WORKERS; -1 is this process's share of the cores but one, 16 at most."""
+    if cfg.DATA.NUM_WORKERS >= 0:
+        return cfg.DATA.NUM_WORKERS
+    # what a batch system or a container allows, where the system says so
+    has_mask = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # among torchrun's processes
+    return min(max(share - 1, 1), 16)
 
 
 def reads_store(cfg) -> bool:

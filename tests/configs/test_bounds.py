@@ -47,7 +47,7 @@ OPTIONS = [
     ("TRAIN.GLOBAL_BATCH", str(PRIME), f"split over 8 processes: use one of 1, {PRIME} processes"),
     ("DATA.IMG_SIZE", str(10**6), "DATA.IMG_SIZE = 1000000: expected a number from 32 to 4,096"),
     ("DATA.BATCH_SIZE", str(10**9), "expected a number from 1 to 1,000,000"),
-    ("DATA.NUM_WORKERS", str(10**6), "expected a number from 0 to 1,000"),
+    ("DATA.NUM_WORKERS", str(10**6), "expected a number from -1 to 1,000"),
     ("MODEL.NUM_CLASSES", str(10**12), "expected a number from 0 to 1,000,000"),
     ("MODEL.TINY_VIT.DEPTHS", "[2,2,6,999999]", "expected 4 whole numbers from 1 to 1,000"),
     ("MODEL.TINY_VIT.WINDOW_SIZES", "[7,7,9999,7]", "expected 4 whole numbers from 1 to 100"),

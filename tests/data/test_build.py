@@ -1,5 +1,7 @@
 """What a run opens: everything once; and what its loader does with faults in its workers."""
 
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -7,9 +9,10 @@ import pytest
 from PIL import Image
 
 from configs import load_config
-from data.build import open_run
+from data.build import loader_processes, open_run
 from tests.support import saving, training
 from tests.support.jobs import words
+from tests.support.mounts import alone, mount_small, needs_mounts
 
 COUNTED = """
 from pathlib import Path
@@ -103,3 +106,42 @@ def test_a_worker_that_dies_is_told_by_its_number(tmp_path):
     worker.kill()
     with pytest.raises(ValueError, match=f"a loader process has died .pid {worker.pid}"):
         list(batches)
+
+
+def pass_over_little_shared_memory(kilobytes: int, executor: str, opts: list[object]) -> dict:
+    """With a process's own /dev/shm: the number of an epoch's batches, or the fault."""
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may start the loader's
+    try:
+        mount_small(Path("/dev/shm"), kilobytes)
+    except OSError as error:
+        return {"skip": str(error)}
+    data = open_run(load_config(words("--opts", *opts)))
+    try:
+        return {"found": len(list(data.train_loader(32, executor=executor).batches(0)))}
+    except ValueError as error:
+        return {"found": str(error)}
+
+
+@needs_mounts
+@pytest.mark.parametrize("executor", ["pillow", "device"])
+def test_shared_memory_that_is_too_small_is_told_in_one_line(executor, tmp_path):
+    opts = ["DATA.DATASET shapes DATA.SHAPES.TRAIN_IMAGES 64 DATA.SHAPES.SIZE 40 DATA.IMG_SIZE 40"]
+    opts += ["DATA.NUM_WORKERS 1 DATA.WORKER_START fork DATA.INDEX_DIR", tmp_path]
+    found = alone(pass_over_little_shared_memory, 100, executor, opts)["found"]
+    assert found.startswith("/dev/shm is full") and "--shm-size" in found and "\n" not in found
+    assert alone(pass_over_little_shared_memory, 4000, executor, opts) == {"found": 2}
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"),
+    [(1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 8, 7), (64, 1, 16), (2, 4, 1)],
+)
+def test_loader_processes_follow_from_the_cores_at_hand(cores, processes, expected, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    opts = ["--opts", "DATA.DATASET", "shapes"]
+    assert loader_processes(load_config(opts)) == expected
+    assert loader_processes(load_config([*opts, "DATA.NUM_WORKERS", "0"])) == 0
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)  # where nothing is known
+    assert loader_processes(load_config(opts)) == 1
