@@ -400,7 +400,7 @@ def restore(run: Training, state: dict[str, Any]) -> None:
     if state["scaler"]:  # nothing where the checkpoint's training needed no loss scale
         run.scaler.load_state_dict(state["scaler"])
     if run.ema:
-        run.ema.model.load_state_dict(state["model_ema"])
+        checkpoints.restore(run.ema.model, state["model_ema"])
     for name, value in state["progress"].items():
         setattr(run.progress, name, value)
     run.meters.state.update(state["measured"])

@@ -19,9 +19,8 @@ from models.pretrained import read_file, unwrap
 _OWN = re.compile(r"(last|best|epoch_\d+)\.pth")
 MOST_UPDATES = 10**12  # more than a training could do: 30 years at 1,000 a second
 # what a training's checkpoint holds, at least
-STATE_KEYS = set(
-    "model model_ema optimizer scaler progress measured step metric_lines config".split()
-)
+STATE_TYPES = dict.fromkeys("model optimizer scaler progress measured".split(), dict)
+STATE_TYPES |= {"model_ema": dict | None, "step": int, "metric_lines": int, "config": str}
 
 
 def save_atomic(state: dict[str, Any], path: str | Path) -> None:
@@ -178,7 +177,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_state(path: str | Path) -> dict[str, Any]:
     """A checkpoint that a training can go on from."""
     state = load_checkpoint(path)
-    missing = sorted(STATE_KEYS - state.keys())
+    kinds = sorted(STATE_TYPES.items())
+    missing = [name for name, kind in kinds if not isinstance(state.get(name, ...), kind)]
     if missing:
         raise ValueError(
             f"{path} holds no {' and no '.join(missing)}, so no training goes on from it: take its"

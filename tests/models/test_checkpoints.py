@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from models.checkpoints import (
-    STATE_KEYS,
     Saver,
     load_checkpoint,
     load_state,
@@ -299,7 +298,10 @@ def test_a_second_name_is_a_link_or_a_copy(has_links, tmp_path, monkeypatch):
 
 
 def whole_state(step: int) -> dict:
-    return dict.fromkeys(STATE_KEYS) | {"step": step, "model": {"w": torch.arange(10_000)}}
+    plain = {key: {} for key in ("optimizer", "scaler", "progress", "measured")}
+    numbers = {"step": step, "metric_lines": 0}
+    weights = {"model": {"w": torch.arange(10_000)}, "model_ema": None}
+    return {**plain, **numbers, **weights, "config": "TAG: a"}
 
 
 def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path):
@@ -362,6 +364,8 @@ def spoil(path: Path, how: str) -> None:
         "no weights": {"model": None},
         "numbered weights": {"model": {1: torch.ones(2)}},
         "averages in words": {"model_ema": {"w": "text"}},
+        "a configuration that is no text": {"config": 5},
+        "a list as progress": {"progress": []},
     }
     if how in changes:
         torch.save({**whole, **changes[how]}, path)
@@ -386,6 +390,7 @@ SPOILT = [
     *("a step of 10^30", "a step that is no number", "an endless step", "a step below 0"),
     *("a step in words", "a step that is true", "a step that is a tensor", "no weights"),
     *("numbered weights", "averages in words", "a FIFO", "a dangling link", "a link to itself"),
+    *("a configuration that is no text", "a list as progress"),
     *("a folder", "an old file", "a list", "weights alone"),
 ]
 
