@@ -7,7 +7,9 @@ Both stores are written first, with keys like ImageNet-22k's; then both sides ar
 in one run, with a warm page cache. The original's way: every key of an epoch is parsed into a
 dictionary, a record is read with seek and read. Memory is measured in a fresh process for each
 side, as the growth from before opening to after reading: private pages are a process's own, mapped
-ones are the page cache's and shared by all processes. The report goes to stdout as JSON."""
+ones are the page cache's and shared by all processes. What verification costs is measured as the
+time to the first record, and the time in which one process reads all records of an epoch while a
+thread verifies the next one, against the same without it. The report goes to stdout as JSON."""
 
 import argparse
 import json
@@ -21,8 +23,9 @@ import numpy as np
 
 from benchmarks.timing import alternate, machine, report
 from data.store import LogitsStoreReader, LogitsStoreWriter, record_dtype
-from data.store.format import pack_records
+from data.store.format import Records, epoch_bytes, pack_records
 from data.store.keys import Keys
+from data.store.verify import Verifier
 
 CLASSES = 21841
 RANKS = 8
@@ -62,7 +65,7 @@ class OriginalReader:
             file.close()
 
 
-def read_ours(records: np.memmap, position: int) -> tuple[int, np.ndarray, np.ndarray]:
+def read_ours(records: Records, position: int) -> tuple[int, np.ndarray, np.ndarray]:
     """A record as ReplayDataset takes it."""
     record = records[position]
     return int(record["seed"]), record["index"], record["prob"]
@@ -140,7 +143,7 @@ def worker_memory(side: str, folder: Path, images: int, k: int) -> dict[str, flo
     wanted = [key_text(position) for position in positions]
     before = memory()
     if side == "ours":
-        records = LogitsStoreReader(folder / "ours").open_epoch(0)
+        records = LogitsStoreReader(folder / "ours").open_records(0)
         for position in positions:
             read_ours(records, position)
     else:
@@ -172,17 +175,17 @@ def compare(folder: Path, images: int, k: int, repeats: int) -> dict[str, object
         "record_bytes": record_dtype(k, CLASSES).itemsize,
     }
     result["open_and_first_record"] = seconds(
-        lambda: read_ours(LogitsStoreReader(folder / "ours").open_epoch(0), images // 2),
+        lambda: read_ours(LogitsStoreReader(folder / "ours").open_records(0), images // 2),
         lambda: open_original(0),
         max(3, repeats // 3),
     )
     result["epoch_switch"] = seconds(
-        lambda: read_ours(ours.open_epoch(1), images // 2),
+        lambda: read_ours(ours.open_records(1), images // 2),
         lambda: open_original(1),
         max(3, repeats // 3),
     )
 
-    records, original = ours.open_epoch(0), OriginalReader(originals[0], k)
+    records, original = ours.open_records(0), OriginalReader(originals[0], k)
     for position in rng.integers(0, images, 100).tolist():
         a, b = read_ours(records, position), original.read(texts[position])
         assert a[0] == b[0] and (a[1] == b[1]).all() and (a[2] == b[2]).all(), (
@@ -210,7 +213,35 @@ def compare(folder: Path, images: int, k: int, repeats: int) -> dict[str, object
         }
     original.close()
     result["worker_memory"] = memories(folder, images, k)
+    result["verification"] = verification(folder / "ours", images, k, max(3, repeats // 3))
     return result
+
+
+def verification(root: Path, images: int, k: int, repeats: int) -> dict[str, object]:
+    """What it costs that nothing is read unverified."""
+
+    def start(verifies: bool) -> None:
+        reader = LogitsStoreReader(root)
+        if verifies:
+            Verifier(reader).wait(0, lambda items, *_: items)
+        read_ours(reader.open_records(0), images // 2)
+
+    def epoch(verifies: bool) -> None:
+        reader = LogitsStoreReader(root)
+        verifier = Verifier(reader)
+        if verifies:
+            verifier.begin(1)
+        records = reader.open_records(0)
+        for position in range(images):
+            read_ours(records, position)
+        if verifies:
+            verifier.wait(1, lambda items, *_: items)
+
+    found: dict[str, object] = {"epoch_bytes": epoch_bytes(images, k, CLASSES)}
+    for name, function in (("first_record", start), ("epoch", epoch)):
+        sides = {"without": lambda f=function: f(False), "with": lambda f=function: f(True)}
+        found[name] = alternate(sides, repeats)
+    return found
 
 
 def seconds(

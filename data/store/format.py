@@ -92,11 +92,12 @@ def impossible(records: np.ndarray, num_classes: int, name: Callable[[int], obje
     # Bits of probabilities sort as their numbers do; those of negative numbers, of what is no
     # number and of what exceeds 1 come after.
     bits = records["prob"].view(np.uint16)
-    is_rising = (bits[:, 1:] > bits[:, :-1]).any(axis=1)
-    is_unknown = (records["index"] >= num_classes).any(axis=1)
-    is_bad = (bits[:, 0] > ONE) | is_rising | is_unknown | (records["seed"] < 0)
-    if not is_bad.any():
+    exceeds, rises = bits[:, 0] > ONE, bits[:, 1:] > bits[:, :-1]
+    is_unknown, is_negative = records["index"] >= num_classes, records["seed"] < 0
+    # of all at once, which is several times quicker than row by row
+    if not (exceeds.any() or rises.any() or is_unknown.any() or is_negative.any()):
         return ""
+    is_bad = exceeds | rises.any(axis=1) | is_unknown.any(axis=1) | is_negative
     return (
         f"the record of {name(int(is_bad.argmax()))} has a class from {num_classes:,} up,"
         " probabilities that do not descend from 1 to 0, or a negative seed"
