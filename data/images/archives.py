@@ -44,24 +44,32 @@ def tar_members(path: Path) -> Iterator[Member]:
     One that is damaged, compressed or unsafe is an error.
     """
     length = path.stat().st_size
+    for member in _tar_entries(path, length):
+        name = str(PurePosixPath(member.name))
+        if member.name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise ValueError(
+                f"{path}: member {member.name!r} points outside of the archive: make the"
+                " tar again with relative paths"
+            )
+        if member.isdir():
+            yield Member(name, 0, -1)
+        elif is_image(name):
+            _check_image(path, member, length)
+            yield Member(name, member.offset_data, member.size)
+
+
+def _tar_entries(path: Path, length: int) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # else a large archive fills the memory
-                name = str(PurePosixPath(member.name))
-                if member.name.startswith("/") or ".." in PurePosixPath(name).parts:
-                    raise ValueError(
-                        f"{path}: member {member.name!r} points outside of the archive: make the"
-                        " tar again with relative paths"
-                    )
-                if member.isdir():
-                    yield Member(name, 0, -1)
-                elif is_image(name):
-                    _check_image(path, member, length)
-                    yield Member(name, member.offset_data, member.size)
+                if member.size < 0:  # then the next member is one that was read already
+                    raise tarfile.ReadError(f"member {member.name!r} has a negative size")
+                yield member
             end = tar.offset
-    except (tarfile.TarError, EOFError) as error:
-        reason = f"{error}: restore it"
+    # the library believes whatever sizes a damaged header names
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
+        reason = f"{str(error) or 'no memory holds a member'}: restore it"
         if read_at(path, 0, 6).startswith(COMPRESSED):
             reason = "it is compressed, and single images can't be read from it: unpack it"
         raise ValueError(f"{path}: can't be read as a tar: {reason}") from None

@@ -236,6 +236,34 @@ def test_what_is_no_plain_tar_is_an_error(tmp_path, data, message):
         all_members(tmp_path / "x.tar")
 
 
+def sized(header: bytes, size: int, kind: bytes) -> bytes:
+    """A member's header with another size (of any sign) and kind, and the checksum of that."""
+    number = b"\xff" if size < 0 else b"\x80"
+    changed = header[:124] + number + size.to_bytes(11, "big", signed=True)
+    changed += b" " * 20 + kind + header[157:]  # time of change and checksum
+    return changed[:148] + b"%06o\0 " % sum(changed) + changed[156:]
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [
+        (-512, tarfile.REGTYPE),  # the next member is the one before, for ever
+        (-(1 << 60), tarfile.REGTYPE),
+        (1 << 80, tarfile.XHDTYPE),
+        (1 << 80, tarfile.GNUTYPE_LONGNAME),
+        (1 << 50, tarfile.GNUTYPE_LONGNAME),
+        (-1, tarfile.XHDTYPE),
+    ],
+)
+def test_sizes_that_no_file_has_are_an_error(tmp_path, size, kind):
+    path = write_tar(tmp_path / "bad.tar", {"a/0.jpg": b"0", "a/1.jpg": b"1"})
+    data = path.read_bytes()
+    path.write_bytes(data[:1024] + sized(data[1024:1536], size, kind) + data[1536:])
+    with pytest.raises(ValueError, match=r"bad.tar: can't be read as a tar: .*: restore it"):
+        for count, _ in enumerate(tar_members(path)):
+            assert count < 9
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_SPARSE])
 def test_links_and_sparse_members_are_named(tmp_path, kind):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
