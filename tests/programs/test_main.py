@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -514,6 +515,43 @@ def test_a_stop_that_cannot_be_saved_is_a_fault(tmp_path, monkeypatch):
     assert "NO CHECKPOINT WRITTEN" in log_of(tmp_path)
 
 
+SLOW_DISK = """
+import os, time
+from pathlib import Path
+sync, folder = os.fsync, Path({folder!r})
+def slow(descriptor):
+    (folder / "begun").touch()
+    while not (folder / "gate").exists():
+        time.sleep(0.01)
+    sync(descriptor)
+main.checkpoints.os = type("os", (), dict(vars(os), fsync=staticmethod(slow)))
+step = main.train_step
+def waiting(run, batches):
+    if run.progress.update == 2:
+        print("third update", flush=True)
+        while not run.stop.received:
+            time.sleep(0.01)
+    return step(run, batches)
+main.train_step = waiting
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals as a terminal sends them")
+def test_a_second_ctrl_c_ends_a_stop_without_a_traceback_and_no_half_checkpoint(tmp_path):
+    with job(tmp_path, SHORT, prepare=SLOW_DISK.format(folder=str(tmp_path))) as started:
+        started.wait_for(lambda: "third update" in started.text())
+        os.kill(started.ranks[0].pid, signal.SIGINT)
+        started.wait_for(lambda: (tmp_path / "begun").exists())
+        os.kill(started.ranks[0].pid, signal.SIGINT)
+        time.sleep(0.1)
+        (tmp_path / "gate").touch()
+        ended = started.wait()
+    assert ended.codes == [130] and "Traceback" not in ended.text, ended.text
+    assert "SIGINT: stopping" in ended.text and "ended without saving" in ended.text
+    assert [path.name for path in checkpoint(tmp_path).parent.iterdir()] == ["last.pth"]
+    assert state(tmp_path)["step"] == 3
+
+
 def test_checkpoints_within_an_epoch_come_by_the_clock(tmp_path, monkeypatch):
     names = []
     save = main.save
@@ -754,6 +792,11 @@ def test_mixed_precision_trains_and_is_continued_exactly(dtype, tmp_path, monkey
         same_bits(state(tmp_path)["model"], state(tmp_path, tag="again")["model"])
         and state(tmp_path, tag="again")["scaler"] == scaler
     )
+    # another device, or another type, may go on: with a loss scale of its own, or none
+    other = torch.bfloat16 if dtype is torch.float16 else torch.float16
+    monkeypatch.setattr(utils, "amp_dtype", lambda cfg, device: other)
+    assert run(tmp_path, opts, flags=["--resume", saved, "--tag other"]) == 0
+    assert bool(state(tmp_path, tag="other")["scaler"]) == (other is torch.float16)
 
 
 def test_a_run_may_begin_at_a_later_epoch(tmp_path, trained):
