@@ -321,12 +321,12 @@ def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(tmp_path):
     )
     with running:
         for line in running.stdout:
-            if "epoch 2/60, update" in line:
+            if "epoch 1/60, update" in line:
                 break
         running.kill()
         rest = running.stdout.read()  # to its end: no rank or loader process holds it any more
     assert rest.count("exit code 75") == 2, rest
-    assert state(tmp_path)["step"] > UPDATES
+    assert 0 < state(tmp_path)["step"] < 60 * UPDATES
 
 
 @pytest.mark.proof
