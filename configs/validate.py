@@ -97,6 +97,9 @@ POLICY = re.compile(
     rf"(none)?|(original|v0)({MSTD})*|rand(-m\d+|-mmax\d+|-n[1-9]\d*|{MSTD}|-w0|-inc[01])*"
 )
 
+# Anything more could ask for any attribute, or a name of any length.
+NAME_FORMAT = re.compile(r"[^{}]*\{(:\.\d{1,3})?\}[^{}]*")
+
 Rule = tuple[bool, str, str]  # whether something is wrong, the key to blame, what to do
 
 
@@ -150,6 +153,8 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 
 def _images(cfg: Config) -> Iterator[Rule]:
+    is_format = NAME_FORMAT.fullmatch(cfg.DATA.FNAME_FORMAT)
+    yield not is_format, "DATA.FNAME_FORMAT", "expected {} where the listed name goes, e.g. {}.jpeg"
     grammar = "none, original, v0 or rand, e.g. rand-m9-n2-mstd0.5-mmax10-w0-inc1, v0-mstd0.5"
     is_policy = POLICY.fullmatch(cfg.AUG.AUTO_AUGMENT)
     yield not is_policy, "AUG.AUTO_AUGMENT", f"expected {grammar}"
