@@ -140,7 +140,7 @@ def ways(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     return {mode: [*student, *own[mode], "TAG", mode] for mode in MODES}
 
 
-def prepare(args: argparse.Namespace, folder: Path, epochs: int = 1) -> dict[str, dict]:
+def prepare(args: argparse.Namespace, folder: Path, epochs: int = 1, *opts: str) -> dict[str, dict]:
     """Write the teacher and its store; what student and teacher cost."""
     sizes = {}
     for role, name in (("student", args.student), ("teacher", args.teacher)):
@@ -155,7 +155,7 @@ def prepare(args: argparse.Namespace, folder: Path, epochs: int = 1) -> dict[str
         }
         if role == "teacher":
             save_atomic({"model": model.state_dict()}, folder / "teacher.pth")
-    teacher = options(args, folder, args.teacher)
+    teacher = [*options(args, folder, args.teacher), *opts]
     (folder / "teacher.yaml").write_text(main.dump(load_config(teacher)))
     store = ["DISTILL.TEACHER_LOGITS_PATH", str(folder / "store"), "TRAIN.EPOCHS", str(epochs)]
     if save_logits.main(["--resume", str(folder / "teacher.pth"), "--skip-eval", *teacher, *store]):

@@ -41,7 +41,11 @@ def write_images(folder: Path, count: int) -> None:
         for i in range(images):
             path = folder / split / f"class{i % 10}" / f"{i:06d}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(photos[i % len(photos)])
+            if i < len(photos):
+                path.write_bytes(photos[i])
+            else:
+                j = i % len(photos)
+                path.hardlink_to(folder / split / f"class{j % 10}" / f"{j:06d}.JPEG")
 
 
 def compare(decoder: AugmentDecoder, device: torch.device, batch: int) -> dict[str, object]:
@@ -78,16 +82,18 @@ def begin(words: list[str], device: torch.device) -> tuple[main.Training, Iterat
     """A training by main.py before its first step, and its batches."""
     log = create_logger(None, rank=1)  # which has nothing to say
     world = Distributed(device=device)
-    choose_kernels(False)
+    choose_kernels(False, device)
     run = main.build_training(load_config(words), world, log, StopRequest())
     main.set_training_mode(run.model, False, False)
     return run, on_device(run.loader.batches(0), device)
 
 
 def train(words: list[str], device: torch.device, steps: int) -> dict[str, float]:
-    """Images a second of a training, after a tenth of the steps, and the share spent waiting."""
+    """Images a second of a training and the share spent waiting, after the batches that workers
+    can have made while the first step was slow.
+    """
     run, batches = begin(words, device)
-    warm_up = max(1, steps // 10)
+    warm_up = 1 + run.cfg.DATA.NUM_WORKERS * run.cfg.DATA.PREFETCH
     for index in range(warm_up + steps):
         if index == warm_up:
             wait(device)
@@ -135,6 +141,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=int, default=16384, help="JPEG files that are trained on")
     add("--workers", type=int, nargs="+", default=[4, 8, 16])
     add("--steps", type=int, default=40, help="updates of each training that are timed")
+    add("--compiled", action="store_true", help="then the device executor beside a compiled model")
     add("--model", choices=["5m", "11m", "21m", "tiny"], default="5m")
     return parser.parse_args(argv)
 
@@ -151,14 +158,17 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         words += ["--device", device.type, "--opts", "DATA.INDEX_DIR", f"{folder}/index"]
         words += ["TRAIN.AUTO_RESUME", "False", "AUG.MIXUP_MODE", "pair2"]
         words += TINY.split() if args.model == "tiny" else []
-        one = [*words, "DATA.NUM_WORKERS", "0"]
+        one = [*words, "DATA.NUM_WORKERS", "0", "TRAIN.COMPILE", "False"]
         yield compare(AugmentDecoder.from_config(load_config(one)), device, args.batch)
         yield step_times(one, device)
-        for workers in args.workers:
-            for executor in ("pillow", "device"):
-                chosen = ["AUG.EXECUTOR", executor, "DATA.NUM_WORKERS", str(workers)]
-                name = f"{executor}, {workers} workers"
-                yield {name: train([*words, *chosen], device, args.steps)}
+        runs = [(e, workers, False) for workers in args.workers for e in ("pillow", "device")]
+        if args.compiled:
+            runs.append(("device", args.workers[len(args.workers) // 2], True))
+        for executor, workers, is_compiled in runs:
+            chosen = f"AUG.EXECUTOR {executor} DATA.NUM_WORKERS {workers}".split()
+            chosen += ["TRAIN.COMPILE", str(is_compiled)]
+            name = f"{executor}, {workers} workers{', compiled' if is_compiled else ''}"
+            yield {name: train([*words, *chosen], device, args.steps)}
 
 
 if __name__ == "__main__":

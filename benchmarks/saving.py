@@ -76,12 +76,18 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     """Time both sides in turn."""
     world = init_distributed(args.device)
     cfg = load_config(["--opts", "AUG.MIXUP_MODE", "pair2"])
-    cfg = cfg.replace({"MODEL.NUM_CLASSES": args.classes, "DISTILL.LOGITS_TOPK": args.topk})
+    cfg = cfg.replace(
+        {
+            "MODEL.NUM_CLASSES": args.classes,
+            "DISTILL.LOGITS_TOPK": args.topk,
+            "DATA.BATCH_SIZE": args.batch_size,
+        }
+    )
     model = TinyViT.from_config(args.model, num_classes=args.classes)
     dtype = teacher_dtype(cfg, world.device)
     teacher = Teacher("teacher", model, args.classes, dtype=dtype).to(world.device)
     labels = LabelMap(torch.arange(args.classes)).to(world.device)
-    data = RunData(cfg, None, None, None)
+    data = RunData(cfg, range(IMAGES), None, None)
     run = Run(cfg, world, StopRequest(), logging.getLogger("saving"), data, teacher, labels)
     batches = ready_batches(args.batches, args.batch_size, cfg.DATA.IMG_SIZE, args.classes)
 

@@ -55,7 +55,8 @@ def test_all_parts_are_whole(whole):
     assert set(parts["training"]["found"]) == {"tiny", "tiny compiled"}
     assert set(parts["epochs"]["found"]["seconds_per_epoch"]) == {"labels", "stored", "online"}
     assert set(parts["saving"]["found"]["images_per_second"]) == {"without writing", "saving"}
-    assert {"pillow, 0 workers", "device, 0 workers"} < set(parts["executors"]["found"])
+    trainings = {"pillow, 0 workers", "device, 0 workers", "device, 0 workers, compiled"}
+    assert trainings < set(parts["executors"]["found"])
     assert told.count("  ok ") == 22 and all(f"\n{name}: " in f"\n{told}" for name in parts)
     # logs are kept, what parts have written is not
     left = {path.name for path in folder.iterdir()}
@@ -98,7 +99,7 @@ def test_without_a_gpu_one_line_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_all_parts_end_in_20_minutes():
-    assert sum(part.seconds for part in gpu.PARTS.values()) <= gpu.LIMIT < 20 * 60
+    assert sum(part.seconds for part in gpu.PARTS.values()) < 20 * 60
 
 
 # ---------------------------------------------------------------- parts
