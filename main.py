@@ -177,29 +177,29 @@ def forward(run: Training, batch: Batch, index: int) -> dict[str, Tensor]:
     labels = None
     if run.labels is not None:
         labels = run.labels.labels(batch.label)
-    seeds = batch.seed  # of pairs; a whole batch is mixed from its step's own
+    drawn = (batch.seed, batch.mixes)  # of pairs; a whole batch is mixed from its step's own seed
     if isinstance(run.mix, BatchMix):
-        seeds = run_seed(cfg.DATA.SEED, run.progress.epoch, index, run.world.rank)
-    images, targets = run.mix(batch.image, labels, seeds)  # [B, 3, H, W], [B, C]
+        drawn = (run_seed(cfg.DATA.SEED, run.progress.epoch, index, run.world.rank),)
+    images, targets = run.mix(batch.image, labels, *drawn)  # [B, 3, H, W], [B, C]
     if cfg.TRAIN.CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
     with utils.autocast(device, run.dtype):
         logits = run.network(images)  # [B, C]
     if not cfg.DISTILL.ENABLED:
         loss = label_cross_entropy(logits, targets)
-        return {"loss": loss, **accuracy(cfg, "top1", targets, logits.argmax(1))}
+        return {"loss": loss, **accuracy(cfg, targets, top1=logits.argmax(1))}
     indices, probs = run.teacher(images) if run.teacher else (batch.indices, batch.probs)
     loss = run.distill_loss(logits, indices, probs, targets)
-    student = accuracy(cfg, "top1", targets, logits.argmax(1))
-    teacher = accuracy(cfg, "teacher_top1", targets, indices[:, 0])
-    return {"loss": loss, **student, **teacher}
+    answers = {"top1": logits.argmax(1), "teacher_top1": indices[:, 0]}
+    return {"loss": loss, **accuracy(cfg, targets, **answers)}
 
 
-def accuracy(cfg: CfgNode, name: str, targets: Tensor | None, answers: Tensor) -> dict[str, Tensor]:
-    """How often answers [B] are right, in percent, under a name; nothing without labels."""
+def accuracy(cfg: CfgNode, targets: Tensor | None, **answers: Tensor) -> dict[str, Tensor]:
+    """How often answers [B] are right, in percent, under their names; nothing without labels."""
     if targets is None:
         return {}
-    return {name: share_right(targets, answers, cfg.MODEL.LABEL_SMOOTHING)}
+    columns = torch.stack([*answers.values()], 1)
+    return dict(zip(answers, share_right(targets, columns, cfg.MODEL.LABEL_SMOOTHING)))
 
 
 def train(run: Training) -> None:

@@ -72,7 +72,8 @@ class Run:
         labels = None
         if self.labels is not None:
             labels = self.labels.labels(batch.label)
-        images, targets = self.data.mix(batch.image, labels, batch.seed)  # [B, 3, H, W], [B, C]
+        mix = self.data.mix
+        images, targets = mix(batch.image, labels, batch.seed, batch.mixes)  # [B, 3, H, W], [B, C]
         if targets is None:
             main_labels = torch.full((len(images),), -1)
         else:

@@ -486,7 +486,11 @@ def wrap(
         else "broadcast_buffers"
     )
     return DistributedDataParallel(
-        model, [world.device] if world.device.type == "cuda" else None, **{name: False}
+        model,
+        [world.device] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=8,  # so that small models' gradients travel while others are computed
+        **{name: False},
     )
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from data.augment import AugmentDecoder
 from data.augment.device import PackedBatch, apply_batch
+from data.augment.pairs import numbers_of
 from data.augment.rng import sample_seed
 
 
@@ -28,6 +29,11 @@ class Batch(NamedTuple):
     position: int  # the image's line in the store, or in the listing where there is no store
     indices: torch.Tensor  # [K] int64, the teacher's classes, most probable first; K = 0: no store
     probs: torch.Tensor  # [K] float32
+    # [B / 2, 6] of a batch that `collate` made for mixing, else empty: how `PairMix` mixes its pairs
+    mixes: torch.Tensor = torch.empty(0)
+
+
+SENT = ("label", "indices", "probs", "mixes")  # beside the image; the rest stays on the CPU
 
 
 class Images(Protocol):
@@ -59,8 +65,8 @@ class ReplayDataset(Dataset[Batch]):
         """`topk` of the store's columns are read (0: all). `index_of` is the data set's index of
         the image at each position of the store, -1 where it has none; None: they are equal.
 
-        With `executor` "device" images stay undecoded: `collate` packs them with their plans, and
-        `on_device` makes the same tensors of them.
+        With `executor` "bytes" or "device" images stay undecoded: `collate` packs them, as Pillow
+        augments them or with their plans, and `on_device` makes the same tensors of them.
         """
         self.dataset = dataset
         self.decoder = decoder
@@ -125,11 +131,20 @@ class ReplayDataset(Dataset[Batch]):
 
     def collate(self, samples: list[Batch]) -> Batch:
         """A batch of samples: the `collate_fn` of a loader."""
-        if self.executor == "pillow":
-            return default_collate(samples)
+        is_packed = self.executor != "pillow"
         images, seeds = [sample.image for sample in samples], [sample.seed for sample in samples]
-        batch = default_collate([sample._replace(image=0) for sample in samples])
-        return batch._replace(image=self.decoder.pack(images, seeds))
+        if is_packed:
+            samples = [sample._replace(image=0) for sample in samples]
+        batch = default_collate(samples)
+        if self.decoder.mix and len(seeds) % 2 == 0:
+            mixes = self.decoder.mix.draw(seeds, self.decoder.size, self.decoder.size)
+            batch = batch._replace(mixes=numbers_of(mixes))
+        if is_packed:
+            others = {name: getattr(batch, name) for name in SENT}
+            by_pillow = self.executor == "bytes"
+            packed = self.decoder.pack(images, seeds, by_pillow=by_pillow, others=others)
+            batch = batch._replace(image=packed)
+        return batch
 
     def _records(self, epoch: int) -> np.ndarray:
         """The store's records of an epoch, opened once for each process and epoch."""
@@ -143,10 +158,9 @@ class ReplayDataset(Dataset[Batch]):
 
 
 def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
-    """The batches with images, labels and records on a device, packed images executed there.
+    """The batches with images, labels, records and mixes on a device, packed images executed there.
 
-    On CUDA the next batch is sent and executed on a stream of its own while one is used. Seeds and
-    positions stay on the CPU, where mixes are drawn.
+    On CUDA the next batch is sent and executed on a stream of its own while one is used.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -166,18 +180,17 @@ def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[
 
 def _sent(batch: Batch, device: torch.device) -> Batch:
     image = batch.image.to(device, non_blocking=True)
-    return batch._replace(
-        image=apply_batch(image) if isinstance(image, PackedBatch) else image,
-        label=batch.label.to(device, non_blocking=True),
-        indices=batch.indices.to(device, non_blocking=True),
-        probs=batch.probs.to(device, non_blocking=True),
-    )
+    if isinstance(image, PackedBatch):
+        sent = {name: image[place] for name, place in image.others.items()}
+        return batch._replace(image=apply_batch(image), **sent)
+    sent = {name: getattr(batch, name).to(device, non_blocking=True) for name in SENT}
+    return batch._replace(image=image, **sent)
 
 
 def _arrived(batch: Batch, event, device: torch.device) -> Batch:
     """A batch that was made on another stream, for use on the current one."""
     current = torch.cuda.current_stream(device)
     current.wait_event(event)
-    for tensor in (batch.image, batch.label, batch.indices, batch.probs):
+    for tensor in (batch.image, *(getattr(batch, name) for name in SENT)):
         tensor.record_stream(current)  # else its memory may be given away while it is still used
     return batch

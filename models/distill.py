@@ -95,9 +95,12 @@ class DistillLoss:
             logits = _at_least_float32(student_logits)
             teacher = functional.cross_entropy(logits, indices[:, 0].long())
         else:
-            logits = _at_least_float32(student_logits) / self.temperature
-            soft = sparse_soft_cross_entropy(logits, indices, probs, self.subtract)
-            teacher = self.temperature**2 * soft
+            logits = _at_least_float32(student_logits)
+            if self.temperature != 1:
+                logits = logits / self.temperature
+            teacher = sparse_soft_cross_entropy(logits, indices, probs, self.subtract)
+            if self.temperature != 1:
+                teacher = self.temperature**2 * teacher
         if self.alpha == 1:
             return teacher
         if targets is None:
@@ -111,11 +114,11 @@ class DistillLoss:
 
 
 def share_right(targets: Tensor, answers: Tensor, smoothing: float) -> Tensor:
-    """Percent of the images that show the class answered [B], given their smoothed targets [B, C];
-    of a mixed image, the part that does.
+    """Percent of the images that show the class answered, for each column of answers [B, n], given
+    their smoothed targets [B, C]; of a mixed image, the part that does.
     """
-    shown = targets.gather(1, answers[:, None]) - smoothing / targets.shape[1]
-    return 100 * (shown.clamp(min=0) / (1 - smoothing)).mean()
+    shown = targets.gather(1, answers) - smoothing / targets.shape[1]
+    return (shown.clamp(min=0) * (100 / (1 - smoothing))).mean(0)
 
 
 def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Tensor]:

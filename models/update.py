@@ -48,7 +48,8 @@ def guarded_step(
     # The interface between GradScaler and fused optimizers: where found_inf is not 0 the kernel
     # changes nothing.
     optimizer.grad_scale = None
-    optimizer.found_inf = torch.logical_not(is_good).float()
+    optimizer.found_inf = torch.empty_like(is_good, dtype=torch.float32)
+    torch.logical_not(is_good, out=optimizer.found_inf)
     optimizer.step()
 
 

@@ -2,7 +2,7 @@
 bits for ever.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,15 @@ from data.augment import canary, pillow
 from data.augment.device import PackedBatch, apply_batch, pack, unsupported
 from data.augment.pairs import PairMix
 from data.augment.pillow import RESAMPLING, Statistics, as_rgb, to_float
-from data.augment.plan import ColorJitter, Flip, PaddedCrop, Plan, RandomErasing, RandomResizedCrop
+from data.augment.plan import (
+    ColorJitter,
+    Crop,
+    Flip,
+    PaddedCrop,
+    Plan,
+    RandomErasing,
+    RandomResizedCrop,
+)
 from data.augment.randaugment import augment_from_policy
 from data.augment.rng import SEED_LIMIT, generator
 from data.augment.shift import Color
@@ -99,13 +107,27 @@ class AugmentDecoder:
         """The float32 tensor [3, size, size] of an image under a seed in [0, 2**31)."""
         return self.apply(self.plan(image.width, image.height, seed), image)
 
-    def pack(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> PackedBatch:
-        """What `device.apply_batch` needs of images to decode them on any torch device."""
-        if name := unsupported(self):
-            raise ValueError(f"{name} cannot be executed on a device, only by Pillow")
+    def pack(
+        self,
+        images: Sequence[Image.Image],
+        seeds: Sequence[int],
+        *,
+        by_pillow: bool = False,
+        others: Mapping[str, Tensor] | None = None,
+    ) -> PackedBatch:
+        """What `device.apply_batch` needs of images to decode them on any torch device.
+
+        With `by_pillow` only normalising and erasing are left to it. `others` travel along.
+        """
         sizes = [image.size for image in images]
         plans = [self.plan(*size, seed) for size, seed in zip(sizes, seeds, strict=True)]
-        return pack(plans, images, self.fill, self.mean, self.std)
+        if by_pillow:
+            images = [pillow.augmented(*pair, self.fill) for pair in zip(plans, images)]
+            whole = Crop(0, 0, self.size, self.size, "bilinear")
+            plans = [replace(plan, crop=whole, flips=(), effects=()) for plan in plans]
+        elif name := unsupported(self):
+            raise ValueError(f"{name} cannot be executed on a device, only by Pillow")
+        return pack(plans, images, self.fill, self.mean, self.std, others or {})
 
     def decode_batch(
         self,

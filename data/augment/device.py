@@ -5,10 +5,11 @@ one buffer. `apply_batch` runs where that buffer is sent; it never waits for the
 many operations it starts does not depend on the number of images, up to the limit below."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import ceil, cos, prod, radians, sin
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +77,7 @@ class PackedBatch:
     resizes: list[Step]
     effects: list[Step]
     erasures: list[Step]
+    others: dict[str, Place]  # what else of the batch travels in the buffer
 
     def __getitem__(self, place: Place) -> Tensor:
         size = prod(place.shape) * place.dtype.itemsize
@@ -95,6 +97,9 @@ def apply_batch(packed: PackedBatch) -> Tensor:
     """The training tensors, float32 [B, 3, S, S], where the packed batch is."""
     shape = (packed.count, 3, packed.size, packed.size)
     images = torch.empty(shape, dtype=torch.uint8, device=packed.buffer.device)
+    if not packed.resizes:
+        pixels = Place(0, torch.uint8, (packed.count, packed.size, packed.size, 3))
+        images.copy_(packed[pixels].permute(0, 3, 1, 2))
     for step in packed.resizes:
         pixels, crops = (packed[place] for place in step.arguments)
         resized = device_effects.resize(pixels, crops, packed.size, step.limits)
@@ -153,6 +158,7 @@ def pack(
     fill: Color,
     mean: pillow.Statistics,
     std: pillow.Statistics,
+    others: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> PackedBatch:
     """What `apply_batch` needs of images and their plans; the rest is as in `pillow.apply`."""
     size = plans[0].size
@@ -162,8 +168,9 @@ def pack(
     effects = _effects(plans, fill, buffer)
     erasures = _erasures(plans, buffer)
     values = _add(pillow.to_float(RAMP, mean, std)[:, 0].numpy(), buffer)
+    places = {name: _add(tensor.numpy(), buffer) for name, tensor in others.items()}
     packed = torch.frombuffer(buffer, dtype=torch.uint8)
-    return PackedBatch(len(plans), size, packed, values, resizes, effects, erasures)
+    return PackedBatch(len(plans), size, packed, values, resizes, effects, erasures, places)
 
 
 def _add(values: npt.ArrayLike, buffer: bytearray) -> Place:
@@ -178,6 +185,8 @@ def _add(values: npt.ArrayLike, buffer: bytearray) -> Place:
 def _resizes(plans: Sequence[Plan], crops: list[Image.Image], buffer: bytearray) -> list[Step]:
     """Steps that resize crops, those of like size together; their pixels fill the buffer."""
     size = plans[0].size
+    if all(crop.size == (size, size) for crop in crops):
+        return []
     pixels = Place(0, torch.uint8, (len(buffer) // 3, 3))
     starts = accumulate((crop.width * crop.height for crop in crops), initial=0)
     rows = [

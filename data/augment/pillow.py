@@ -26,16 +26,21 @@ def apply(plan: Plan, image: Image.Image, fill: Color, mean: Statistics, std: St
 
     `fill` is the colour of pixels that geometric effects bring in.
     """
+    tensor = to_float(augmented(plan, image, fill), mean, std)
+    for erasure in plan.erasures:
+        top, left, height, width = erasure[:4]
+        tensor[:, top : top + height, left : left + width] = noise(erasure)
+    return tensor
+
+
+def augmented(plan: Plan, image: Image.Image, fill: Color) -> Image.Image:
+    """The image of a plan before it is normalised and parts of it are erased."""
     image = cropped(as_rgb(image), plan.crop, plan.size)
     for axis in plan.flips:
         image = image.transpose(FLIPS[axis])
     for effect in plan.effects:
         image = EFFECTS[effect.name](image, effect, fill)
-    tensor = to_float(image, mean, std)
-    for erasure in plan.erasures:
-        top, left, height, width = erasure[:4]
-        tensor[:, top : top + height, left : left + width] = noise(erasure)
-    return tensor
+    return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -60,7 +60,12 @@ def data(executor: str, tmp_path):
 
 @pytest.mark.parametrize(
     ("executor", "device", "expected"),
-    [("pillow", "cuda", "pillow"), ("auto", "cpu", "pillow"), ("device", "cpu", "device")],
+    [
+        ("pillow", "cuda", "bytes"),
+        ("pillow", "cpu", "pillow"),
+        ("auto", "cpu", "pillow"),
+        ("device", "cpu", "device"),
+    ],
 )
 def test_the_choice(executor, device, expected, tmp_path):
     chosen = data(executor, tmp_path).choose_executor(torch.device(device), print)
