@@ -95,8 +95,8 @@ class RunData:
 
         `step_images`: images of an update over all ranks, to a multiple of which an epoch is cut (1
         keeps every image, for saving). `topk` of the store's columns are read (0: as configured).
-        The batches of `executor` "bytes" and "device" are for `data.replay.on_device`. `verify` is called with
-        an epoch before anything of it is read.
+        The batches of `executor` "bytes" and "device" are for `data.replay.on_device`. `verify` is
+        called with an epoch before anything of it is read.
         """
         cfg = self.cfg
         replay = ReplayDataset(

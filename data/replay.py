@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     position: int  # the image's line in the store, or in the listing where there is no store
     indices: torch.Tensor  # [K] int64, the teacher's classes, most probable first; K = 0: no store
     probs: torch.Tensor  # [K] float32
-    # [B / 2, 6] of a batch that `collate` made for mixing, else empty: how `PairMix` mixes its pairs
+    # [B / 2, 6] of a batch that `collate` made for mixing, else empty: how its pairs are mixed
     mixes: torch.Tensor = torch.empty(0)
 
 

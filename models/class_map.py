@@ -55,11 +55,6 @@ class LabelMap:
         """Whether the data's class number is the output's number already."""
         return self.outputs.tolist() == list(range(len(self.outputs)))
 
-    @cached_property
-    def _with_none(self) -> Tensor:
-        """The outputs and, where a label of -1 finds it, a -1."""
-        return torch.cat([self.outputs, torch.full_like(self.outputs[:1], -1)])
-
     def to(self, device: torch.device) -> "LabelMap":
         """The same map on the device where labels and logits are."""
         moved = LabelMap(self.outputs.to(device))
@@ -68,7 +63,10 @@ class LabelMap:
 
     def labels(self, labels: Tensor) -> Tensor:
         """The data's labels [B] as outputs [B]; -1 without a label or an output for it."""
-        return self._with_none[labels]
+        if self.is_identity:
+            return labels
+        outputs = self.outputs[labels.clamp(min=0)]
+        return outputs.masked_fill(labels < 0, -1)
 
     def known(self, labels: Tensor) -> Tensor:
         """The data's labels [B], -1 where no output stands for the class."""

@@ -176,6 +176,9 @@ class Attention(nn.Module):
         query, key, value = qkv.chunk(3, dim=-1)
         # Spread anew each time: a kept copy would go stale, and would hold N^2 values per head.
         # Cast after the spreading: its backward sums thousands of values, in the type it is given.
+        # Cast at all: cuDNN misreads a float32 mask beside bfloat16 queries. It is not asked while
+        # the biases train; with frozen ones under trained queries its gradients may be NaN on an
+        # H100 (windows of 24), and `torch.backends.cuda.enable_cudnn_sdp(False)` is the way out.
         biases = self.attention_biases.index_select(1, offsets).to(query.dtype)
         bias = biases.view(1, self.num_heads, points, points)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

@@ -24,7 +24,7 @@ from configs import dump, load_config
 from data.augment.pairs import PairMix
 from data.replay import on_device
 from logger import create_logger
-from models.class_map import LabelMap, find_label_map
+from models.class_map import find_label_map
 from models.distill import DistillLoss
 from models.param_groups import build_optimizer
 from models.teacher import Teacher
@@ -35,7 +35,8 @@ from utils import Distributed, Meters, StopRequest
 
 WAYS = ("labels", "stored", "online")
 BATCHES = (8, 24)
-BUDGET = 130  # launches of an update outside the model, however it is supervised
+# Launches of an update outside the model, however it is supervised.
+BUDGET, BUDGET_WITHOUT_AVERAGE = 105, 95
 STUDENT = ["--cfg", "configs/1k/tiny_vit_5m.yaml", "--opts", *training.OPTS[10:]]
 STUDENT += "MODEL.TINY_VIT.WINDOW_SIZES [2,2,4,2] MODEL.NUM_CLASSES 10 DATA.IMG_SIZE 64".split()
 STUDENT += "AUG.MIXUP_MODE pair2".split()
@@ -90,7 +91,7 @@ def on_gpu(run: main.Training, teacher: Teacher | None, device: torch.device, ha
         model=model,
         network=network,
         ema=EMA(model, 0.99) if has_average else None,
-        labels=run.labels and LabelMap(torch.empty_like(run.labels.outputs, device=device)),
+        labels=run.labels and run.labels.to(device),
         teacher=teacher and main.online_targets(on_fake(teacher, device), run.cfg),
         optimizer=build_optimizer(run.cfg, model),
         scaler=utils.grad_scaler(device, torch.bfloat16),
@@ -135,7 +136,7 @@ def phases(watch: Watch, run: main.Training) -> Iterator[None]:
         yield
 
 
-def audited(options: list[str], folder, batch_size: int, has_average: bool = True) -> Watch:
+def audited(options: list[str], folder, batch_size: int, has_average: bool) -> Watch:
     """The second update of a training; the first makes the optimizer's state."""
     made, teacher = prepared([*options, "DATA.BATCH_SIZE", str(batch_size)], folder)
     batch, forward = next(made.loader.batches(0)), made.model.forward
@@ -160,15 +161,17 @@ def audited(options: list[str], folder, batch_size: int, has_average: bool = Tru
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_update_is_lean_at_any_batch_size_and_neither_waits_nor_blocks(way, ways, tmp_path):
-    seen = [audited(ways[way], tmp_path, size) for size in BATCHES]
+    seen = [audited(ways[way], tmp_path, size, has_average=True) for size in BATCHES]
     for watch in seen:
         assert watch.waits == [] and watch.blocking == []
         assert watch.launches["model"] > 500 and watch.launches["backward of the loss"] > 5
         watch.launches.pop("teacher", 0)
-        assert watch.launches.pop("device executor") < 40  # on a stream of its own
+        # On a stream of its own; whether a box is erased is up to the batch.
+        assert watch.launches.pop("device executor") < 40
     assert seen[0].launches == seen[1].launches
     outside = seen[0].launches.total() - seen[0].launches["model"]
     assert outside < BUDGET, seen[0].launches
+    assert outside - seen[0].launches["average"] < BUDGET_WITHOUT_AVERAGE
 
 
 def test_what_would_wait_is_seen():

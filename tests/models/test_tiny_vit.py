@@ -389,6 +389,26 @@ def test_gradients_of_the_attention_biases_are_summed_in_float32(window):
     assert error < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_mask_of_attention_has_the_queries_type(dtype, trains, monkeypatch):
+    attention, seen = Attention(32, 2, 7), []
+    attention.attention_biases.requires_grad_(trains)
+    original = F.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask):
+        seen.append((query.dtype, attn_mask.dtype))
+        return original(query, key, value, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        attention(torch.randn(1, 49, 32), window_offsets(7, torch.device("cpu"))).sum().backward()
+    expected = dtype or torch.float32
+    assert seen == [(expected, expected)]
+    assert attention.qkv.weight.grad.isfinite().all()
+    assert (attention.attention_biases.grad is not None) == trains
+
+
 # Memory layout
 
 

@@ -52,9 +52,9 @@ def test_a_store_is_checked_and_a_run_continued_by_the_other(tmp_path):
     assert same_bits(mixed, plain)
 
 
-def data(executor: str, tmp_path):
+def data(executor: str, tmp_path, *more: object):
     opts = f"DATA.DATASET shapes DATA.IMG_SIZE 48 DATA.NUM_WORKERS 0 AUG.EXECUTOR {executor}"
-    words = [*opts.split(), "DATA.INDEX_DIR", str(tmp_path)]
+    words = [*opts.split(), "DATA.INDEX_DIR", str(tmp_path), *map(str, more)]
     return open_run(load_config(["--opts", *words]))
 
 
@@ -93,9 +93,14 @@ def test_an_effect_of_the_users_own_is_left_to_pillow(tmp_path, monkeypatch):
         data("device", tmp_path).choose_executor(torch.device("cpu"), print)
 
 
-def test_a_foreign_loop_needs_a_collate_function_and_one_call(tmp_path):
-    run = data("device", tmp_path)
+@pytest.mark.parametrize("executor", ["bytes", "device"])
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_foreign_loop_needs_a_collate_function_and_one_call(executor, size, tmp_path):
+    few = ["DATA.SHAPES.TRAIN_IMAGES", 32, "AUG.MIXUP_MODE", "pair2", "DATA.IMG_SIZE", size]
+    run = data("device", tmp_path, *few)
     plain = run.train_loader(8)
-    packed = run.train_loader(8, executor="device")
+    packed = run.train_loader(8, executor=executor)
     for ours, theirs in zip(plain.batches(0), on_device(packed.batches(0), "cpu")):
-        assert torch.equal(ours.image, theirs.image) and torch.equal(ours.seed, theirs.seed)
+        assert all(map(torch.equal, ours, theirs)) and len(ours.mixes) == 4
+        mixed = run.mix(ours.image, ours.label, ours.seed)
+        assert all(map(torch.equal, run.mix(*theirs[:3], theirs.mixes), mixed))
