@@ -137,4 +137,6 @@ def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Ten
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model answers with a {type(logits).__name__}: one tensor is needed")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -380,6 +380,9 @@ def test_outputs_are_counted():
         match="Sequential does not say how many classes it has: give it an attribute num_classes",
     ):
         num_outputs(nn.Sequential(nn.Linear(2, 3)))
+    headless = timm.create_model("resnet18", num_classes=0)
+    with pytest.raises(ValueError, match="ResNet does not say how many classes it has"):
+        num_outputs(headless)
 
 
 def test_parameters_and_products_are_counted():

@@ -277,3 +277,12 @@ def test_hard_targets_are_the_stored_top_class():
 def test_alpha_below_one_needs_labels():
     with pytest.raises(ValueError, match=r"DISTILL.ALPHA 0.5 asks for labels.*set DISTILL.ALPHA 1"):
         DistillLoss(alpha=0.5)(student(2, 5), *record(2, 3, 5))
+
+
+def test_a_model_that_answers_with_a_tuple_cannot_learn():
+    answer, indices = (torch.zeros(2, 5),), torch.zeros(2, 1).long()
+    losses = [lambda: label_cross_entropy(answer, torch.zeros(2, 5))]
+    losses += [lambda hard=h: DistillLoss(hard=hard)(answer, indices, indices) for h in (0, 1)]
+    for loss in losses:
+        with pytest.raises(ValueError, match="the model answers with a tuple: one tensor is need"):
+            loss()
