@@ -133,8 +133,8 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse(text: str, where: str) -> dict[str, Any]:
-    """The values of a YAML text under their dotted keys."""
+def load_yaml(text: str, where: str) -> dict[str, Any]:
+    """What a YAML text of KEY: value lines holds."""
     if len(text) > LARGEST_FILE:
         raise ConfigError(f"{where}: more than {LARGEST_FILE:,} characters, which is no recipe")
     try:
@@ -144,6 +144,12 @@ def parse(text: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: broken YAML: {' '.join(text.split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{where}: expected KEY: value lines, found a {type(content).__name__}")
+    return content
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """The values of a YAML text under their dotted keys."""
+    content = load_yaml(text, where)
     for key, items in (("BASE", "YAML files"), ("EXPLICIT", "keys")):
         if isinstance(content.get(key), str):
             content[key] = [content[key]]
@@ -152,6 +158,17 @@ def parse(text: str, where: str) -> dict[str, Any]:
             found = type(names).__name__
             raise ConfigError(f"{where}: {key}: expected a list of {items}, found a {found}")
     return flatten(content)
+
+
+def read_text(path: Path, named_by: str = "") -> str:
+    """The text of a YAML file, as far as one may be long."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{named_by}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read ({error}){named_by}") from None
 
 
 def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
@@ -163,15 +180,7 @@ def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
     if chain[-1] in readers:
         circle = " -> ".join(file.name for file in chain)
         raise ConfigError(f"{path}: BASE goes round in a circle: {circle}")
-    named_by = f" (BASE of {readers[-1]})" if readers else ""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(LARGEST_FILE + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{named_by}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read ({error}){named_by}") from None
-    values = parse(text, str(path))
+    values = parse(read_text(path, f" (BASE of {readers[-1]})" if readers else ""), str(path))
     layers: list[Layer] = []
     for base in filter(None, values.get("BASE") or []):
         layers += _file_layers(path.parent / base, chain)

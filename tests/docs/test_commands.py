@@ -88,6 +88,8 @@ TOOLS = {
     ),
     "tools.verify_zoo": ("0 of 8 checkpoints agree", "", "--workers", "0"),
     "tools.size": ("product", ""),
+    # what it starts is main.py and save_logits.py; tests/tools/test_study.py runs them
+    "tools.study": ("main.py --cfg configs/", "", "--print"),
 }
 
 
@@ -348,7 +350,7 @@ def test_python_of_a_page_runs(page, workplace):
     """Blocks of Python, but for those that test_docs.py runs."""
     (workplace / "store").symlink_to(workplace / "stores" / "imagenet")
     demo = workplace / "output" / "demo"
-    student = demo / "shapes-distilled" / "default" / "checkpoints"
+    student = demo / "shapes-distilled" / "distilled-seed0" / "checkpoints"
     student.mkdir(parents=True)
     (demo / "first.png").symlink_to(workplace / "photo.jpg")
     (student / "last.pth").symlink_to(workplace / "checkpoints" / "tiny_vit_5m_1k.pth")

@@ -73,7 +73,7 @@ PLACES = {
     "RECIPE": f"configs/{STORES['imagenet']}.yaml",
     "DATA": "./ImageNet",
     "E": "1",
-    "./output/demo/shapes-teacher/default/checkpoints/last.pth": "./checkpoints/shapes_teacher.pth",
+    "./output/demo/shapes-teacher/teacher/checkpoints/last.pth": "./checkpoints/shapes_teacher.pth",
     "FOLDER": "output/TinyViT-21M-1k/default",
     "/data/ImageNet": "./ImageNet",
     "/shared/output": "./shared/output",
@@ -172,6 +172,8 @@ def write_stand_ins(root: Path) -> None:
     but no result of theirs.
     """
     (root / "configs").symlink_to(ROOT / "configs")
+    (root / "tools").mkdir()
+    (root / "tools" / "studies").symlink_to(ROOT / "tools" / "studies")
     _write_pictures(root / "ImageNet", WNIDS, "JPEG")
     _write_pictures(root / "cifar10", ["airplane", "bird", "cat"], "jpg")
     _write_pictures(root / "flowers", ["daisy", "rose"], "jpg")

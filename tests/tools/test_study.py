@@ -1,0 +1,361 @@
+"""Studies: real commands that go on after a kill, failures that cost no others, tables and pictures
+that say what the runs' own files say.
+"""
+
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from configs import load_config
+from tests.support.helpers import ROOT, quick_context
+from tests.support.jobs import _run_program
+from tools import demo, study, study_runner
+from tools.study_runner import Runner, Step
+
+SHIPPED = sorted((ROOT / "tools" / "studies").glob("*.yaml"))
+STUDY = """
+question: Does it run?
+opts: {TRAIN.EPOCHS: 2, TRAIN.WARMUP_EPOCHS: 0, TEST.EVERY: 1, DATA.NUM_WORKERS: 0}
+values: {images: 128}
+once:
+  teacher: {train: configs/shapes/teacher.yaml, opts: {DATA.SHAPES.TRAIN_IMAGES: "{images}"}}
+  logits:
+    save: configs/shapes/save_logits.yaml
+    teacher: teacher
+    opts: {DATA.SHAPES.TRAIN_IMAGES: "{images}", DATA.SUBSET: 0.5}
+variants:
+  broken: {train: configs/shapes/student.yaml, opts: {DATA.EXCLUDE: no/such.txt}}
+  labels:
+    train: configs/shapes/student.yaml
+    opts: {DATA.SHAPES.TRAIN_IMAGES: 128, DATA.SUBSET: 0.5}
+  stored:
+    train: configs/shapes/student_distill.yaml
+    store: logits
+    opts: {DATA.SHAPES.TRAIN_IMAGES: "{images}", DATA.SUBSET: 0.5}
+seeds: [0, 1]
+table: [val_loss, bytes, teacher_passes]
+"""
+
+
+class Forked:
+    """A command of a study in a process that has its imports already, in place of Popen."""
+
+    started: list[list[str]] = []
+
+    def __init__(self, words, cwd, env, stdout, stderr):
+        program = words[1].removesuffix(".py")
+        arguments = (program, words[2:], {"OMP_NUM_THREADS": "1"}, str(cwd), stdout.name, "")
+        self.process = quick_context().Process(target=_run_program, args=arguments)
+        self.process.start()
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+        self.started.append(words)
+
+    def poll(self):
+        return self.process.exitcode
+
+
+@contextmanager
+def forking():
+    """The commands that studies start meanwhile, each in a process that is forked."""
+    Forked.started = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_runner, "subprocess", SimpleNamespace(Popen=Forked))
+        yield Forked.started
+
+
+def called(*words: object) -> tuple[int, str, str]:
+    """Exit status, output and errors of the study's command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = study.main([str(word) for word in words])
+    return status, out.getvalue(), err.getvalue()
+
+
+def tags(commands: list[list[str]]) -> list[str]:
+    return [words[words.index("--tag") + 1] for words in commands]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> SimpleNamespace:
+    """A study that was killed while it ran, and then called again to its end."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "small.yaml").write_text(STUDY)
+    output = folder / "out"
+    call = [folder / "small.yaml", "--output", output, "--jobs", 2]
+    words = [sys.executable, "-m", "tools.study", *map(str, call)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL) as first:
+        deadline, log = time.monotonic() + 240, output / "logs" / "teacher.log"
+        while not (log.exists() and "exit status 0" in log.read_text()):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)
+    with forking() as started:
+        status, out, err = called(*call)
+    return SimpleNamespace(
+        call=call,
+        file=folder / "small.yaml",
+        output=output,
+        started=started,
+        status=status,
+        out=out,
+        err=err,
+    )
+
+
+def test_a_killed_study_goes_on_and_repeats_nothing(killed):
+    assert killed.status == 1, killed.err  # as one variant fails
+    assert "teacher:\n  (done before)" in killed.out and "teacher" not in tags(killed.started)
+    for metrics in killed.output.glob("*/*/metrics.jsonl"):
+        epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
+        assert epochs == [1, 2], metrics
+    assert (killed.output / "logs" / "teacher.log").read_text().count("finished: 2 epochs") == 1
+    assert "in use by" not in killed.err
+    assert not list(killed.output.rglob("*lock"))
+
+
+def test_a_failed_run_is_named_and_the_rest_goes_on(killed):
+    for seed in (0, 1):
+        name = f"broken-seed{seed}"
+        log = killed.output / "logs" / f"{name}.log"
+        (line,) = re.findall(rf"^FAILED {name}: (.*)$", killed.err, re.MULTILINE)
+        assert line.startswith("error: ") and "no/such.txt" in line and str(log) in line
+    assert killed.err.count("FAILED") == 2
+    assert "6 of 8 commands are done." in (killed.output / "table.md").read_text()
+
+
+def test_tables_hold_what_the_runs_wrote(killed):
+    """Against the last line of each run's metrics and the store's own files."""
+    last = {}
+    for path in killed.output.glob("*/*/metrics.jsonl"):
+        last[path.parent.name] = json.loads(path.read_text().splitlines()[-1])["val_loss"]
+    size = sum(file.stat().st_size for file in (killed.output / "logits").iterdir())
+    rows = {
+        row["run"]: row for row in csv.DictReader((killed.output / "table.csv").open(newline=""))
+    }
+    results = json.loads((killed.output / "results.json").read_text())
+    table = (killed.output / "table.md").read_text()
+    assert list(rows) == ["teacher", "labels", "stored"] == [r["run"] for r in results["rows"]]
+    for row in results["rows"]:
+        name = row["run"]
+        mine = [value for tag, value in last.items() if tag.split("-")[0] == name]
+        spread = stdev(mine) if len(mine) == 2 else None
+        assert row["seeds"] == len(mine) == int(rows[name]["seeds"]) == (1 + (name != "teacher"))
+        assert row["val_loss"] == pytest.approx(mean(mine))
+        assert float(rows[name]["val_loss"]) == row["val_loss"]
+        assert row["val_loss spread"] == (spread and pytest.approx(spread))
+        assert sorted(run["val_loss"] for run in row["runs"]) == sorted(mine)
+        shown = f"{round(mean(mine), 2)}" + (f" ± {round(spread, 2)}" if spread else "")
+        assert f"| {name} | {len(mine)} | {shown} |" in table
+    images = len((killed.output / "logits" / "keys.txt").read_text().splitlines())
+    assert rows["stored"]["teacher_passes"] == str(2 * images)  # of two epochs
+    assert rows["stored"]["bytes"] == str(size) and f"| {size:,} | {2 * images} |" in table
+    assert (rows["labels"]["bytes"], rows["labels"]["teacher_passes"]) == ("", "0")
+    assert results["failed"].keys() == {"broken-seed0", "broken-seed1"}
+    assert Image.open(killed.output / "plot.png").width > 800
+
+
+def test_a_variant_that_changed_is_no_finished_one(killed):
+    """main.py then says what differs; all else is left alone."""
+    changed = STUDY.replace("labels:", "labels: # ").replace(
+        "DATA.SHAPES.TRAIN_IMAGES: 128", "DISTILL.ALPHA: 0.5, DATA.SHAPES.TRAIN_IMAGES: 128"
+    )
+    file = killed.file.with_name("changed.yaml")
+    file.write_text(changed)
+    with forking() as started:
+        status, _, err = called(file, *killed.call[1:], "--seeds", 0)
+    assert status == 1 and tags(started) == ["broken-seed0", "labels-seed0"]
+    assert re.search("FAILED labels-seed0: error: .*DISTILL.ALPHA 1.0 -> 0.5", err)
+
+
+def test_what_is_on_disk_counts_without_a_log(killed):
+    """As if all had been made on a cluster; only what failed is tried again."""
+    shutil.rmtree(killed.output / "logs")
+    with forking() as started:
+        assert called(*killed.call)[0] == 1
+    assert tags(started) == ["broken-seed0", "broken-seed1"]
+    table = json.loads((killed.output / "results.json").read_text())
+    assert [row["seeds"] for row in table["rows"]] == [1, 2, 2]
+
+
+def step(name: str, code: str, tmp_path: Path, *needs: Step) -> Step:
+    cfg = load_config(["--output", str(tmp_path), "--tag", name])
+    return Step(name, name, "check", ["-c", code], cfg, {}, [*needs])
+
+
+def test_jobs_run_at_the_same_time(tmp_path):
+    """Each of three waits for the files of all."""
+    code = """
+import sys, time; from pathlib import Path
+Path({0!r}, {1!r}).touch()
+while len(list(Path({0!r}).glob("*.here"))) < 3: time.sleep(0.01)
+"""
+    steps = [step(n, code.format(str(tmp_path), f"{n}.here"), tmp_path) for n in "abc"]
+    runner = Runner(steps, tmp_path, 3, SimpleNamespace(received=None))
+    runner.run()
+    assert runner.done == {"a", "b", "c"} and not runner.failed
+
+
+def test_what_needs_a_failed_step_is_not_run_and_each_says_why(tmp_path):
+    bad = step("bad", "print('working'); raise ValueError('no room')", tmp_path)
+    after = step("after", "1", tmp_path, bad)
+    last = step("last", "1", tmp_path, after)
+    free = step("free", "1", tmp_path)
+    runner = Runner([bad, after, last, free], tmp_path, 1, SimpleNamespace(received=None))
+    runner.run()
+    log = tmp_path / "logs" / "bad.log"
+    assert re.fullmatch(
+        rf"ValueError: no room \(exit status 1 after [\d.]+ s, {log}\)", runner.failed.pop("bad")
+    )
+    needs = {"after": "not run, it needs bad", "last": "not run, it needs after"}
+    assert runner.failed == needs and runner.done == {"free"}
+    assert "working" in log.read_text()
+
+
+def test_a_request_to_stop_reaches_the_commands(tmp_path):
+    """They may save what they have; nothing is begun any more, and nothing has failed."""
+    asked = tmp_path / "asked"
+    code = f"""
+import pathlib, signal, sys, time
+def stop(*_): pathlib.Path({str(asked)!r}).touch(); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path({str(tmp_path / "begun")!r}).touch()
+time.sleep(60)
+"""
+
+    class Stop:
+        @property
+        def received(self):
+            return "SIGTERM" if (tmp_path / "begun").exists() else None
+
+    steps = [step("first", code, tmp_path), step("second", "1", tmp_path)]
+    runner = Runner(steps, tmp_path, 1, Stop())
+    runner.run()
+    assert asked.exists() and not runner.done and not runner.failed
+    assert not (tmp_path / "logs" / "second.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sedes: [1]", "sedes is unknown; did you mean seeds?"),
+        ("seeds: 3", "seeds: expected a list"),
+        ("once: {a: {train: configs/no.yaml}}", "/configs/no.yaml: no such file"),
+        ("once: {a: {trian: x}}", "once.a: trian is unknown; did you mean train?"),
+        ("variants: {}", "variants: name runs"),
+        ("variants: {a: configs/no.yaml}", "variants: name runs"),
+        ("variants: {a: {store: logits}}", "variants.a: expected a recipe under one of train, "),
+        (
+            "variants: {a: {train: R, store: logit}}",
+            "store: logit is unknown; did you mean logits?",
+        ),
+        ("variants: {a: {train: R, online: techer}}", "online: techer is unknown; did you mean te"),
+        ("variants: {a: {train: R, opts: {SEEDS: 1}}}", "unknown key; did you mean SEED?"),
+        ("variants: {a: {train: R, opts: {SAVE_FREQ: x}}}", "variants.a: --opts: SAVE_FREQ = 'x'"),
+        ("variants: {a: {train: R}, b: {train: R, x: 1}}", "variants.b: repeats a"),
+        ("variants: {a b: {train: R}, a-b: {train: R, store: logits}}", "a-b-seed0 stands there"),
+        ("variants: {'{alhpa}': {train: R}}", "alhpa is unknown; did you mean images?"),
+        ("question: [1", "broken YAML"),
+    ],
+)
+def test_faults_are_told_in_one_line_before_anything_runs(change, message, tmp_path):
+    key = change.partition(":")[0]
+    lines = re.sub(rf"(?ms)^{key}:.*?(?=^\S|\Z)", "", STUDY) + change + "\n"
+    file = tmp_path / "x.yaml"
+    file.write_text(lines.replace("train: R", "train: configs/shapes/student.yaml"))
+    status, out, err = called(file, "--print", "--output", tmp_path / "out")
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
+    assert err.startswith(f"error: {file}: ") and not (tmp_path / "out").exists()
+
+
+def test_missing_files_and_odd_options_are_told_in_one_line(tmp_path):
+    assert called(tmp_path / "no.yaml")[2] == f"error: {tmp_path}/no.yaml: no such file\n"
+    assert "expected KEY VALUE pairs" in called(SHIPPED[0], "--opts", "SEED")[2]
+
+
+def test_printed_commands_come_after_those_they_need(tmp_path):
+    """With their data, their options and one seed each, as a shell reads them."""
+    file = tmp_path / "x.yaml"
+    file.write_text(STUDY)
+    output = tmp_path / "my out"
+    call = ("--print", "--seeds", 7, "--data-path", tmp_path, "--opts", "images", 64, "SEED", 1)
+    status, out, _ = called(file, "--output", output, *call)
+    lines = out.splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    assert status == 0 and not output.exists()
+    assert tags(commands) == [
+        "teacher",
+        "logits",
+        *(f"{n}-seed7" for n in ("broken", "labels", "stored")),
+    ]
+    assert lines[1].endswith("  # after teacher") and lines[4].endswith("  # after logits")
+    for words in commands:
+        opts = words[words.index("--opts") + 1 :]
+        opts = dict(zip(opts[::2], opts[1::2]))
+        assert opts["DATA.DATA_PATH"] == str(tmp_path)
+        assert opts["SEED"] == ("7" if "seed7" in tags([words])[0] else "1")
+    assert "DATA.SHAPES.TRAIN_IMAGES 64" in lines[0] and "TRAIN_IMAGES 128" in lines[3]
+    assert f"DISTILL.TEACHER_LOGITS_PATH '{output}/logits'" in lines[4]
+
+
+def test_lists_of_values_make_a_variant_for_each_pair(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("""
+values: {alpha: [1.0, 0.5], epochs: [1, 3]}
+once:
+  teacher: {train: configs/shapes/teacher.yaml}
+  logits-{epochs}: {save: configs/shapes/save_logits.yaml, opts: {TRAIN.EPOCHS: "{epochs}"}}
+variants:
+  "{epochs} epochs, alpha {alpha}":
+    train: configs/shapes/student_distill.yaml
+    store: logits-{epochs}
+    opts: {DISTILL.ALPHA: "{alpha}"}
+    x: "{epochs}"
+  online: {train: configs/shapes/student.yaml, online: teacher}
+""")
+    _, _, steps = study.parse([str(file), "--output", str(tmp_path)])
+    found = [
+        (step.name, step.cfg.DISTILL.ALPHA, step.needs[0].name, step.needs[0].cfg.TRAIN.EPOCHS)
+        for step in steps[3:-1]
+    ]
+    assert found == [
+        (f"{epochs}-epochs-alpha-{alpha}-seed0", alpha, f"logits-{epochs}", epochs)
+        for epochs in (1, 3)
+        for alpha in (1.0, 0.5)
+    ]
+    online = steps[-1].cfg.DISTILL
+    assert online.ONLINE and online.TEACHER_WEIGHTS == str(steps[0].result)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_study_runs_quick(file, tmp_path):
+    with forking() as started:
+        if file.stem == "demo":
+            status = demo.main(["--quick", "--output", str(tmp_path), "--jobs", "2"])
+        else:
+            status, _, err = called(file, "--quick", "--output", tmp_path, "--jobs", 2)
+            assert not err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert status == 0 and started and not results["failed"]
+    for row in results["rows"]:
+        assert row["val_top1"] >= 0 and row["seeds"] == 1
+    assert Image.open(tmp_path / "plot.png").width > 800
+    if file.stem == "demo":
+        result = json.loads((tmp_path / "result.json").read_text())
+        keys = ["teacher", "scratch", "distilled", "check_passed", "store_bytes", "seconds"]
+        assert list(result) == keys and result["check_passed"]
+        for name in ("curves", "replay_sheet", "confusion"):
+            assert Image.open(tmp_path / f"{name}.png").width > 600
