@@ -14,7 +14,10 @@ import torch
 
 
 def alternate(
-    sides: dict[str, Callable[[], object]], repeats: int = 10, warmup: int = 2
+    sides: dict[str, Callable[[], object]],
+    repeats: int = 10,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Run each side once per round and return {side: {"median", "spread", "best"}} in seconds.
 
@@ -26,11 +29,11 @@ def alternate(
     for turn in range(-warmup, repeats):
         for name in sides if turn % 2 == 0 else reversed(sides):
             _wait()
-            start = time.perf_counter()
+            start = clock()
             sides[name]()
             _wait()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {
         name: {"median": statistics.median(times), "spread": _spread(times), "best": min(times)}
         for name, times in seconds.items()

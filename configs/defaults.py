@@ -147,7 +147,7 @@ _C.DISTILL.HARD = False
 _C.DISTILL.EXCESS = "auto"
 # epoch e of a longer run is the store's epoch e modulo its number of epochs
 _C.DISTILL.REUSE_EPOCHS = False
-# read each epoch of a store in full before it is used, against its checksums, one machine one time
+# compare each epoch of a store with its checksums before it is read (once a machine)
 _C.DISTILL.VERIFY = True
 # allow a student of another image size than the store's
 _C.DISTILL.OTHER_SIZE = False
