@@ -99,12 +99,11 @@ def training(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
 
 def epochs(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
     """An epoch by labels, from a store, with the teacher in the loop."""
-    words = "--student 5m --teacher timm:convnext_base --size 224 --images 6144 --batch-size 256"
-    words += " --workers 16 --repeats 3"
+    words = "--student 5m --teacher timm:convnext_base --size 224 --images 6144 --batch-size 128"
+    words += " --workers 8 --repeats 3"
     if options.quick:
-        words = (
-            "--size 48 --images 8 --batch-size 4 --workers 0 --repeats 1 --warmup 0 --start fork"
-        )
+        words = "--size 48 --images 8 --batch-size 4 --workers 0 --repeats 1 --warmup 0"
+        words += " --start fork" if options.device == "cpu" else ""
     yield distill.benchmark(distill.parse([*words.split(), "--device", options.device]), folder)
 
 
