@@ -74,23 +74,22 @@ def prepared(options: list[str], folder) -> tuple[main.Training, Teacher | None]
     return run, teacher
 
 
-def on_gpu(run: main.Training, teacher: Teacher | None, device: torch.device, has_average: bool):
-    """The training as it is made on a fake device."""
+def on_gpu(run: main.Training, teacher: Teacher | None, device: torch.device, has_model: bool):
+    """The training as it is made on a fake device; the model may be left out, which takes long."""
     world, model = Distributed(device=device), on_fake(run.model, device)
 
     def network(images: Tensor) -> Tensor:
-        if device.type == "cpu":  # where only what is outside the model counts
-            logits = torch.empty(len(images), run.cfg.MODEL.NUM_CLASSES, dtype=torch.bfloat16)
-        else:
-            logits = model(images).detach()
-        return logits.requires_grad_()
+        if has_model:
+            return model(images).detach().requires_grad_()
+        shape = len(images), run.cfg.MODEL.NUM_CLASSES
+        return torch.empty(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
 
     return replace(
         run,
         world=world,
         model=model,
         network=network,
-        ema=EMA(model, 0.99) if has_average else None,
+        ema=EMA(model, 0.99),
         labels=run.labels and run.labels.to(device),
         teacher=teacher and main.online_targets(on_fake(teacher, device), run.cfg),
         optimizer=build_optimizer(run.cfg, model),
@@ -122,7 +121,7 @@ def phases(watch: Watch, run: main.Training) -> Iterator[None]:
     def backward(loss: Tensor, *args: object) -> None:
         if watch.device.type == "cpu":
             with watch.phase("backward of the loss"):
-                original(loss)
+                original(loss, *args)
             raise BackwardIsDone
         for parameter in run.model.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -136,14 +135,14 @@ def phases(watch: Watch, run: main.Training) -> Iterator[None]:
         yield
 
 
-def audited(options: list[str], folder, batch_size: int, has_average: bool) -> Watch:
+def audited(options: list[str], folder, batch_size: int, has_model: bool) -> Watch:
     """The second update of a training; the first makes the optimizer's state."""
     made, teacher = prepared([*options, "DATA.BATCH_SIZE", str(batch_size)], folder)
     batch, forward = next(made.loader.batches(0)), made.model.forward
     in_backward = 0
     for kind in ("cpu", "cuda"):
         with fake_cuda(kind) as device:
-            run = on_gpu(made, teacher, device, has_average)
+            run = on_gpu(made, teacher, device, has_model and kind == "cuda")
             watch = Watch(device)
             run.model.forward = watch.during("model", forward)
             if run.teacher:
@@ -161,15 +160,16 @@ def audited(options: list[str], folder, batch_size: int, has_average: bool) -> W
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_update_is_lean_at_any_batch_size_and_neither_waits_nor_blocks(way, ways, tmp_path):
-    seen = [audited(ways[way], tmp_path, size, has_average=True) for size in BATCHES]
+    seen = [audited(ways[way], tmp_path, size, size == BATCHES[0]) for size in BATCHES]
+    assert seen[0].launches.pop("model") > 500
     for watch in seen:
         assert watch.waits == [] and watch.blocking == []
-        assert watch.launches["model"] > 500 and watch.launches["backward of the loss"] > 5
+        assert watch.launches["backward of the loss"] > 4
         watch.launches.pop("teacher", 0)
         # On a stream of its own; whether a box is erased is up to the batch.
         assert watch.launches.pop("device executor") < 40
     assert seen[0].launches == seen[1].launches
-    outside = seen[0].launches.total() - seen[0].launches["model"]
+    outside = seen[0].launches.total()
     assert outside < BUDGET, seen[0].launches
     assert outside - seen[0].launches["average"] < BUDGET_WITHOUT_AVERAGE
 
