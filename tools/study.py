@@ -83,7 +83,7 @@ def plan(args: argparse.Namespace, study: dict[str, Any]) -> list[Step]:
                 if name in steps:
                     raise ValueError(f"{where}: {name} stands there already: name it otherwise")
                 try:
-                    steps[name] = step_of(name, row, entry, opts, args.output, steps)
+                    steps[name] = step_of(name, row, seed, entry, opts, args.output, steps)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
     return list(steps.values())
@@ -92,6 +92,7 @@ def plan(args: argparse.Namespace, study: dict[str, Any]) -> list[Step]:
 def step_of(
     name: str,
     row: str,
+    seed: int | None,
     entry: dict[str, Any],
     opts: dict[str, Any],
     output: Path,
@@ -116,7 +117,7 @@ def step_of(
     args = argument_parser("").parse_args(words)
     args.cfg = str(ROOT / args.cfg)
     cfg = config_from_args(args, 1, {"DISTILL.SAVE_TEACHER_LOGITS": kind != "train"})
-    return Step(name, row, kind, [*PROGRAMS[kind].split(), *words], cfg, entry, needs)
+    return Step(name, row, kind, [*PROGRAMS[kind].split(), *words], cfg, entry, needs, seed)
 
 
 def expanded(

@@ -50,7 +50,8 @@ def write_results(study: dict[str, Any], changes: dict[str, Any], runner: Runner
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    figure = drawn(study, [step for step in done if step.row in study["variants"]], columns[0])
+    variants = [step for step in done if step.seed is not None]
+    figure = drawn(study, variants, columns[0])
     figure.savefig(paths[3], dpi=130)
     return "\n".join([table, *map(str, paths)])
 
@@ -114,6 +115,7 @@ def drawn(study: dict[str, Any], steps: Sequence[Step], metric: str) -> Figure:
         axis.set_xscale("log")
     if places:
         axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.minorticks_off()
     axis.set(xlabel=study["x"], ylabel=metric)
     axis.set_title(study["question"], fontsize=10, wrap=True)
     axis.grid(alpha=0.3)

@@ -38,6 +38,7 @@ class Step:
     cfg: Config
     entry: dict[str, Any]  # as it stands in the study
     needs: list[Step]
+    seed: int | None  # of a variant
 
     @property
     def result(self) -> Path:

@@ -18,6 +18,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from configs import load_config
@@ -49,6 +50,14 @@ variants:
 seeds: [0, 1]
 table: [val_loss, bytes, teacher_passes]
 """
+
+# the lines of a quick study's picture
+DRAWN = {
+    "demo": ["scratch", "distilled"],
+    "science": ["labels", "stored"],
+    "topk": ["labels", "T = 2"],
+    "views": ["labels", "stored, alpha 0.5", "online, alpha 0.5"],
+}
 
 
 class Forked:
@@ -193,7 +202,7 @@ def test_what_is_on_disk_counts_without_a_log(killed):
 
 def step(name: str, code: str, tmp_path: Path, *needs: Step) -> Step:
     cfg = load_config(["--output", str(tmp_path), "--tag", name])
-    return Step(name, name, "check", ["-c", code], cfg, {}, [*needs])
+    return Step(name, name, "check", ["-c", code], cfg, {}, [*needs], None)
 
 
 def test_jobs_run_at_the_same_time(tmp_path):
@@ -340,8 +349,20 @@ variants:
     assert online.ONLINE and online.TEACHER_WEIGHTS == str(steps[0].result)
 
 
+def keep_figure(savefig, figures: list):
+    """The same savefig, noting what it saves under which name."""
+
+    def save(figure, path, **options):
+        figures.append((figure, Path(path).name))
+        savefig(figure, path, **options)
+
+    return save
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_a_shipped_study_runs_quick(file, tmp_path):
+def test_a_shipped_study_runs_quick(file, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", keep_figure(Figure.savefig, figures))
     with forking() as started:
         if file.stem == "demo":
             status = demo.main(["--quick", "--output", str(tmp_path), "--jobs", "2"])
@@ -350,6 +371,9 @@ def test_a_shipped_study_runs_quick(file, tmp_path):
             assert not err
     results = json.loads((tmp_path / "results.json").read_text())
     assert status == 0 and started and not results["failed"]
+    (axis,) = next(figure for figure, name in figures if name == "plot.png").axes
+    _, labels = axis.get_legend_handles_labels()
+    assert labels == DRAWN[file.stem]
     for row in results["rows"]:
         assert row["val_top1"] >= 0 and row["seeds"] == 1
     assert Image.open(tmp_path / "plot.png").width > 800
