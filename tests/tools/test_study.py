@@ -112,6 +112,10 @@ def killed(tmp_path_factory) -> SimpleNamespace:
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
+    # Its commands go on; each has its lock by the time that it says something.
+    while not all(log.stat().st_size for log in (output / "logs").iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     with forking() as started:
         status, out, err = called(*call)
     return SimpleNamespace(
