@@ -5,7 +5,7 @@ PYTHON ?= .venv/bin/python
 TORCH_INDEX ?=
 READY = $(if $(filter .venv/bin/python,$(PYTHON)),.venv/.ready)
 
-.PHONY: demo test proof lint bench gpu clean
+.PHONY: demo test proof faults lint bench gpu clean
 
 demo: $(READY)
 	$(PYTHON) -m tools.demo
@@ -15,6 +15,9 @@ test: $(READY)
 
 proof: $(READY)
 	$(PYTHON) -m pytest tests -m proof -q --durations=0
+
+faults: $(READY)
+	$(PYTHON) -m tests.faults
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

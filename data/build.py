@@ -390,8 +390,9 @@ def _signals_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # as on Windows
         yield
         return
-    held = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    # Not SIGCHLD: a fork server, which keeps the mask too, would never learn of ended workers.
+    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
     handler = signal.getsignal(signal.SIGCHLD)
     try:
         yield

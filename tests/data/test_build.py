@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from configs import load_config
 from data.build import loader_processes, open_run
 from tests.support import saving, training
+from tests.support.helpers import ROOT
 from tests.support.jobs import words
 from tests.support.mounts import alone, mount_small, needs_mounts
 
@@ -145,3 +147,25 @@ def test_loader_processes_follow_from_the_cores_at_hand(cores, processes, expect
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)  # where nothing is known
     assert loader_processes(load_config(opts)) == 1
+
+
+RUN = """
+from configs import load_config
+from data.build import open_run
+
+if __name__ == "__main__":
+    opts = "DATA.DATASET shapes DATA.SHAPES.TRAIN_IMAGES 8 DATA.NUM_WORKERS 1 DATA.WORKER_START {}"
+    loader = open_run(load_config(["--opts", *opts.split()])).train_loader(4)
+    print(sum(len(batch.seed) for epoch in range(2) for batch in loader.batches(epoch)))
+"""
+
+
+@pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no fork server"
+)
+def test_a_program_ends_whose_loader_processes_a_fork_server_started(tmp_path):
+    (tmp_path / "run.py").write_text(RUN.format("forkserver"))
+    words = [sys.executable, str(tmp_path / "run.py")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(words, env=env, text=True, capture_output=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "16\n"), ended.stderr
