@@ -138,9 +138,9 @@ class MetricWriter(NullWriter):
     def start_wandb(self, project: str, name: str, config: Mapping[str, Any]) -> None:
         """Begin a wandb run, or go on with the one whose id the folder knows; none is a warning."""
         remembered = self.path.with_name("wandb_id.txt")
-        run_id = remembered.read_text().strip() if remembered.exists() else ""
-        run_id = run_id or uuid.uuid4().hex[:12]
         try:
+            run_id = remembered.read_text().strip() if remembered.exists() else ""
+            run_id = run_id or uuid.uuid4().hex[:12]
             import wandb  # optional, and slow to import
 
             run = wandb.init(

@@ -96,7 +96,7 @@ def _check_image(path: Path, member: tarfile.TarInfo, length: int) -> None:
 
 def zip_spans(path: Path) -> dict[str, tuple[int, int]]:
     """Where each member of a zip file lies: offset of its header, bytes from there to the next."""
-    with zipfile.ZipFile(path) as file:
+    with _opened_zip(path) as file:
         members = sorted(file.infolist(), key=lambda member: member.header_offset)
     borders = [*(member.header_offset for member in members), path.stat().st_size]
     return {
@@ -114,7 +114,7 @@ def read_zip_member(path: Path, name: str, span: tuple[int, int]) -> bytes:
     try:
         data = None if span == NOWHERE else _unpacked(read_at(path, *span), name.encode())
         if data is None:
-            with zipfile.ZipFile(path) as file:
+            with _opened_zip(path) as file:
                 data = file.read(name)
         return data
     except FileNotFoundError:
@@ -133,6 +133,12 @@ def read_zip_member(path: Path, name: str, span: tuple[int, int]) -> bytes:
         raise CorruptImage(
             f"{path}: member {name} can't be read ({error}): restore the zip file"
         ) from None
+
+
+def _opened_zip(path: Path) -> zipfile.ZipFile:
+    if path.is_fifo():  # opening one would wait for ever
+        raise zipfile.BadZipFile("it is a pipe")
+    return zipfile.ZipFile(path)
 
 
 def _unpacked(block: bytes, name: bytes) -> bytes | None:

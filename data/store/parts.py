@@ -114,7 +114,9 @@ class PartWriter:
 
 def part_files(folder: Path) -> list[Path]:
     """The parts of an epoch in (rank, file) order."""
-    return sorted(folder.glob("*.part"), key=lambda path: (int(path.name.split("-")[0]), path.name))
+    # opening a FIFO would wait for ever
+    found = (path for path in folder.glob("*.part") if path.is_file())
+    return sorted(found, key=lambda path: (int(path.name.split("-")[0]), path.name))
 
 
 def read_blocks(

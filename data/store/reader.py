@@ -92,7 +92,8 @@ class LogitsStoreReader:
         """The sealed epochs."""
         found = (re.fullmatch(r"epoch_(\d{4,})\.json", name) for name in os.listdir(self.root))
         numbers = sorted(int(match[1]) for match in found if match)
-        return [epoch for epoch in numbers if data_path(self.root, epoch).exists()]
+        places = (data_path, seal_path)  # opening a FIFO there would wait for ever
+        return [e for e in numbers if all(place(self.root, e).is_file() for place in places)]
 
     def open_epoch(self, epoch: int) -> np.memmap:
         """The records of a sealed epoch, mapped: `records[position]["seed" | "index" | "prob"]`."""

@@ -1,10 +1,13 @@
 """The kinds of files that a run reads: how a whole one is made, and what is read of it."""
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import safetensors.torch
@@ -15,12 +18,12 @@ from data.build import open_run
 from data.store import LogitsStoreReader, LogitsStoreWriter
 from data.store.keys import Keys, map_positions
 from data.store.original import UpstreamStoreReader
-from logger import create_metric_writer
+from logger import MetricWriter, create_metric_writer
 from models.checkpoints import load_state, newest_valid, save_atomic
 from models.pretrained import read_state_dict, save_weights
 from models.tiny_vit import TinyViT
 from tests.data import test_one_store_serves as served
-from tests.faults.mutations import a_fifo
+from tests.faults.mutations import exchanged, exchanged_alone
 from tests.support import images, saving, store_samples
 from tests.support.jobs import words
 
@@ -35,6 +38,7 @@ class Kind:
     files: str  # pattern of those that are spoiled
     promised: bool = True  # that no change is read silently
     more: tuple[Callable[[Path], None], ...] = ()  # else in a file's place
+    may_be_pipe: bool = False  # a user may name one, as in --cfg <(...)
 
 
 def plain(value: Any) -> Any:
@@ -158,6 +162,22 @@ def make_tar(folder: Path) -> None:
     images.write_tar(folder / "data" / "train.tar", members)
 
 
+def make_zips(folder: Path) -> None:
+    names = [f"{wnid}_{i}" for wnid in ("n00007846", "n00015388") for i in range(4)]
+    for wnid in ("n00007846", "n00015388"):
+        own = {f"{name}.jpeg": images.encoded(images.picture(i)) for i, name in enumerate(names)}
+        own = {name: data for name, data in own.items() if name.startswith(wnid)}
+        (folder / "data").mkdir(exist_ok=True)
+        images.write_zip(folder / "data" / f"{wnid}.zip", own)
+    (folder / "data" / "in22k_image_names.txt").write_text("\n".join(names) + "\n")
+
+
+def read_zips(folder: Path) -> Any:
+    options = {"DATA_PATH": folder / "data", "INDEX_DIR": folder / "cache"}
+    found = images.built("train", **options, DATASET="imagenet22k")
+    return [(plain(np.asarray(found[i][0])), found[i][1]) for i in range(len(found))]
+
+
 def read_images(folder: Path) -> Any:
     found = listed(folder)
     return [(plain(np.asarray(found[i][0])), found[i][1]) for i in range(len(found))]
@@ -235,6 +255,20 @@ def read_metrics(folder: Path) -> Any:
     return writer.lines
 
 
+def read_id(folder: Path) -> Any:
+    """The id that wandb is given; the real one wants a network."""
+    given: list[str] = []
+
+    def init(**settings: Any) -> SimpleNamespace:
+        given.append(settings["id"])
+        return SimpleNamespace(define_metric=lambda *names, **options: None)
+
+    stand_in = SimpleNamespace(init=init, Settings=dict)
+    with mock.patch.dict(sys.modules, {"wandb": stand_in}):
+        MetricWriter(folder, warn=str).start_wandb("project", "name", {})
+    return given
+
+
 def make_excluded(folder: Path) -> None:
     make_listing(folder)
     (folder / "out.txt").write_text("\n".join(NAMES[:3]) + "\n")
@@ -278,17 +312,19 @@ def read_checkpoint(folder: Path) -> Any:
     return plain(load_state(folder / "last.pth"))
 
 
+SWAPS = (exchanged, exchanged_alone) * 2  # of one or the other epoch
+
 KINDS = (
     Kind("store: manifest", make_store, read_store, "store/manifest.json"),
     Kind("store: names of the images", make_store, read_store, "store/keys.txt"),
-    Kind("store: records of an epoch", make_store, read_store, "store/epoch_*.npy"),
-    Kind("store: seal of an epoch", make_store, read_store, "store/epoch_*.json"),
+    Kind("store: records of an epoch", make_store, read_store, "store/epoch_*.npy", more=SWAPS),
+    Kind("store: seal of an epoch", make_store, read_store, "store/epoch_*.json", more=SWAPS),
     Kind("store: parts of an unsealed epoch", make_parts, finish_parts, "store/*.parts/*"),
     Kind("cache: map from data to store", make_map, read_map, "cache/*.npy"),
     Kind("cache: index of an original's store", make_index, read_original, "cache/*.npy"),
     Kind("cache: list of images", make_listing, read_listing, "cache/listings/**/*"),
     Kind("checkpoint", make_checkpoint, read_checkpoint, "last.pth"),
-    Kind("checkpoints beside last.pth", make_checkpoints, read_newest, "[em]*.pth", more=(a_fifo,)),
+    Kind("checkpoints beside last.pth", make_checkpoints, read_newest, "[em]*.pth"),
     Kind("weights: .pth", make_pth, read_weights, "weights"),
     Kind("weights: our .safetensors", make_own, read_own, "weights.safetensors"),
     Kind("weights: legacy .pth, pinned", make_pinned(save_legacy, ".pth"), read_pinned, "weights*"),
@@ -300,8 +336,17 @@ KINDS = (
     ),
     Kind("original's store", make_original, read_original, "store/*/*", promised=False),
     Kind("image files", make_images, read_images, "data/train/*/*", promised=False),
+    Kind("images in a class's zip", make_zips, read_zips, "data/*.zip", more=(exchanged_alone,)),
     Kind("images in a tar", make_tar, read_images, "data/train.tar", promised=False),
-    Kind("recipe", written("recipe.yaml", RECIPE), read_recipe, "recipe.yaml", promised=False),
-    Kind("list of bad images", make_excluded, read_excluded, "out.txt", promised=False),
-    Kind("metrics.jsonl", make_metrics, read_metrics, "metrics.jsonl", promised=False),
+    Kind(
+        "recipe",
+        written("recipe.yaml", RECIPE),
+        read_recipe,
+        "recipe.yaml",
+        False,
+        may_be_pipe=True,
+    ),
+    Kind("list of bad images", make_excluded, read_excluded, "out.txt", False, may_be_pipe=True),
+    Kind("metrics.jsonl", make_metrics, read_metrics, "metrics.jsonl", False, may_be_pipe=True),
+    Kind("wandb_id.txt", written("wandb_id.txt", "4f2a"), read_id, "wandb_id.txt", False, (), True),
 )

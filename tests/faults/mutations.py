@@ -84,7 +84,24 @@ def a_fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
-REPLACED: tuple[Callable[[Path], None], ...] = (emptied, removed, a_folder, a_dangling_link)
+REPLACED: tuple[Callable[[Path], None], ...] = (emptied, removed, a_folder, a_dangling_link, a_fifo)
+
+
+def exchanged(path: Path) -> None:
+    """A file, and what shares its name, for those of the next one of its kind."""
+    other = _next(path)
+    for one in list(path.parent.glob(f"{path.stem}.*")):
+        shutil.copyfile(other.with_suffix(one.suffix), one)
+
+
+def exchanged_alone(path: Path) -> None:
+    """A file for the next one of its kind."""
+    shutil.copyfile(_next(path), path)
+
+
+def _next(path: Path) -> Path:
+    others = sorted(path.parent.glob(f"{path.name[:3]}*{path.suffix}"))
+    return others[(others.index(path) + 1) % len(others)]
 
 
 def restore(folder: Path, kept: Path) -> None:

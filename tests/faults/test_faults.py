@@ -24,12 +24,23 @@ def test_the_harness_sees_what_is_read_silently_and_what_breaks(tmp_path):
     def make(folder):
         (folder / "file").write_bytes(bytes(range(200)))
 
-    careless = Kind("careless", make, lambda folder: (folder / "file").read_bytes(), "file")
+    careless = Kind(
+        "careless", make, lambda folder: (folder / "file").read_bytes(), "file", may_be_pipe=True
+    )
     found = spoil(careless, tmp_path / "careless", 40, seed=1)
     assert found.differed > 20 and len(found.notes) == found.differed
 
     def fragile(folder):
         return {0: 1}[(folder / "file").read_bytes()[0]]
 
-    found = spoil(Kind("fragile", make, fragile, "file"), tmp_path / "fragile", 40, seed=1)
+    brittle = Kind("fragile", make, fragile, "file", may_be_pipe=True)
+    found = spoil(brittle, tmp_path / "fragile", 40, seed=1)
     assert found.broken and "Error" in found.notes[0]
+
+    def silent(folder):
+        if (folder / "file").read_bytes()[:9] != bytes(range(9)):
+            raise ValueError("something is wrong")
+
+    unclear = Kind("unclear", make, silent, "file", may_be_pipe=True)
+    found = spoil(unclear, tmp_path / "unclear", 40, seed=1)
+    assert found.broken and "no line that names the file" in found.notes[0]
