@@ -416,15 +416,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     in_the_loop = f"the teacher {teacher.name} runs in the loop" if teacher else ""
     log.info(world.on_main(data.check_store) or in_the_loop or "no teacher, labels alone")
     plan = batch_plan(cfg)
-    executor = world.everywhere(lambda: data.choose_executor(world.device, log.info))
-    shown = partial(progress, unit="blocks", log=log.info, enabled=world.is_main)
-    loader = data.train_loader(
-        plan.per_process,
-        world.rank,
-        plan.per_update,
-        executor=executor,
-        verify=lambda epoch: world.on_each_machine(lambda: data.verify(epoch, shown)),
-    )
+    loader = utils.open_loader(data, world, log, plan.per_process, step_images=plan.per_update)
     steps = loader.count() // plan.accumulation  # updates of an epoch
     labels = labels_of_training(data, world)
     validate = open_validation(data, world, log, not cfg.DISTILL.ENABLED, stop)
@@ -618,7 +610,7 @@ def describe(run: Training) -> None:
     log.info(
         f"{images:,} images, {run.loader.count() // plan.accumulation:,} updates an epoch, each of"
         f" {plan.per_update} images: {world.world_size} processes x {plan.accumulation} passes x"
-        f" {plan.per_process}; loader processes of each: {run.loader.num_workers}"
+        f" {plan.per_process}"
     )
     if not cfg.TRAIN.GLOBAL_BATCH:
         return

@@ -35,7 +35,7 @@ import utils
 from configs import argument_parser, config_from_args, run_folder
 from data.augment.decoder import mean_and_std
 from data.augment.rng import generator, run_seed, sample_seed
-from data.build import EpochLoader, RunData, loader_processes, open_run
+from data.build import EpochLoader, RunData, open_run
 from data.identity import check_proof, identity_of, proof_of
 from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
@@ -89,17 +89,8 @@ class Run:
 
     def open_loader(self, topk: int = 0) -> EpochLoader:
         """This rank's batches of an epoch, every image once over all ranks."""
-        world, log = self.world, self.log
-        executor = world.everywhere(lambda: self.data.choose_executor(world.device, log.info))
-        shown = partial(progress, unit="blocks", log=log.info, enabled=world.is_main)
-        log.info(f"loader processes of each process: {loader_processes(self.cfg)}")
-        return self.data.train_loader(
-            self.cfg.DATA.BATCH_SIZE,
-            world.rank,
-            topk=topk,
-            executor=executor,
-            verify=lambda epoch: world.on_each_machine(lambda: self.data.verify(epoch, shown)),
-        )
+        size = self.cfg.DATA.BATCH_SIZE
+        return utils.open_loader(self.data, self.world, self.log, size, topk=topk)
 
     def watched(
         self, batches: Iterable[Item], total: int, what: str, note: Callable[[], str] = str

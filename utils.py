@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from inspect import signature
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from logger import note_fault
+from logger import note_fault, progress
 
 # How long processes wait for each other: in an exchange of tensors, and of objects, where one may
 # be listing millions of files or computing the rest of an epoch alone.
@@ -645,6 +646,21 @@ def peak_memory(device: torch.device) -> float:
         * (1 if sys.platform == "darwin" else 1024)
         / 1e9
     )
+
+
+def open_loader(data, world: Distributed, log: logging.Logger, batch_size: int, **options: Any):
+    """The training batches of this process (data.build.EpochLoader) from a data.build.RunData: with
+    the executor that all processes can use, and epochs that one process of each machine verifies.
+    """
+    executor = world.everywhere(lambda: data.choose_executor(world.device, log.info))
+    shown = partial(progress, unit="blocks", log=log.info, enabled=world.is_main)
+
+    def verify(epoch: int) -> None:
+        world.on_each_machine(lambda: data.verify(epoch, shown))
+
+    loader = data.train_loader(batch_size, world.rank, executor=executor, verify=verify, **options)
+    log.info(f"loader processes of each process: {loader.num_workers}")
+    return loader
 
 
 def time_calls(

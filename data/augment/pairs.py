@@ -177,7 +177,7 @@ class PairMix(Mixer):
             raise ValueError(f"{len(seeds)} seeds for {len(images)} images: each image has its own")
         if not self.enabled:
             mixes = numbers_of([UNMIXED])
-        elif mixes is None or not len(mixes):
+        elif mixes is None or not mixes.numel():
             mixes = numbers_of(self.draw(seeds, *images.shape[-2:]))
         return self._mixed(images, labels, mixes)
 

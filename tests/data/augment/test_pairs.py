@@ -366,3 +366,11 @@ def test_a_gpu_gives_the_same_bits():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
+
+
+def test_mixes_that_a_foreign_collation_leaves_empty_are_drawn():
+    mix = PairMix(mixup_alpha=0.8, cutmix_alpha=1.0)
+    images, seeds = torch.rand(4, 3, 8, 8), [1, 2, 3, 4]
+    expected, _ = mix(images, None, seeds)
+    for empty in (torch.empty(0), torch.empty(4, 0)):  # as `Batch` has it, and a stack of such
+        assert torch.equal(mix(images, None, seeds, empty)[0], expected)
