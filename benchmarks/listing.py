@@ -104,18 +104,16 @@ def config(folder: Path, dataset: str = "imagenet22k", start: str = "auto"):
 def start_run(folder: Path) -> dict[str, object]:
     """What a run does before its first step, and how long that takes."""
     begun = time.perf_counter()
-    cfg = resolve(config(folder))
-    resolved = time.perf_counter()
-    epochs = open_run(cfg).train_loader(cfg.DATA.BATCH_SIZE, 0, cfg.DATA.BATCH_SIZE)
+    data = open_run(config(folder))
     opened = time.perf_counter()
-    batches = epochs.batches(0)
-    batch = next(batches)
+    size = data.cfg.DATA.BATCH_SIZE
+    epochs = data.train_loader(size, 0, size)
+    batch = next(epochs.batches(0))
     ended = time.perf_counter()
-    assert len(batch.image) == cfg.DATA.BATCH_SIZE, "a whole batch"
+    assert len(batch.image) == size, "a whole batch"
     return {
         "seconds": {
-            "resolve": resolved - begun,
-            "open_data_and_sampler": opened - resolved,
+            "open_and_check": opened - begun,
             "order_and_first_batch": ended - opened,
             "all": ended - begun,
         },
