@@ -310,7 +310,8 @@ def test_a_loader_process_killed_during_a_pass_is_one_line(untouched, tmp_path):
 def test_ranks_stop_with_their_state_saved_when_torchrun_is_killed(tmp_path):
     (tmp_path / "program.py").write_text(
         "import os, sys, main\nimport torch\ntorch.set_num_threads(1)\n"
-        "code = main.main(sys.argv[1:])\nprint('exit code', code, flush=True)\n"
+        "code = main.main(sys.argv[1:])\n"
+        "os.write(1, f'exit code {code}\\n'.encode())\n"  # one write: two ranks share the pipe
     )
     agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     agent += [f"--master-port={free_port()}", str(tmp_path / "program.py")]
