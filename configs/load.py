@@ -26,6 +26,7 @@ Layer = tuple[str, dict[str, Any]]  # where values come from, and they under the
 # What load_config itself writes; files may hold it, since dumps do.
 WRITTEN = ("BASE", "EXPLICIT", "WORLD_SIZE")
 LARGEST_FILE = 50_000  # characters of YAML; a dump has 6,000
+MOST_FILES = 100  # behind a BASE
 LONGEST_VALUE = 3_000  # characters; Python prints no number that is much longer
 KINDS = {str: "text (quote it)", bool: "True or False", int: "a whole number", float: "a number"}
 
@@ -184,6 +185,8 @@ def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
     layers: list[Layer] = []
     for base in filter(None, values.get("BASE") or []):
         layers += _file_layers(path.parent / base, chain)
+        if len(layers) > MOST_FILES:  # files that name each other many times
+            raise ConfigError(f"{path}: BASE leads to more than {MOST_FILES} files")
     return [*layers, (str(path), values)]
 
 

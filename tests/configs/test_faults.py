@@ -138,6 +138,13 @@ def test_a_fault_in_a_file_names_the_file(text, message, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"bad.yaml", "other.yaml"}
 
 
+def test_files_that_name_the_next_one_twice_end_soon(tmp_path):
+    for number in range(40):  # 2 to the 40th readings
+        (tmp_path / f"{number}.yaml").write_text(f"BASE: [{number + 1}.yaml, {number + 1}.yaml]")
+    (tmp_path / "40.yaml").write_text("SEED: 1")
+    assert "BASE leads to more than 100 files" in str(fault("--cfg", tmp_path / "0.yaml"))
+
+
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [
