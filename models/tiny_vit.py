@@ -5,17 +5,21 @@ Between modules a map is [B, C, H, W] in channels-last memory, so that blocks se
 without a copy.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models import get_pretrained_cfg, register_model
+from timm.models import build_model_with_cfg, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,6 +54,9 @@ VARIANTS["21m_512"] = VARIANTS["21m"] | {
 }
 WEIGHTS = ("22kto1k_distill", "22k_distill", "1k")  # names of official checkpoints
 WEIGHT_ALIASES = {"in1k": "22kto1k_distill", "in22k": "22k_distill"}
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -132,12 +139,12 @@ class MBConv(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the sides of the map between two stages and changes its channels."""
+    """Changes the channels of the map between two stages and divides its sides by the stride."""
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int, stride: int):
         super().__init__()
         self.conv1 = ConvBn(dim, out_dim)
-        self.conv2 = ConvBn(out_dim, out_dim, 3, stride=2, groups=out_dim)
+        self.conv2 = ConvBn(out_dim, out_dim, 3, stride, groups=out_dim)
         self.conv3 = ConvBn(out_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,8 +188,10 @@ class Attention(nn.Module):
         # H100 (windows of 24), and `torch.backends.cuda.enable_cudnn_sdp(False)` is the way out.
         biases = self.attention_biases.index_select(1, offsets).to(query.dtype)
         bias = biases.view(1, self.num_heads, points, points)
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(windows, points, dim))
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+        if _is_exporting():  # what it is decomposed into has other strides: no view in the program
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self.proj(x.reshape(windows, points, dim))
 
 
 class Mlp(nn.Module):
@@ -287,6 +296,7 @@ class TinyViT(nn.Module):
     counts.
 
     The first stage is convolutional: the first of `num_heads` and of `window_sizes` is not used.
+    With `last_stride` 1 the last stage keeps the size of the map before it, as MobileSAM's does.
     """
 
     def __init__(
@@ -304,6 +314,7 @@ class TinyViT(nn.Module):
         use_checkpoint: bool = False,
         mbconv_expand_ratio: float = 4.0,
         local_conv_size: int = 3,
+        last_stride: int = 2,
     ):
         super().__init__()
         _check_stages(
@@ -313,6 +324,8 @@ class TinyViT(nn.Module):
         _check_least(1, in_chans=in_chans)
         _check_least(0, num_classes=num_classes)
         _check_probabilities(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        if last_stride not in (1, 2):
+            raise ValueError(f"last_stride {last_stride}: 1 or 2")
         if local_conv_size % 2 == 0:
             raise ValueError(
                 f"local_conv_size {local_conv_size}: an odd number keeps the size of the map"
@@ -328,6 +341,8 @@ class TinyViT(nn.Module):
         rates = iter([drop_path_rate * i / last_block for i in range(sum(depths))])
         self.patch_embed = PatchEmbed(in_chans, embed_dims[0])
         self.layers = nn.ModuleList()
+        self.feature_info: list[dict[str, Any]] = []  # what timm's users ask of the maps
+        reduction = 4
         for stage, dim in enumerate(embed_dims):
             window = window_sizes[stage] if stage > 0 else None
             blocks: list[nn.Module] = []
@@ -339,9 +354,14 @@ class TinyViT(nn.Module):
                     rate = next(rates)
                     block = Block(dim, heads, window, mlp_ratio, drop_rate, rate, local_conv_size)
                 blocks.append(block)
+            self.feature_info.append(
+                {"num_chs": dim, "reduction": reduction, "module": f"layers.{stage}"}
+            )
             downsample: nn.Module = nn.Identity()
             if stage + 1 < len(embed_dims):
-                downsample = PatchMerging(dim, embed_dims[stage + 1])
+                stride = last_stride if stage + 2 == len(embed_dims) else 2
+                downsample = PatchMerging(dim, embed_dims[stage + 1], stride)
+                reduction *= stride
             self.layers.append(Stage(blocks, downsample, window, use_checkpoint))
         self.norm_head = nn.LayerNorm(self.num_features)
         self.head = _head(self.num_features, num_classes)
@@ -349,23 +369,32 @@ class TinyViT(nn.Module):
 
     @classmethod
     def from_config(
-        cls, variant: str, pretrained: bool | str = False, **overrides: Any
+        cls, variant: str, pretrained: bool | str | Path = False, **overrides: Any
     ) -> "TinyViT":
         """Build a variant by name (5m, 11m, 21m, 21m_384, 21m_512), with official weights if asked.
 
         `pretrained` is True (22kto1k_distill), a name of WEIGHTS, or one of kornia's: in1k, in22k,
-        and for 21m in1k_384, in1k_512.
+        and for 21m in1k_384, in1k_512; or a checkpoint's path or link, whose classes are the
+        model's unless `num_classes` says otherwise.
         """
         if variant not in VARIANTS:
             raise ValueError(f"no TinyViT variant {variant!r}: there are {', '.join(VARIANTS)}")
         settings = {**VARIANTS[variant], **overrides}
         if not pretrained:
             return cls(**settings)
-        source, which = pretrained_source(variant, pretrained, settings.get("img_size", 224))
-        from models.pretrained import load_pretrained
+        from models.pretrained import head_classes, load_pretrained, load_weights, read_state_dict
 
+        if re.fullmatch(r"\w+", str(pretrained)):
+            img_size = settings.get("img_size", 224)
+            source, which = pretrained_source(variant, pretrained, img_size)
+            model = cls(**settings)
+            load_pretrained(model, source, which)
+            return model
+        weights = read_state_dict(pretrained)
         model = cls(**settings)
-        load_pretrained(model, source, which)
+        if "num_classes" not in overrides:
+            model.reset_classifier(head_classes(model, weights))
+        load_weights(model, weights, label=str(pretrained))
         return model
 
     def forward(self, images: Tensor) -> Tensor:
@@ -375,24 +404,61 @@ class TinyViT(nn.Module):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The mean over the points of the last map: [B, C]."""
-        return self.forward_intermediates(images)[-1].mean((2, 3))
+        """The last stage's map, before pooling: [B, C, H / 32, W / 32]."""
+        return self.forward_intermediates(images, 1)[0]
 
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Features [B, C] -> logits."""
-        return self.head(self.norm_head(features))
-
-    def forward_intermediates(self, images: Tensor) -> list[Tensor]:
-        """The map of each stage, before it is merged for the next: [B, C_i, H / s, W / s] at
-        strides s = 4, 8, 16, 32.
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map of `forward_features` -> logits, or with `pre_logits` the normalised mean over
+        its points, [B, C].
         """
+        x = self.norm_head(x.mean((2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The last map and a list of the maps of the stages in `indices` (None: all, n: the last
+        n), or this list alone: [B, C, H / s, W / s], before merging, as `feature_info` tells.
+
+        `norm` changes nothing: no norm is for maps. With `stop_early` the stages above are not run.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r}: maps are NCHW")
         self._check_images(images)
+        taken, last = feature_take_indices(len(self.layers), indices)
         x = self.patch_embed(images)
         maps = []
-        for layer in self.layers:
-            maps.append(layer(x))
-            x = layer.downsample(maps[-1])
-        return maps
+        for stage, layer in enumerate(self.layers):
+            x = layer(x)
+            if stage in taken:
+                maps.append(x)
+            if stage == last and (stop_early or intermediates_only):
+                break
+            x = layer.downsample(x)
+        return maps if intermediates_only else (x, maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Keep what the maps of the stages in `indices` need, and as asked what is for the last map
+        alone; return the indices, counted from the first stage.
+        """
+        taken, last = feature_take_indices(len(self.layers), indices)
+        is_cut = last + 1 < len(self.layers)
+        self.layers = self.layers[: last + 1]
+        self.layers[-1].downsample = nn.Identity()
+        self.num_features = self.embed_dims[last]
+        if is_cut or prune_head:
+            self.reset_classifier(0)
+        if is_cut or prune_norm:
+            self.norm_head = nn.Identity()
+        return taken
 
     def _check_images(self, images: Tensor) -> None:
         if images.dim() != 4 or images.shape[1] != self.in_chans:
@@ -415,7 +481,7 @@ class TinyViT(nn.Module):
         """Replace the head by a new one; 0 classes leave the features."""
         _check_least(0, num_classes=num_classes)
         self.num_classes = num_classes
-        weight = self.norm_head.weight
+        weight = next(self.parameters())
         self.head = _head(self.num_features, num_classes).to(weight.device, weight.dtype)
         self.head.apply(_init_linear)
 
@@ -560,15 +626,18 @@ def _builders(
     models of the first name.
     """
 
-    def build(pretrained: bool | str = False, num_classes: int = 1000, **overrides: Any) -> TinyViT:
-        return TinyViT.from_config(variant, pretrained, num_classes=num_classes, **overrides)
+    def build(
+        pretrained: bool | str | Path = False, num_classes: int | None = None, **overrides: Any
+    ) -> TinyViT:
+        if num_classes is not None:
+            overrides["num_classes"] = num_classes
+        return TinyViT.from_config(variant, pretrained, **overrides)
 
-    def entry(pretrained: bool | str = False, **options: Any) -> TinyViT:
-        for handled_by_timm in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            options.pop(handled_by_timm, None)
-        model = build(pretrained, **options)
-        model.pretrained_cfg = get_pretrained_cfg(entry.__name__).to_dict()
-        return model
+    def entry(pretrained: bool | str | Path = False, **options: Any) -> nn.Module:
+        options.setdefault("num_classes", None)  # else timm says 1000
+        features = {"feature_cls": "getter", "out_indices": (0, 1, 2, 3)}
+        make = partial(build, pretrained)
+        return build_model_with_cfg(make, entry.__name__, False, feature_cfg=features, **options)
 
     for function, prefix in ((build, "tiny_vit"), (entry, "tinyvit")):
         function.__name__ = function.__qualname__ = f"{prefix}_{name}"

