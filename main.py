@@ -7,10 +7,15 @@ instead. Exit codes: 0 done, 2 an error that one line explains, 75 stopped on re
 SIGUSR1, Ctrl-C) with its state saved; 130 a second Ctrl-C.
 """
 
-import argparse
+import sys
+
+import commands
+
+if __name__ == "__main__":  # before anything slow: --help, and what is wrong with a command line
+    SETTINGS = commands.answered(commands.training)
+
 import math
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,10 +34,8 @@ from yacs.config import CfgNode
 import utils
 from configs import (
     BatchPlan,
-    argument_parser,
     batch_plan,
     choices_in_words,
-    config_from_args,
     dump,
     run_folder,
     teacher_config,
@@ -712,29 +715,6 @@ def measure_throughput(cfg: CfgNode, world: Distributed) -> nn.Module:
     return model
 
 
-def parse(argv: list[str] | None) -> tuple[CfgNode, str]:
-    """The configuration of a command line, and where to write the weights when done."""
-    parser = argument_parser(str(__doc__).partition("\n")[0])
-    add = parser.add_argument
-    add("--save-model", metavar="FILE", default="", help="write the weights, as safetensors")
-    add(
-        "--per-class-csv",
-        dest="TEST.PER_CLASS_CSV",
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="with --eval: write each class's accuracy",
-    )
-    args = parser.parse_args(argv)
-    cfg = config_from_args(args, utils.from_environment("WORLD_SIZE", 1))
-    for option, path in (
-        ("--save-model", args.save_model),
-        ("TEST.PER_CLASS_CSV", cfg.TEST.PER_CLASS_CSV),
-    ):
-        if path:
-            utils.check_writable(option, path)
-    return cfg, args.save_model
-
-
 def run(settings: tuple[CfgNode, str], stop: StopRequest) -> int:
     """What the command line asks for: training, or a measurement."""
     cfg, save_model = settings
@@ -755,8 +735,8 @@ def run(settings: tuple[CfgNode, str], stop: StopRequest) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    return run_program(partial(parse, argv), run)
+    return run_program(partial(commands.training, argv), run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(lambda: SETTINGS, run))

@@ -12,9 +12,15 @@ one line explains, 75 stopped on request (SIGTERM, SIGUSR1, Ctrl-C); 130 a secon
 
 from __future__ import annotations
 
+import sys
+
+import commands
+
+if __name__ == "__main__":  # before anything slow: --help, and what is wrong with a command line
+    SETTINGS = commands.answered(commands.saving)
+
 import argparse
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass
@@ -32,11 +38,11 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 import utils
-from configs import argument_parser, config_from_args, run_folder
+from configs import run_folder
 from data.augment.decoder import mean_and_std
 from data.augment.rng import generator, run_seed, sample_seed
 from data.build import EpochLoader, RunData, open_run
-from data.identity import check_proof, identity_of, proof_of
+from data.identity import check_proof, choice_of, identity_of, proof_of
 from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
 from data.store.format import pack_records, ranges
@@ -139,46 +145,9 @@ class Tally:
         return f"{self.images:,} images{rates}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Save or check as the command line says, and return the exit code."""
-    return run_program(partial(load, argv), run)
-
-
-def load(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
-    """The flags of a command line, and the configuration it means."""
-    args = parse(argv)
-    own = {
-        "EVAL_MODE": False,
-        "DISTILL.ENABLED": True,
-        "TRAIN.WARMUP_EPOCHS": 0,
-        "DISTILL.REUSE_EPOCHS": False,
-        "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits,
-    }
-    cfg = config_from_args(args, utils.from_environment("WORLD_SIZE", 1), own)
-    if not cfg.DISTILL.TEACHER_LOGITS_PATH:
-        raise ValueError(
-            "DISTILL.TEACHER_LOGITS_PATH: name the store's folder, e.g. --opts"
-            " DISTILL.TEACHER_LOGITS_PATH teacher_logits"
-        )
-    return args, cfg
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags of a command line."""
-    parser = argument_parser("Save a teacher's answers to a logits store, or check them.")
-    add = parser.add_argument
-    add("--check-saved-logits", action="store_true", help="compare the store with its teacher now")
-    add("--exact", action="store_true", help="with the check: every bit must be equal")
-    add("--percent", type=float, metavar="P", help="with the check: a share of the batches")
-    add("--skip-eval", action="store_true", help="do not evaluate the teacher before saving")
-    args = parser.parse_args(argv)
-    if "THROUGHPUT_MODE" in args:
-        parser.error("--throughput belongs to main.py")
-    if (args.exact or args.percent is not None) and not args.check_saved_logits:
-        parser.error("--exact and --percent go with --check-saved-logits")
-    if args.percent is not None and not 0 < args.percent <= 100:
-        parser.error(f"--percent {args.percent:g}: expected more than 0 and at most 100")
-    return args
+    return run_program(partial(commands.saving, argv), run)
 
 
 def run(settings: tuple[argparse.Namespace, CfgNode], stop: StopRequest) -> int:
@@ -405,6 +374,7 @@ def manifest_of(run: Run) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "classes": run.teacher.classes,
+        "images": choice_of(cfg),
     }
     digest = Keys.of(data.images.get_keys()).digest()
     return {
@@ -542,4 +512,4 @@ def is_ours(store) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_program(lambda: SETTINGS, run))

@@ -18,7 +18,6 @@ from enum import IntEnum
 from functools import partial
 from inspect import signature
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from commands import from_environment, one_line, tell
 from logger import note_fault, progress
 
 # How long processes wait for each other: in an exchange of tensors, and of objects, where one may
@@ -65,7 +65,7 @@ def run_program(
 ) -> int:
     """Run a program to its exit code; a fault that a user can mend is one line on stderr.
 
-    What `load` reads, the command line, is the same in all processes: rank 0 tells its faults.
+    What `load` reads is the command line.
     """
     rank = os.environ.get("RANK", "0")
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -74,8 +74,7 @@ def run_program(
     try:
         settings = load()
     except ValueError as error:
-        if rank == "0":
-            print(f"error: {one_line(error)}", file=sys.stderr)
+        tell(error)
         return Exit.FAULT
     with StopRequest() as stop:
         try:
@@ -112,11 +111,6 @@ def _ending(program: Callable[[], int], stop: "StopRequest", rank: str) -> int:
     print(f"error: {text}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr)
     note_fault(logging.getLogger("tinyvit"), text)
     return Exit.FAULT
-
-
-def one_line(error: Exception) -> str:
-    """The text of an error without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def a_peer_is_lost() -> bool:
@@ -340,18 +334,6 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelt
         time.sleep(0.01)
 
 
-def from_environment(name: str, default: int) -> int:
-    """A number that torchrun puts into the environment."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(
-            f"the environment variable {name} is {text!r}, not a number: start with torchrun, or"
-            " correct it"
-        ) from None
-
-
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called auto (CUDA, else CPU), cuda, mps or cpu; on CUDA the GPU numbered
     `local_rank`, made the current one.
@@ -559,19 +541,6 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 def grad_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler:
     """A loss scaler that works for float16 and is the identity for every other type."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
-def check_writable(option: str, path: str | Path) -> None:
-    """Raise a ValueError unless a file can be written there; folders that it lacks are made."""
-    folder = Path(path).absolute().parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass  # what there is instead is told below
-    if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(
-            f"{option} {path}: can't be written there, name a file in a folder of yours"
-        )
 
 
 class Meters:

@@ -36,7 +36,7 @@ _C.DATA.VAL_PATH = ""
 _C.DATA.DATASET = "imagenet"
 # ids of class folders: imagenet1k | imagenet22k | a file of class names, one a line; "" = sorted
 _C.DATA.CLASS_LIST = ""
-# fraction of each class to train on, in (0, 1]; a smaller one is contained in a larger one
+# fraction of each class to train on, in (0, 1], an image at least; a smaller one is in a larger one
 _C.DATA.SUBSET = 1.0
 # file of keys (one a line) to leave out of training
 _C.DATA.EXCLUDE = ""

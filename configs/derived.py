@@ -49,8 +49,6 @@ def derive(cfg: Config) -> None:
                 " images or pairs, not to batches: leave it out, or set pair2",
                 "AUG.MIXUP_MODE",
             )
-    if cfg.MODEL.TYPE == "timm":
-        _adopt_timm_input(cfg)
 
 
 def batch_plan(cfg: Config) -> BatchPlan:
@@ -88,8 +86,10 @@ def run_folder(cfg: Config) -> Path:
     return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
 
 
-def _adopt_timm_input(cfg: Config) -> None:
+def adopt_timm_input(cfg: Config) -> None:
     """Take mean, std, interpolation and size that a timm model was trained with, unless given."""
+    if cfg.MODEL.TYPE != "timm":
+        return
     import timm  # slow to import, and only some recipes need it
 
     name = cfg.MODEL.NAME

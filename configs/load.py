@@ -7,7 +7,7 @@ import ast
 import difflib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ import yaml
 from configs.command_line import argument_parser, flag_values
 from configs.config import Config, ConfigError, flatten
 from configs.defaults import REMOVED, get_defaults
-from configs.derived import batch_plan, derive
-from configs.validate import CHOICES, validate
+from configs.derived import adopt_timm_input, batch_plan, derive
+from configs.validate import CHOICES, COMBINATIONS, VALUES, faults_of
 
 Layer = tuple[str, dict[str, Any]]  # where values come from, and they under their dotted keys
 
@@ -38,9 +38,15 @@ def load_config(argv: list[str], world_size: int = 1) -> Config:
 
 
 def config_from_args(
-    args: argparse.Namespace, world_size: int = 1, overrides: Mapping[str, Any] | None = None
+    args: argparse.Namespace,
+    world_size: int = 1,
+    overrides: Mapping[str, Any] | None = None,
+    check: Callable[[Config], object] = id,
 ) -> Config:
-    """The configuration of parsed flags; `overrides` are values that a program sets for itself."""
+    """The configuration of parsed flags; `overrides` are values that a program sets for itself.
+
+    A ConfigError tells all faults that do not follow from others, that of `check` among them.
+    """
     layers = _file_layers(Path(args.cfg)) if args.cfg else []
     layers.append(("--opts", _opts_values(args.opts)))
     layers.append(("command line", flag_values(args) | dict(overrides or {})))
@@ -48,25 +54,48 @@ def config_from_args(
     defaults = flatten(get_defaults())
     sources: dict[str, str] = {}
     explicit: set[str] = set()
-    try:
-        for source, values in layers:
-            # A dump holds every key, and says which of them somebody chose.
-            chosen = values.get("EXPLICIT", values) or ()
-            for key, value in values.items():
-                sources[key] = source
-                if key in REMOVED:
-                    _note_removed(key, source, is_chosen=key in chosen)
-                elif key not in WRITTEN:
-                    _merge(cfg, key, value, defaults)
-            explicit.update(chosen)
-        cfg.WORLD_SIZE = world_size
-        cfg.EXPLICIT = sorted(explicit - {*REMOVED, *WRITTEN})
-        derive(cfg)
-        validate(cfg)
-        batch_plan(cfg)
-    except ConfigError as error:
-        source = sources.get(error.key)
-        raise ConfigError(f"{source}: {error}" if source else str(error), error.key) from None
+    faults: dict[str, str] = {}  # the first under each key
+
+    def note(error: ValueError) -> None:
+        key = getattr(error, "key", "")
+        faults.setdefault(key, f"{sources[key]}: {error}" if key in sources else str(error))
+
+    def attempt(step: Callable[..., object], *values: Any) -> None:
+        try:
+            step(*values)
+        except ValueError as error:
+            note(error)
+
+    for source, values in layers:
+        # A dump holds every key, and says which of them somebody chose.
+        chosen = values.get("EXPLICIT", values) or ()
+        for key, value in values.items():
+            sources[key] = source
+            if key in REMOVED:
+                _note_removed(key, source, is_chosen=key in chosen)
+            elif key not in WRITTEN:
+                attempt(_merge, cfg, key, value, defaults)
+        explicit.update(chosen)
+    cfg.WORLD_SIZE = world_size
+    cfg.EXPLICIT = sorted(explicit - {*REMOVED, *WRITTEN})
+    if not faults:
+        attempt(derive, cfg)
+    if not faults:
+        for error in faults_of(cfg, VALUES):
+            note(error)
+    if not faults:
+        for error in faults_of(cfg, COMBINATIONS):
+            note(error)
+        attempt(batch_plan, cfg)
+        attempt(check, cfg)
+    if not faults:
+        attempt(adopt_timm_input, cfg)
+    if faults:
+        texts = list(faults.values())
+        if len(texts) > 1:
+            numbered = "; ".join(f"({n}) {text}" for n, text in enumerate(texts, 1))
+            texts = [f"{len(texts)} faults: {numbered}"]
+        raise ConfigError(texts[0], next(iter(faults)))
     cfg.freeze()
     return cfg
 

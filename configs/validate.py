@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,12 +103,12 @@ NAME_FORMAT = re.compile(r"[^{}]*\{(:\.\d{1,3})?\}[^{}]*")
 Rule = tuple[bool, str, str]  # whether something is wrong, the key to blame, what to do
 
 
-def validate(cfg: Config) -> None:
-    """Raise ConfigError at the first value that cannot work."""
-    for rules in (_choices, _ranges, _lists, _images, _tiny_vit, _teacher, _programs, _folders):
+def faults_of(cfg: Config, groups: Iterable[Callable]) -> Iterator[ConfigError]:
+    """What cannot work by some groups of rules: VALUES, or COMBINATIONS of good values."""
+    for rules in groups:
         for is_wrong, key, what_to_do in rules(cfg):
             if is_wrong:
-                raise ConfigError(f"{key} = {cfg.value(key)!r}: {what_to_do}", key)
+                yield ConfigError(f"{key} = {cfg.value(key)!r}: {what_to_do}", key)
 
 
 def _choices(cfg: Config) -> Iterator[Rule]:
@@ -238,3 +238,7 @@ def _folders(cfg: Config) -> Iterator[Rule]:
         "OUTPUT",
         f"no permission to write in {existing}, choose another folder",
     )
+
+
+VALUES = (_choices, _ranges, _lists)
+COMBINATIONS = (_images, _tiny_vit, _teacher, _programs, _folders)

@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from data.augment import AugmentDecoder, PairMix, canary
 from data.augment.decoder import eval_transform, mean_and_std
 from data.augment.device import differing_operation, unsupported
-from data.identity import PROOF_IMAGES, adopted_values, check_proof, excess_of
+from data.identity import PROOF_IMAGES, adopted_values, check_proof, excess_of, other_choice
 from data.images.datasets import build_dataset
 from data.replay import Batch, ReplayDataset
 from data.sampler import EpochBatches, EpochSampler, Wanted
+from data.store.files import StoreError
 from data.store.format import ranges
 from data.store.keys import map_positions
 from data.store.original import UpstreamStoreReader
@@ -47,7 +48,10 @@ def open_run(cfg, num_outputs: int = 0) -> RunData:
     cfg = cfg.replace(_resolved_values(cfg, images, store, num_outputs))
     index_of = None
     if store is not None:
-        index_of = map_positions(store, images.get_keys(), cache=cfg.DATA.INDEX_DIR or None)
+        try:
+            index_of = map_positions(store, images.get_keys(), cache=cfg.DATA.INDEX_DIR or None)
+        except StoreError as error:
+            raise StoreError(f"{error}{other_choice(cfg, store.manifest['info'])}") from None
     return RunData(cfg, images, store, index_of)
 
 
@@ -469,9 +473,17 @@ def _resolved_values(cfg, images, store, num_outputs: int) -> dict[str, Any]:
             " MODEL.NUM_CLASSES"
         )
     if classes < images.num_classes:
+        way_out = (
+            "set MODEL.NUM_CLASSES, or give the data that these weights or this store belong to"
+        )
+        if cfg.DATA.CLASS_LIST:
+            way_out = (
+                f"of them DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} names more: give a file of these"
+                f" {classes} names alone, as that of DISTILL.CLASS_SUBSET is if it holds names"
+            )
         raise ValueError(
-            f"{classes} classes are fewer than the {images.num_classes} of the data {data}: set"
-            " MODEL.NUM_CLASSES, or give the data that these weights or this store belong to"
+            f"{classes} classes are fewer than the {images.num_classes} of the data {data}:"
+            f" {way_out}"
         )
     if cfg.DISTILL.SAVE_TEACHER_LOGITS or cfg.DISTILL.ONLINE:
         topk = cfg.DISTILL.LOGITS_TOPK or default_topk(classes)

@@ -38,6 +38,17 @@ RECIPE_KEYS = (
 )
 
 
+# What chooses the images of a data set; told beside a store's identity, for people alone.
+CHOICE_KEYS = (
+    "DATA.DATASET",
+    "DATA.CLASS_LIST",
+    "DATA.EXCLUDE",
+    "DATA.SUBSET",
+    "DATA.DEBUG",
+    "DATA.SHAPES.TRAIN_IMAGES",
+)
+
+
 class IdentityError(ValueError):
     """A run that would not replay what the store holds."""
 
@@ -57,6 +68,24 @@ def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
         "image_size": cfg.DATA.IMG_SIZE,
         "recipe": {"version": RECIPE_VERSION, **recipe},
     }
+
+
+def choice_of(cfg) -> dict[str, Any]:
+    """By what keys the images of a run are chosen."""
+    return {key: cfg.value(key) for key in CHOICE_KEYS}
+
+
+def other_choice(cfg, info: Mapping[str, Any]) -> str:
+    """How a store's writer chose its images otherwise, in words; "" if nothing is known."""
+    theirs = info.get("images")
+    if not isinstance(theirs, dict):  # a store of before, or a damaged line that nothing seals
+        return ""
+    differing = [
+        f"{key} {theirs[key]}"
+        for key in CHOICE_KEYS
+        if theirs.get(key, cfg.value(key)) != cfg.value(key)
+    ]
+    return f"; it was saved with {', '.join(differing)}" if differing else ""
 
 
 def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any]:

@@ -146,11 +146,15 @@ class EpochSampler(Sampler[int]):
             return units
         step_units = self.step_images // self.unit
         if units < step_units:
-            missing = (
-                f" ({self.num_images - count} of {self.num_images} are not available)"
-                if count < self.num_images
-                else ""
-            )
+            missing = ""
+            if count < self.num_images:
+                missing = f" ({self.num_images - count} of {self.num_images} are not available"
+                if self.paired:
+                    missing += (
+                        ": pairs are mixed, and of most a partner is not in this data; save a store"
+                        " for this part of it (with the same DATA.SUBSET), or without mixing"
+                    )
+                missing += ")"
             raise ValueError(
                 f"epoch {epoch} has {units * self.unit} images{missing}, fewer than one global step"
                 f" of {self.step_images}: use a smaller batch, fewer accumulation steps or"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BELOW = {"configs", "data", "models", "logger", "lr_scheduler", "utils"}
+BELOW = {"configs", "data", "models", "logger", "lr_scheduler", "commands", "utils"}
 # What each part may import of ours.
 MAY_IMPORT = {
     "configs": {"configs"},
@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "models": {"models"},
     "logger": set(),
     "lr_scheduler": {"configs"},
-    "utils": {"logger"},
+    "commands": {"configs", "data"},
+    "utils": {"commands", "logger"},
     "hubconf": {"models"},
     "main": BELOW,
     "save_logits": BELOW,

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
+import commands
 import data.replay
 import main
 import save_logits
@@ -288,7 +289,7 @@ def test_saving_waits_for_no_batch_before_it_has_asked_the_next(
     costs: list[int] = []
     for size in BATCHES:
         words = [*options, 2 * size + 2, "DATA.BATCH_SIZE", size]
-        _, cfg = save_logits.load(saving.command(tmp_path / "store", *words))
+        _, cfg = commands.saving(saving.command(tmp_path / "store", *words))
         run = save_logits.prepare(cfg, Distributed(), StopRequest())
         loaded = list(run.open_loader().batches(0))
         model = run.teacher.model

@@ -14,7 +14,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -172,7 +171,7 @@ def cached_listing(
 
 
 def subset(listing: Listing, fraction: float) -> Listing:
-    """The same fraction of every class, always the same images.
+    """The same fraction of every class, at least an image of each, always the same images.
 
     Those of a smaller fraction are among those of a larger one.
     """
@@ -264,16 +263,7 @@ def _rows_of_subset(listing: Listing, fraction: float) -> np.ndarray:
     labels = listing.labels[order]
     starts = np.flatnonzero(np.diff(labels, prepend=labels[0] - 1))
     counts = np.diff(starts, append=len(labels))
-    wanted = np.floor(counts * fraction + 1e-9).astype(np.int64)
-    if (wanted < 1).any():
-        smallest = counts.argmin()
-        class_id = int(labels[starts[smallest]])
-        name = listing.class_names[class_id] if class_id >= 0 else "the unlabelled images"
-        count = counts[smallest]
-        raise ValueError(
-            f"DATA.SUBSET = {fraction}: less than one image of class {name}, which has {count}:"
-            f" use at least {math.ceil(1e6 / count) / 1e6}"
-        )
+    wanted = np.floor(counts * fraction + 1e-9).astype(np.int64).clip(1)
     within = np.arange(len(labels)) - np.repeat(starts, counts)
     return np.sort(order[within < np.repeat(wanted, counts)])
 

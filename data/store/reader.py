@@ -90,10 +90,7 @@ class LogitsStoreReader:
 
     def epochs(self) -> list[int]:
         """The sealed epochs."""
-        found = (re.fullmatch(r"epoch_(\d{4,})\.json", name) for name in os.listdir(self.root))
-        numbers = sorted(int(match[1]) for match in found if match)
-        places = (data_path, seal_path)  # opening a FIFO there would wait for ever
-        return [e for e in numbers if all(place(self.root, e).is_file() for place in places)]
+        return sealed_epochs(self.root)
 
     def open_epoch(self, epoch: int) -> np.memmap:
         """The records of a sealed epoch, mapped: `records[position]["seed" | "index" | "prob"]`."""
@@ -153,13 +150,7 @@ class LogitsStoreReader:
         They must be sealed, of the right size and of this store.
         """
         wanted = set(epochs)
-        sealed = set(self.epochs())
-        if wanted - sealed:
-            raise StoreError(
-                f"{self.root}: epochs {ranges(wanted - sealed)} are missing (sealed:"
-                f" {ranges(sealed)}): save them with save_logits.py, set DISTILL.REUSE_EPOCHS True,"
-                " or train fewer epochs"
-            )
+        check_sealed(self.root, wanted)
         for epoch in sorted(wanted):
             self.open_epoch(epoch)
 
@@ -210,3 +201,22 @@ class LogitsStoreReader:
                 f"{path}: seals {seal.get('records')} records of epoch {seal.get('epoch')}, the"
                 f" manifest says {len(self):,}: {again(epoch)}"
             )
+
+
+def sealed_epochs(root: Path) -> list[int]:
+    """The epochs of a store's folder that are sealed."""
+    found = (re.fullmatch(r"epoch_(\d{4,})\.json", name) for name in os.listdir(root))
+    numbers = sorted(int(match[1]) for match in found if match)
+    places = (data_path, seal_path)  # opening a FIFO there would wait for ever
+    return [e for e in numbers if all(place(root, e).is_file() for place in places)]
+
+
+def check_sealed(root: Path, wanted: Iterable[int]) -> None:
+    """Raise StoreError unless all these epochs of a store's folder are sealed."""
+    sealed = set(sealed_epochs(root))
+    missing = set(wanted) - sealed
+    if missing:
+        raise StoreError(
+            f"{root}: epochs {ranges(missing)} are missing (sealed: {ranges(sealed)}): save them"
+            " with save_logits.py, set DISTILL.REUSE_EPOCHS True, or train fewer epochs"
+        )

@@ -165,6 +165,23 @@ def test_other_faults(words, world, message):
     assert message in str(fault(*words.split(), world_size=world))
 
 
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        ("TRAIN.EPOCS 3 DEVICE 5 AUG.SCALE 0.5", ["TRAIN.EPOCS", "AUG.SCALE"]),
+        ("TRAIN.EPOCHS 0 DEVICE gpu AUG.REPROB 2", ["DEVICE", "AUG.REPROB", "TRAIN.EPOCHS"]),
+        ("TRAIN.EPOCHS 3 TAG a/b", ["TRAIN.WARMUP_EPOCHS", "TAG"]),
+    ],
+)
+def test_all_faults_of_a_kind_are_told_at_once(opts, expected):
+    """Values before what follows from them."""
+    error = fault("--opts", *opts.split())
+    assert str(error).startswith(f"{len(expected)} faults: (1) ") and error.key in expected
+    for key in expected:
+        assert f") --opts: {key} = " in str(error) or key == "TRAIN.WARMUP_EPOCHS"
+    assert str(error).count(") ") >= len(expected)
+
+
 @pytest.mark.skipif(
     os.name != "posix" or os.geteuid() == 0, reason="the superuser may write anywhere"
 )

@@ -315,6 +315,10 @@ def test_a_loader_takes_the_batches_and_a_plain_sampler_too():
             r"3 images \(5 of 8 are not available\), fewer than",
         ),
         (
+            lambda: EpochSampler(8, 1, 0, step_images=4, paired=True, available=np.arange(8) < 2),
+            r"\d of 8 are not available: pairs are mixed, and of most a partner is not in",
+        ),
+        (
             lambda: EpochSampler(8, 2, 0).set_epoch(0, 5),
             "can't start at position 5: rank 0 has 4 positions in epoch 0",
         ),

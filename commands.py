@@ -1,0 +1,129 @@
+"""What the command lines of the two programs mean, read before anything slow is imported."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from configs import Config, argument_parser, config_from_args
+from data.store.reader import check_sealed
+
+Settings = TypeVar("Settings")
+
+
+def answered(load: Callable[[], Settings]) -> Settings:
+    """What `load` reads from the command line; a fault of the user's ends the program."""
+    try:
+        return load()
+    except ValueError as error:
+        tell(error)
+        sys.exit(2)
+
+
+def tell(error: ValueError) -> None:
+    """Tell a fault of the command line on rank 0: it is the same in all processes."""
+    if is_main():
+        print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+def is_main() -> bool:
+    """Whether this process is the only one, or the one of them that talks to people."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def training(argv: list[str] | None = None) -> tuple[Config, str]:
+    """main.py: the configuration, and where to write the weights when done."""
+    parser = argument_parser(
+        "Train a student: from labels, from a teacher's stored logits, or with the teacher in the"
+        " loop."
+    )
+    add = parser.add_argument
+    add("--save-model", metavar="FILE", default="", help="write the weights, as safetensors")
+    add(
+        "--per-class-csv",
+        dest="TEST.PER_CLASS_CSV",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="with --eval: write each class's accuracy",
+    )
+    args = parser.parse_args(argv)
+    cfg = config_from_args(args, from_environment("WORLD_SIZE", 1), check=_check_epochs)
+    for option, path in (
+        ("--save-model", args.save_model),
+        ("TEST.PER_CLASS_CSV", cfg.TEST.PER_CLASS_CSV),
+    ):
+        if path:
+            check_writable(option, path)
+    return cfg, args.save_model
+
+
+def _check_epochs(cfg: Config) -> None:
+    """A ValueError where a training wants epochs that its store lacks; rank 0 alone looks."""
+    root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
+    is_ours = (root / "manifest.json").is_file()
+    measures = cfg.EVAL_MODE or cfg.THROUGHPUT_MODE
+    if is_main() and is_ours and not (measures or cfg.DISTILL.REUSE_EPOCHS):
+        check_sealed(root, range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS))
+
+
+def saving(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """save_logits.py: its flags, and the configuration."""
+    parser = argument_parser("Save a teacher's answers to a logits store, or check them.")
+    add = parser.add_argument
+    add("--check-saved-logits", action="store_true", help="compare the store with its teacher now")
+    add("--exact", action="store_true", help="with the check: every bit must be equal")
+    add("--percent", type=float, metavar="P", help="with the check: a share of the batches")
+    add("--skip-eval", action="store_true", help="do not evaluate the teacher before saving")
+    args = parser.parse_args(argv)
+    if "THROUGHPUT_MODE" in args:
+        parser.error("--throughput belongs to main.py")
+    if (args.exact or args.percent is not None) and not args.check_saved_logits:
+        parser.error("--exact and --percent go with --check-saved-logits")
+    if args.percent is not None and not 0 < args.percent <= 100:
+        parser.error(f"--percent {args.percent:g}: expected more than 0 and at most 100")
+    own = {
+        "EVAL_MODE": False,
+        "DISTILL.ENABLED": True,
+        "TRAIN.WARMUP_EPOCHS": 0,
+        "DISTILL.REUSE_EPOCHS": False,
+        "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits,
+    }
+    cfg = config_from_args(args, from_environment("WORLD_SIZE", 1), own)
+    if not cfg.DISTILL.TEACHER_LOGITS_PATH:
+        raise ValueError(
+            "DISTILL.TEACHER_LOGITS_PATH: name the store's folder, e.g. --opts"
+            " DISTILL.TEACHER_LOGITS_PATH teacher_logits"
+        )
+    return args, cfg
+
+
+def from_environment(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"the environment variable {name} is {text!r}, not a number: start with torchrun, or"
+            " correct it"
+        ) from None
+
+
+def check_writable(option: str, path: str | Path) -> None:
+    """Raise a ValueError unless a file can be written there; folders that it lacks are made."""
+    folder = Path(path).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass  # what there is instead is told below
+    if Path(path).is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(
+            f"{option} {path}: can't be written there, name a file in a folder of yours"
+        )
