@@ -32,7 +32,8 @@ _C.DATA.BATCH_SIZE = 128
 _C.DATA.DATA_PATH = ""
 # validation images, when they are not beside the training images
 _C.DATA.VAL_PATH = ""
-# imagenet | imagenet22k | cifar10 | cifar100 | folder (no labels) | shapes | module:function
+# imagenet | imagenet22k | cifar10 | cifar100 | folder (no labels) | webdataset | parquet | shapes |
+# module:function
 _C.DATA.DATASET = "imagenet"
 # ids of class folders: imagenet1k | imagenet22k | a file of class names, one a line; "" = sorted
 _C.DATA.CLASS_LIST = ""
@@ -44,6 +45,8 @@ _C.DATA.EXCLUDE = ""
 _C.DATA.INDEX_DIR = ""
 # scan the data again even if the cached list looks fresh
 _C.DATA.REINDEX = False
+# parquet: the column whose text names an image; "" = the path beside it
+_C.DATA.KEY_COLUMN = ""
 # fetch cifar10 / cifar100 into DATA_PATH when they are missing
 _C.DATA.DOWNLOAD = False
 # base of all sample seeds and of the order of epochs; with a store both come from its manifest

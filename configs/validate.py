@@ -28,7 +28,8 @@ FUNCTION = "package.module:function"
 
 CHOICES = {
     "DATA.DATASET": (
-        *("imagenet", "imagenet22k", "cifar10", "cifar100", "folder", "shapes"),
+        *("imagenet", "imagenet22k", "cifar10", "cifar100", "folder"),
+        *("webdataset", "parquet", "shapes"),
         FUNCTION,
     ),
     "DATA.MEAN_AND_STD_TYPE": ("default", "clip", "half", "inception"),

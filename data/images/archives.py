@@ -6,7 +6,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -38,8 +38,8 @@ class Member(NamedTuple):
     size: int  # -1 for a folder
 
 
-def tar_members(path: Path) -> Iterator[Member]:
-    """The images and folders of a plain tar file.
+def tar_members(path: Path, is_wanted: Callable[[str], bool] = is_image) -> Iterator[Member]:
+    """The images, or what else is wanted, and the folders of a plain tar file.
 
     One that is damaged, compressed or unsafe is an error.
     """
@@ -53,8 +53,8 @@ def tar_members(path: Path) -> Iterator[Member]:
             )
         if member.isdir():
             yield Member(name, 0, -1)
-        elif is_image(name):
-            _check_image(path, member, length)
+        elif is_wanted(name):
+            _check_member(path, member, length)
             yield Member(name, member.offset_data, member.size)
 
 
@@ -80,7 +80,7 @@ def _tar_entries(path: Path, length: int) -> Iterator[tarfile.TarInfo]:
         )
 
 
-def _check_image(path: Path, member: tarfile.TarInfo, length: int) -> None:
+def _check_member(path: Path, member: tarfile.TarInfo, length: int) -> None:
     if not member.isreg() or member.issparse():
         raise ValueError(
             f"{path}: member {member.name} is a link or has holes: make the tar again with"

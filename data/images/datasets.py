@@ -30,6 +30,7 @@ from data.images.listing import (
 )
 from data.images.reading import CorruptImage, read_rgb, warn
 from data.images.scans import ClassLists, class_folders, scan_folder, scan_tar, scan_zips
+from data.images.shards import ParquetRows, ShardBytes, scan_parquet, scan_shards, shard_files
 from data.store.files import FileBytes
 from data.store.keys import Keys, check_unique, load_array, save_array
 
@@ -257,6 +258,39 @@ def _rows_of_debug(names: Path, whole: Listing) -> np.ndarray:
     return rows
 
 
+class ShardImages(ListedImages):
+    """Images in many files, webdataset's tars or parquet; a key is that of class folders."""
+
+    def __init__(self, cfg, listing: Listing, source: ShardBytes | ParquetRows) -> None:
+        super().__init__(cfg, listing)
+        self.source = source
+
+    def open_image(self, position: int) -> Image.Image:
+        data = self.source.read(*self.listing.span(position))
+        return read_rgb(data, self.max_pixels, self.listing.key(position))
+
+
+def _build_shards(cfg, split: str) -> ListedImages:
+    has_own_path = split == "val" and cfg.DATA.VAL_PATH
+    root = Path(cfg.DATA.VAL_PATH) if has_own_path else layout.data_path(cfg)
+    are_tars = cfg.DATA.DATASET == "webdataset"
+    files = shard_files(root, split, ".tar" if are_tars else ".parquet")
+    class_lists = _given_class_lists(cfg)
+    class_names = class_lists[0] if class_lists else []
+    key_column = cfg.DATA.KEY_COLUMN
+    source = {
+        "kind": cfg.DATA.DATASET,
+        "files": [str(path.resolve()) for path in files],
+        "class_lists": class_lists,
+        "key_column": key_column,
+    }
+    if are_tars:
+        listing = _listed(cfg, source, lambda: scan_shards(root, files, class_names))
+        return ShardImages(cfg, listing, ShardBytes(files))
+    listing = _listed(cfg, source, lambda: scan_parquet(root, files, class_names, key_column))
+    return ShardImages(cfg, listing, ParquetRows(files))
+
+
 class ArrayImages(ListedImages):
     """Images that lie decoded in one array file [N, H, W, 3]; a key ends with the row."""
 
@@ -436,5 +470,7 @@ DATASETS: dict[str, Callable[[Any, str], ListedImages]] = {
     "cifar10": _build_cifar,
     "cifar100": _build_cifar,
     "folder": _build_unlabelled,
+    "parquet": _build_shards,
+    "webdataset": _build_shards,
     "shapes": _build_shapes,
 }

@@ -49,16 +49,16 @@ def scan_folder(root: Path, class_lists: ClassLists | None) -> Scan:
         sorted(_images(root / name, f"{name}/", watched), key=os.fsencode) for name in found
     )
     keys = list(reported(images, f"listing {root}"))
-    _check_some(root, keys, f"{root}/<class>/*.JPEG")
+    check_some(root, keys, f"{root}/<class>/*.JPEG")
     _announce_links(watched)
-    labels, class_names = _labels(root, map(_folder_of, keys), found, class_lists)
+    labels, class_names = labels_of(root, map(folder_of, keys), found, class_lists)
     return Scan(keys, labels, class_names, watched=watched)
 
 
 def _scan_unlabelled(root: Path) -> Scan:
     watched: list[list] = []
     keys = sorted(reported(_images(root, "", watched), f"listing {root}"), key=os.fsencode)
-    _check_some(root, keys, "images in this folder or those below")
+    check_some(root, keys, "images in this folder or those below")
     _announce_links(watched)
     return Scan(keys, np.full(len(keys), -1), [], watched=watched)
 
@@ -71,7 +71,7 @@ def scan_tar(path: Path, class_lists: ClassLists | None) -> Scan:
     watched = [stamp(path)]
     members = list(reported(tar_members(path), f"listing {path}"))
     labelled = class_lists is not None
-    around = _folder_around([member.name for member in members if member.size >= 0], labelled)
+    around = folder_around([member.name for member in members if member.size >= 0], labelled)
     inside = [
         member._replace(name=member.name.removeprefix(around))
         for member in members
@@ -79,14 +79,14 @@ def scan_tar(path: Path, class_lists: ClassLists | None) -> Scan:
     ]
     # of two members of one name the last counts
     spans = {name: (offset, size) for name, offset, size in inside if size >= 0}
-    _check_some(path, spans, "<class>/*.JPEG" if labelled else "images")
+    check_some(path, spans, "<class>/*.JPEG" if labelled else "images")
     if class_lists is None:
         keys = sorted(spans, key=os.fsencode)
         labels, class_names = np.full(len(keys), -1), []
     else:
-        found = _tar_classes(path, spans, {_folder_of(member.name) for member in inside})
-        keys = sorted(spans, key=lambda name: (os.fsencode(_folder_of(name)), os.fsencode(name)))
-        labels, class_names = _labels(path, map(_folder_of, keys), found, class_lists)
+        found = _tar_classes(path, spans, {folder_of(member.name) for member in inside})
+        keys = sorted(spans, key=lambda name: (os.fsencode(folder_of(name)), os.fsencode(name)))
+        labels, class_names = labels_of(path, map(folder_of, keys), found, class_lists)
     return Scan(keys, labels, class_names, np.array([spans[key] for key in keys]), watched)
 
 
@@ -108,7 +108,7 @@ def scan_names(path: Path, class_lists: ClassLists) -> Scan:
             f"{path}: {len(twins)} names stand twice (first: {twins[0]}): list each image once"
         )
     counts = Counter(map(_wnid_of, names))
-    labels, class_names = _labels(path, counts, list(counts), class_lists)
+    labels, class_names = labels_of(path, counts, list(counts), class_lists)
     return Scan(names, labels, class_names, watched=watched)
 
 
@@ -164,7 +164,7 @@ def _announce_links(watched: Sequence[list]) -> None:
         )
 
 
-def _check_some(path: Path, keys: Sized, expected: str) -> None:
+def check_some(path: Path, keys: Sized, expected: str) -> None:
     if not len(keys):
         raise ValueError(
             f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}): expected {expected}; correct the"
@@ -172,7 +172,7 @@ def _check_some(path: Path, keys: Sized, expected: str) -> None:
         )
 
 
-def _labels(
+def labels_of(
     path: Path, classes: Iterable[str], found: Sequence[str], class_lists: ClassLists
 ) -> tuple[np.ndarray, list[str]]:
     """The labels of images, and the class names by label.
@@ -224,7 +224,7 @@ def _tar_classes(path: Path, images: Iterable[str], folders: set[str]) -> list[s
     return sorted(folders, key=os.fsencode)
 
 
-def _folder_around(names: Sequence[str], labelled: bool) -> str:
+def folder_around(names: Sequence[str], labelled: bool) -> str:
     """The path that all names begin with, with a slash; a single class's folder is not in it."""
     folders = {posixpath.dirname(name) for name in names}
     shared = posixpath.commonpath(folders) if folders else ""
@@ -252,7 +252,7 @@ def _spans_in(path: Path) -> dict[str, tuple[int, int]]:
         return {}
 
 
-def _folder_of(name: str) -> str:
+def folder_of(name: str) -> str:
     return name.partition("/")[0]
 
 
