@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -97,6 +98,59 @@ def test_the_readmes_own_loop_runs(workplace):
     run([*words, *small, "output/demo/logits"], workplace)
     source = source.replace('"DISTILL.TEACHER_LOGITS_PATH"', str(small)[1:-1])
     run(["-c", source + "\nassert torch.isfinite(loss) and epoch == 0\n"], workplace)
+
+
+def test_the_detector_of_a_page_learns(tmp_path, monkeypatch):
+    """Its own program in small, with a teacher's weights: the loss falls."""
+    ((name, source),) = marked(ROOT / "docs" / "DENSE.md", "file")
+    for shown, small in (("batch: int = 4", "batch: int = 2"), ("1_000_200", "1_000_005")):
+        assert source.count(shown) == 1
+        source = source.replace(shown, small)
+    (tmp_path / name).write_text(source)
+    cfg = load_config(["--cfg", str(ROOT / "configs/shapes/teacher.yaml")])
+    torch.save(build_model(cfg).state_dict(), tmp_path / "teacher.pth")
+    monkeypatch.setattr(sys, "argv", [name, "16", str(tmp_path / "teacher.pth")])
+    page = runpy.run_path(str(tmp_path / name), run_name="__main__")
+    losses = page["losses"]
+    assert len(losses) == 16 and sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    assert 0 <= page["precision"] < 0.5
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the boxes that are drawn, then with the first of a picture once more and with
+    one beside it, of other scores.
+    """
+
+    def __init__(self, targets: list[dict], scores_of_wrong: float):
+        super().__init__()
+        self.targets = iter(targets)
+        self.scores_of_wrong = scores_of_wrong
+
+    def forward(self, pictures: list[torch.Tensor]) -> list[dict]:
+        boxes, labels = next(self.targets).values()
+        scores = torch.tensor([1.0] * len(boxes) + [self.scores_of_wrong] * 2)
+        boxes = torch.cat([boxes, boxes[:1], boxes[:1] + 400])
+        labels = torch.cat([labels, labels[:1], labels[:1]])
+        return [{"boxes": boxes, "labels": labels, "scores": scores}]
+
+
+def test_the_average_precision_of_a_page_is_right(tmp_path):
+    """Wrong answers below the right ones cost nothing; above them, a share of each kind's."""
+    ((name, source),) = marked(ROOT / "docs" / "DENSE.md", "file")
+    (tmp_path / name).write_text(source)
+    page = runpy.run_path(str(tmp_path / name))
+    numbers = range(40)
+    targets = [page["scene"](number)[1] for number in numbers]
+    measure = page["average_precision"]
+    assert measure(Oracle(targets, 0.5), numbers) == 1
+    shares = []
+    for kind in range(10):
+        right = sum((target["labels"] == kind).sum().item() for target in targets)
+        wrong = 2 * sum(target["labels"][0] == kind for target in targets)
+        shares.append(right / (right + wrong))
+    assert measure(Oracle(targets, 2.0), numbers) == pytest.approx(sum(shares) / 10)
+    others = [{**target, "labels": (target["labels"] + 1) % 10} for target in targets]
+    assert measure(Oracle(others, 0.5), numbers) == 0
 
 
 def test_the_readmes_table_of_models_is_right():

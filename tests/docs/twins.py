@@ -180,6 +180,7 @@ def write_stand_ins(root: Path) -> None:
     shutil.copy(root / "flowers" / "train" / "daisy" / "0.jpg", root / "photo.jpg")
     _write_zips(root / "ImageNet-22k")
     _write_weights(root / "checkpoints")
+    _write_mobile_sam(root / "mobile_sam.pt")
     (root / "my_package").mkdir()
     (root / "my_package" / "teachers.py").write_text(TEACHERS)
     for name, recipe in STORES.items():
@@ -229,6 +230,17 @@ def _write_weights(root: Path) -> None:
     cfg = load_config(["--cfg", recipe, "--opts", "MODEL.NUM_CLASSES", "10"])
     torch.save(build_model(cfg).state_dict(), root / "shapes_teacher.pth")
     torch.save(clip_vit_large14_224(**CLIP).state_dict(), root / "clip_vit_large_patch14_22k.pth")
+
+
+def _write_mobile_sam(path: Path) -> None:
+    """The encoder's part of its file, small, under its names."""
+    encoder = TinyViT(**VARIANTS["5m"])
+    sizes = {"0.weight": (256, encoder.num_features, 1, 1), "2.weight": (256, 256, 3, 3)}
+    sizes |= dict.fromkeys(("1.weight", "1.bias", "3.weight", "3.bias"), (256,))
+    state = encoder.state_dict() | {
+        f"neck.{name}": torch.rand(size) for name, size in sizes.items()
+    }
+    torch.save({f"image_encoder.{name}": value for name, value in state.items()}, path)
 
 
 def _write_store(root: Path, name: str, recipe: str) -> None:

@@ -681,24 +681,30 @@ def test_registered_with_timm_beside_its_own_entries():
         assert data["mean"] == (0.485, 0.456, 0.406) and data["interpolation"] == "bicubic"
 
 
-def test_a_fresh_import_warns_of_nothing_and_hub_finds_the_models(root):
+def test_a_fresh_import_warns_of_nothing_and_hub_finds_the_models(root, tmp_path):
+    """From a folder elsewhere, with weights by path too."""
+    torch.save(TinyViT.from_config("5m", num_classes=3).state_dict(), tmp_path / "best.pth")
     code = f"""
 import warnings, timm
 timms = {{name: timm.models.model_entrypoint(name) for name in timm.list_models("tiny_vit*")}}
 warnings.simplefilter("error")
 import torch
-model = torch.hub.load({str(root)!r}, "tiny_vit_5m_224", source="local", num_classes=3)
-assert model.head.out_features == 3
+model = torch.hub.load({str(root)!r}, "tiny_vit_5m_224", source="local", pretrained="best.pth")
+weights = torch.load("best.pth")
+assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+assert model(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+import sys
+sys.path.insert(0, {str(root)!r})
 import hubconf
 assert all(callable(getattr(hubconf, name)) for name in hubconf.__all__)
 assert timms and all(timm.models.model_entrypoint(name) is entry for name, entry in timms.items())
 print(*timm.list_models("tinyvit*"))
 """
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert found.returncode == 0, found.stderr
-    assert set(found.stdout.split()) == {
+    assert set(found.stdout.splitlines()[-1].split()) == {
         name.replace("tiny_vit", "tinyvit") for name in VARIANTS.values()
     }
 
