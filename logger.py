@@ -291,7 +291,8 @@ class TrainingLog:
         self._writer.write(
             update, epoch + step / steps, speeds, **means, **rate_range, skipped=skipped
         )
-        shown = [f"{name} {value:.4g}" for name, value in means.items()]
+        # an accuracy of mixed images may be 1e-10, which is 0 to people
+        shown = [f"{name} {round(float(value), 4):.4g}" for name, value in means.items()]
         shown.append(f"lr {max(rates):.4g}")
         if skipped:
             shown.append(f"{skipped} updates skipped")

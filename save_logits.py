@@ -45,7 +45,7 @@ from data.build import EpochLoader, RunData, open_run
 from data.identity import check_proof, choice_of, identity_of, proof_of
 from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
-from data.store.format import pack_records, ranges
+from data.store.format import pack_records, ranges, size_text
 from data.store.keys import Keys
 from logger import create_logger, progress
 from models.agreement import Agreement, compare
@@ -282,10 +282,8 @@ def write_epoch(
     def note() -> str:
         rate = tally.images / (time.monotonic() - begun)
         left = timedelta(seconds=round((to_come - tally.images) / rate)) if rate else "unknown"
-        megabytes = tally.images * writer.dtype.itemsize / 1e6
-        return (
-            f"rank 0: {tally}, {megabytes:,.1f} MB, {rate:,.0f} images/s; all epochs done in {left}"
-        )
+        size = size_text(tally.images * writer.dtype.itemsize)
+        return f"rank 0: {tally}, {size}, {rate:,.0f} images/s; all epochs done in {left}"
 
     batches = on_device(loader.batches(epoch, wanted=is_wanted), run.world.device)
     batches = run.watched(batches, round(loader.count(epoch) * share), f"epoch {epoch}", note)

@@ -3,14 +3,14 @@
 import argparse
 from typing import Any
 
-# (flag and what follows it, key that it sets, type, what it is)
+# (flag, also a short one, and what follows it, key that it sets, type, what it is)
 VALUES = (
     ("--batch-size N", "DATA.BATCH_SIZE", int, "images per process and forward pass"),
     ("--data-path PATH", "DATA.DATA_PATH", str, "the data set"),
     ("--pretrained WEIGHTS", "MODEL.PRETRAINED", str, "weights to start from: path, URL, zoo name"),
     ("--resume CHECKPOINT", "MODEL.RESUME", str, "checkpoint to continue from, or to evaluate"),
     ("--accumulation-steps N", "TRAIN.ACCUMULATION_STEPS", int, "forward passes per update"),
-    ("--output FOLDER", "OUTPUT", str, "runs go to FOLDER/MODEL.NAME/TAG"),
+    ("-o --output FOLDER", "OUTPUT", str, "runs go to FOLDER/MODEL.NAME/TAG"),
     ("--tag NAME", "TAG", str, "name of this run"),
     ("--device auto|cuda|mps|cpu", "DEVICE", str, "where to run; auto takes cuda if there is any"),
 )
@@ -46,9 +46,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help="set any key of configs/defaults.py, e.g. --opts TRAIN.EPOCHS 10",
     )
     for words, key, kind, text in VALUES:
-        flag, placeholder = words.split()
+        *flags, placeholder = words.split()
         parser.add_argument(
-            flag,
+            *flags,
             metavar=placeholder,
             dest=key,
             type=kind,

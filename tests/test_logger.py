@@ -338,14 +338,16 @@ def test_a_report_has_speed_wait_and_the_time_that_is_left(tmp_path, monkeypatch
     writer = MetricWriter(tmp_path)
     log = logger.TrainingLog(lines.append, writer, epochs=3, images_per_update=8, update=20)
     log.report(25, 1, 5, 15, {"loss": 3.0}, [0.1, 0.2], 0, waited=2.0, memory_gb=1.5)
-    log.report(30, 1, 10, 15, {"loss": 2.0}, [0.1, 0.2], 2, waited=3.0, memory_gb=1.5)
+    log.report(
+        30, 1, 10, 15, {"loss": 2.0, "top1": 3e-10}, [0.1, 0.2], 2, waited=3.0, memory_gb=1.5
+    )
     assert lines == [
         "epoch 2/3, update 5/15: loss 3, lr 0.2; 8.0 images/s, data wait 40%, 1.50 GB,"
         " 0:00:25 left",
-        "epoch 2/3, update 10/15: loss 2, lr 0.2, 2 updates skipped; 4.0 images/s,"
+        "epoch 2/3, update 10/15: loss 2, top1 0, lr 0.2, 2 updates skipped; 4.0 images/s,"
         " data wait 10%, 1.50 GB, 0:00:30 left",
     ]
-    numbers = {"loss": 2.0, "lr": 0.2, "lr_min": 0.1, "skipped": 2}
+    numbers = {"loss": 2.0, "top1": 3e-10, "lr": 0.2, "lr_min": 0.1, "skipped": 2}
     assert read(tmp_path)[1] == {"step": 30, "epoch": 1 + 10 / 15, **numbers}
 
 

@@ -70,7 +70,7 @@ Accuracies are on validation images; while training and saving they are lower, a
 augmented and mixed then.
 The same student, with the same images and epochs, is {gain:+.1f} points better when it learns from
 the teacher's store.
-The check of the stored logits has {verdict}; {seconds:.0f} s in all.
+The check of the stored logits has {verdict}; {seconds:.0f} s in all. {study.QUICK * args.quick}
 """)
     for name in ("curves.png", "replay_sheet.png", "confusion.png", "result.json"):
         print(output / name)

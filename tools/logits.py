@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     add("store", type=Path, help="folder of the store")
     add("--epoch", type=int, metavar="E", help="epoch to look at; default: the first sealed one")
     text = "picture to write (default: %(default)s)"
-    add("--output", type=Path, default=Path("logits.png"), metavar="PNG", help=text)
+    add("-o", "--output", type=Path, default=Path("logits.png"), metavar="PNG", help=text)
     return top
 
 

@@ -57,6 +57,7 @@ SOURCES = {
     "store": ["DISTILL.TEACHER_LOGITS_PATH"],
     "start": ["MODEL.PRETRAINED"],
 }
+QUICK = "--quick: a trial of all parts; its figures prove nothing."
 SHOWN = ("say", "x", "line")  # what changes nothing of a run
 ENTRY = (*PROGRAMS, *SOURCES, *SHOWN, "opts")
 
@@ -164,7 +165,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     parser = argparse.ArgumentParser(prog="python -m tools.study", description=description)
     add = parser.add_argument
     add("file", type=Path, help="the study (YAML); tools/studies has some")
-    add("--output", type=Path, help="the folder for everything (output/NAME)")
+    add("-o", "--output", type=Path, help="the folder for everything (output/NAME)")
     add("--data-path", help="the data set, for all commands")
     help = "KEY VALUE pairs: options for all commands, or values of the study"
     add("--opts", nargs="*", default=[], help=help)
@@ -181,6 +182,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     if args.quick:
         args.changes |= study["quick"]
         args.seeds, name = args.seeds[:1], f"{name}-quick"
+        study["question"] = f"{QUICK} {study['question']}"
     args.changes |= zip(args.opts[::2], map(yaml.safe_load, args.opts[1::2]))
     if args.data_path:
         args.changes["DATA.DATA_PATH"] = os.path.abspath(args.data_path)

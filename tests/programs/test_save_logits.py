@@ -175,7 +175,7 @@ def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "/6 [" in line]
     assert len(lines) == 12
     shown = (
-        r"epoch \d: .*\d/6 \[.*batches/s, rank 0: \d+ images(, top1 \S+%, top5 \S+%)?, 0.0 MB, "
+        r"epoch \d: .*\d/6 \[.*batches/s, rank 0: \d+ images(, top1 \S+%, top5 \S+%)?, \d\.\d+ kB, "
         r"[\d,]+ images/s; all epochs done in (\S+|unknown)\]$"
     )
     assert all(re.search(shown, line) for line in lines), lines[0]

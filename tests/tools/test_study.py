@@ -378,6 +378,8 @@ def test_a_shipped_study_runs_quick(file, tmp_path, monkeypatch):
     (axis,) = next(figure for figure, name in figures if name == "plot.png").axes
     _, labels = axis.get_legend_handles_labels()
     assert labels == DRAWN[file.stem]
+    assert "prove nothing" in axis.get_title()
+    assert "prove nothing" in (tmp_path / "table.md").read_text()
     for row in results["rows"]:
         assert row["val_top1"] >= 0 and row["seeds"] == 1
     assert Image.open(tmp_path / "plot.png").width > 800

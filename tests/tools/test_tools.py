@@ -1,7 +1,9 @@
 """The small programs: curves, predictions, the zoo's check, the demo's picture, counts of code."""
 
 import hashlib
+import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,27 @@ SMALL = {
     "num_heads": [1, 2, 3, 4],
     "window_sizes": [3, 3, 3, 3],
 }
+
+
+# what writes a file or folder of the user's choice
+WRITERS = (
+    "main",
+    "save_logits",
+    "tools.demo",
+    "tools.logits histogram",
+    "tools.plot",
+    "tools.replay_sheet",
+    "tools.study",
+)
+
+
+@pytest.mark.parametrize("program", WRITERS)
+def test_what_a_program_writes_is_named_by_one_option(program, capsys):
+    name, *words = program.split()
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main([*words, "--help"])
+    assert end.value.code == 0
+    assert re.search(r"^ +-o\b.* --output [A-Z]+\b", capsys.readouterr().out, re.M)
 
 
 def metrics(folder, epochs: int, torn: bool = False):
