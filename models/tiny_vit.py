@@ -56,7 +56,7 @@ WEIGHTS = ("22kto1k_distill", "22k_distill", "1k")  # names of official checkpoi
 WEIGHT_ALIASES = {"in1k": "22kto1k_distill", "in22k": "22k_distill"}
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # of 2.7
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -446,8 +446,8 @@ class TinyViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Keep what the maps of the stages in `indices` need, and as asked what is for the last map
-        alone; return the indices, counted from the first stage.
+        """Drop the stages above those in `indices`, and with them, or as asked, the norm and the
+        head; return the indices, counted from the first stage.
         """
         taken, last = feature_take_indices(len(self.layers), indices)
         is_cut = last + 1 < len(self.layers)
@@ -564,7 +564,7 @@ def pretrained_source(variant: str, pretrained: bool | str, img_size: int) -> tu
             names += ["in1k_384", "in1k_512"]
         raise ValueError(
             f"no pretrained weights {pretrained!r} for TinyViT {variant}: there are"
-            f" {', '.join(names)}; True means the first"
+            f" {', '.join(names)}; True means the first, and a file's path has a dot or a slash"
         )
     return variant, name
 
