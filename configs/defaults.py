@@ -94,7 +94,8 @@ _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "tiny_vit"
 # names the run's folder; for TYPE timm the timm model to build
 _C.MODEL.NAME = "tiny_vit"
-# weights to start from: a path, a URL, a zoo name (22kto1k_distill ...), for TYPE timm also `hub`;
+# weights to start from: a path, a URL, a zoo name (22kto1k_distill ...), hf-hub:user/repository,
+# or `hub`, which for TYPE tiny_vit and timm is what timm has published for the model;
 # with @sha256=... and at least 8 digits behind it (and so RESUME, TEACHER_WEIGHTS) that file alone
 _C.MODEL.PRETRAINED = ""
 # checkpoint to continue from (training), or to load exactly (--eval, --throughput, saving)

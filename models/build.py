@@ -13,8 +13,10 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models.clip_vit import clip_vit_large14_224
+from models.hub import timm_name
 from models.pretrained import (
     CLIP_VARIANT,
+    HUB,
     PIN,
     ZOO_NAMES,
     LoadReport,
@@ -76,8 +78,8 @@ def load_named_weights(
     exact: bool = False,
     log: Callable[[str], None] = print,
 ) -> LoadReport:
-    """Load weights by what a configuration calls them: a path, a URL, a name of the model zoo, each
-    with @sha256=... if you like, for TYPE timm also `hub`.
+    """Load weights by what a configuration calls them: a path, a URL, a name of the model zoo,
+    of the Hub, or `hub`, timm's for this model; each with @sha256=... if you like.
     """
     weights = _read_named_weights(cfg, name, log)
     return load_weights(model, weights, exact=exact, label=name, log=log)
@@ -208,6 +210,8 @@ def _read_named_weights(cfg: CfgNode, name: str, log: Callable[[str], None]) -> 
                 " connection fetch the file elsewhere and give its path as MODEL.PRETRAINED"
             ) from error
     which = name.partition(PIN)[0]
+    if cfg.MODEL.TYPE == "tiny_vit" and which == "hub":
+        name = f"{HUB}timm/{timm_name(_zoo_variant(cfg))}.dist_in22k_ft_in1k{name[len(which) :]}"
     variant = ""
     if cfg.MODEL.TYPE == "tiny_vit" and which in ZOO_NAMES:
         variant = _zoo_variant(cfg)

@@ -1,13 +1,15 @@
 """Weights in and out: reading checkpoints safely, naming schemes, fitting weights to a model, the
 model zoo.
 
-Checkpoints of the official release, of this project and of timm are read, as .pth or .safetensors.
+Checkpoints of the official release, of this project and of timm are read, as .pth or .safetensors,
+from files, folders and links, and from the Hugging Face Hub.
 No file can run code: only tensors, plain containers and the configuration node that some official
 files hold are accepted. Checksums are tested where a file has such; `FILE@sha256=...` asks for one.
 """
 
 import errno
 import http.client
+import json
 import os
 import pickle
 import re
@@ -47,6 +49,10 @@ _RECOMPUTED = "attention_bias_idxs"  # a buffer of official files that the windo
 _TIMEOUT = 30  # seconds without a byte
 PIN = "@sha256="  # between a file's name and the beginning of its digest
 _DIGEST = "tensors_sha256"  # where the metadata of our safetensors have it
+_NOTES = "notes"  # and what `read_notes` gives, as JSON
+_NOTE_KINDS = {"config": str, "class_names": list, "progress": dict, "sources": dict}
+HUB = "hf-hub:"  # before user/repository[@revision], as timm writes it
+WEIGHTS_FILE = "model.safetensors"  # in a repository or a folder
 
 # timm numbers the two convolutions of the stem, and counts a merging layer to the stage after it
 _OURS_TO_TIMM = {
@@ -106,16 +112,17 @@ def read_state_dict(
 
 
 def read_notes(source: str | Path) -> dict[str, object]:
-    """What a checkpoint of a training of ours tells beside its weights: `config`, its YAML, and
-    `class_names`; others tell nothing.
+    """What a checkpoint of a training of ours, or an export of one, tells beside its weights:
+    `config`, its YAML, `class_names`, `progress` and `sources`; others tell nothing.
     """
-    content, *_ = read_file(source)
-    notes = {}
-    if isinstance(content, Mapping):
-        for key, kind in (("config", str), ("class_names", list)):
-            if isinstance(content.get(key), kind):
-                notes[key] = content[key]
-    return notes
+    content, path, _ = read_file(source)
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {}).get(_NOTES, "{}"))
+    notes = content if isinstance(content, Mapping) else {}
+    return {
+        key: notes[key] for key, kind in _NOTE_KINDS.items() if isinstance(notes.get(key), kind)
+    }
 
 
 def load_weights(
@@ -192,15 +199,26 @@ def load_weights(
     return report
 
 
-def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Write a model's weights alone, as safetensors; the file is whole or not there."""
+def save_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    naming: Callable[[StateDict], StateDict] = dict,
+    notes: Mapping[str, object] | None = None,
+) -> None:
+    """Write a model's weights as safetensors, with notes for `read_notes` if there are some; the
+    file is whole or not there. `naming` is to_timm for timm's names.
+    """
     state = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in model.state_dict().items()
+        for name, value in naming(model.state_dict()).items()
     }
+    told = {_DIGEST: weights_digest(state)}
+    if notes:
+        told[_NOTES] = json.dumps(notes)
     temporary = Path(f"{path}.tmp")
     try:
-        safetensors.torch.save_file(state, temporary, {_DIGEST: weights_digest(state)})
+        safetensors.torch.save_file(state, temporary, told)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -283,6 +301,23 @@ def cached_download(url: str | Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def hub_file(place: str, name: str = WEIGHTS_FILE) -> Path:
+    """The local copy of a file of the Hub's hf-hub:user/repository[@revision], in the cache that
+    timm and others share.
+    """
+    repository, _, revision = place.removeprefix(HUB).partition("@")
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repository, name, revision=revision or None))
+    except Exception as error:  # the client has many of its own, and may not be installed
+        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        raise ValueError(
+            f"{place}: {name} could not be fetched ({reason}). Correct the name, or without a"
+            " connection fetch the file elsewhere and give its path"
+        ) from None
 
 
 def to_timm(state: Mapping[str, torch.Tensor]) -> StateDict:
@@ -388,7 +423,12 @@ def read_file(source: str | Path) -> tuple[object, Path, str]:
     A ValueError says why it can't be used, an OSError why not now.
     """
     place, is_pinned, pin = str(source).partition(PIN)
-    path = cached_download(place) if _is_url(place) else Path(os.path.expanduser(place))
+    if place.startswith(HUB):
+        path = hub_file(place)
+    else:
+        path = cached_download(place) if _is_url(place) else Path(os.path.expanduser(place))
+    if (path / WEIGHTS_FILE).is_file():
+        path = path / WEIGHTS_FILE
     if path.is_dir():
         raise ValueError(
             f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}"

@@ -397,6 +397,26 @@ class TinyViT(nn.Module):
         load_weights(model, weights, label=str(pretrained))
         return model
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **overrides: Any) -> "TinyViT":
+        """The model of a Hugging Face repository, "user/repository[@revision]", of a folder that
+        save_pretrained wrote, or of any checkpoint; in eval mode.
+        """
+        from models.hub import load_tiny_vit
+
+        is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name))
+        if is_repository and not Path(name).exists():
+            name = f"hf-hub:{name}"
+        return load_tiny_vit(name, **overrides)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a folder for from_pretrained, timm and the Hub; options as of
+        models.hub.save_pretrained.
+        """
+        from models.hub import save_pretrained
+
+        save_pretrained(self, folder, **options)
+
     def forward(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> logits [B, num_classes], or normalised features [B, C] if there
         are no classes.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from math import isqrt
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,11 +17,8 @@ from configs import load_config
 from data.augment.decoder import eval_transform
 from data.images.reading import IMAGE_SUFFIXES, read_rgb
 from models.build import build_teacher
-from models.pretrained import from_timm, load_weights, read_notes, read_state_dict
-from models.tiny_vit import TinyViT
-
-# pixels a point of the third stage's map stands for, which official models cover with one window
-STRIDE = 16
+from models.hub import load_tiny_vit
+from models.pretrained import read_notes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     help = "image files, or folders that are searched for images"
     add("images", metavar="IMAGE|FOLDER", nargs="+", type=Path, help=help)
     help = "a checkpoint; what model it belongs to is read from it"
-    add("--weights", required=True, metavar="FILE|URL", help=help)
+    add("--weights", required=True, metavar="FILE|URL|hf-hub:REPOSITORY", help=help)
     add("--timm", metavar="NAME", help="the weights are of this timm model")
     help = "take image size, mean and std from this recipe (default: the checkpoint's own)"
     add("--cfg", metavar="FILE", help=help)
@@ -125,50 +120,8 @@ def load_model(
         words = ["--eval", "--resume", weights, "--opts", "MODEL.TYPE", "timm", "MODEL.NAME"]
         cfg = load_config([*words, timm_name])
         return build_teacher(cfg, log=lambda text: None), cfg, ()
-    state = read_state_dict(weights)
-    if "patch_embed.conv1.conv.weight" in state:
-        state = from_timm(state)
-    try:
-        settings = tiny_vit_settings(state, weights)
-        cfg = load_config(["--opts", "DATA.IMG_SIZE", str(settings["img_size"]), "--eval"])
-        model = TinyViT(**settings)
-    except (LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{weights}: no TinyViT has tensors like these ({error})") from None
-    load_weights(model, state, exact=True, log=lambda text: None)
-    return model.eval(), cfg, ()
-
-
-def tiny_vit_settings(state: Mapping[str, torch.Tensor], name: str) -> dict:
-    """The TinyViT a state dict belongs to, read from the shapes of its tensors."""
-    if "patch_embed.seq.0.c.weight" not in state or "head.weight" not in state:
-        raise ValueError(
-            f"{name}: these are not the weights of a TinyViT classifier; for a timm model name it"
-            " with --timm"
-        )
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    blocks = {re.match(r"layers\.\d\.blocks\.\d+\.|", key).group() for key in state}
-    depths = [sum(block.startswith(f"layers.{stage}.") for block in blocks) for stage in range(4)]
-    dims = [shapes["patch_embed.seq.2.c.weight"][0]]
-    num_heads = [1]  # of the first stage, which has no attention
-    windows = []
-    for stage in (1, 2, 3):
-        block = f"layers.{stage}.blocks.0"
-        heads, points = shapes[f"{block}.attn.attention_biases"]
-        dims.append(shapes[f"{block}.attn.proj.weight"][0])
-        num_heads.append(heads)
-        windows.append(isqrt(points))
-    return {
-        "embed_dims": dims,
-        "depths": depths,
-        "num_heads": num_heads,
-        "window_sizes": [windows[0], *windows],
-        "num_classes": shapes["head.weight"][0],
-        "in_chans": shapes["patch_embed.seq.0.c.weight"][1],
-        "mbconv_expand_ratio": shapes["layers.0.blocks.0.conv1.c.weight"][0] / dims[0],
-        "mlp_ratio": shapes["layers.1.blocks.0.mlp.fc1.weight"][0] / dims[1],
-        "local_conv_size": shapes["layers.1.blocks.0.local_conv.c.weight"][-1],
-        "img_size": max(32, windows[1] * STRIDE),
-    }
+    model = load_tiny_vit(weights)
+    return model, load_config(["--opts", "DATA.IMG_SIZE", str(model.img_size), "--eval"]), ()
 
 
 def class_names(count: int, file: Path | None, own: Sequence[str] = ()) -> Sequence[str]:

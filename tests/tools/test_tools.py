@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo
 from configs import dump, load_config
 from data.augment.decoder import eval_transform
 from data.build import open_run
+from models.hub import tiny_vit_settings
 from models.pretrained import to_timm
 from models.tiny_vit import VARIANTS, TinyViT
 from tests.support import training
@@ -108,7 +109,7 @@ def test_plot_without_metrics_says_what_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize("variant", ["5m", "21m_384"])
 def test_predict_reads_a_model_from_the_shapes_of_its_weights(variant):
     state = TinyViT.from_config(variant).state_dict()
-    found = predict.tiny_vit_settings(state, "x")
+    found = tiny_vit_settings(state, "x")
     for name, value in VARIANTS[variant].items():
         if name not in ("drop_path_rate", "num_heads"):
             assert tuple(np.ravel(found[name])) == tuple(np.ravel(value)), name
