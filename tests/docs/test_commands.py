@@ -74,6 +74,7 @@ RECIPES = [
 ]
 # Text that a tool prints, the file that it leaves, and more words for its twin.
 TOOLS = {
+    "tools.attention": ("attention.png: blocks ", "attention.png"),
     "tools.plot": ("validation top-1", "curves.png"),
     "tools.predict": ("photo.jpg\n", ""),
     "tools.replay_sheet": ("replay_sheet.png: ", "replay_sheet.png"),

@@ -36,6 +36,7 @@ SMALL = {
 WRITERS = (
     "main",
     "save_logits",
+    "tools.attention",
     "tools.demo",
     "tools.logits histogram",
     "tools.plot",

@@ -1,0 +1,211 @@
+"""Where a TinyViT looks: attention of chosen blocks, heads and points, drawn over an image.
+
+Without --points a tile shows how much attention each point gets in all from the points of its
+window (1: as much as if attention were even); with them, what each of those points looks at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from data.augment.decoder import eval_transform
+from data.images.reading import read_rgb
+from models.tiny_vit import Block, TinyViT
+from tools.predict import load_model
+from tools.replay_sheet import visible
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the probabilities of each attention that is computed meanwhile.
+
+    The model's own kernels keep none, and so it stays as fast as it is for all others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            query, key, _ = args
+            scores = query @ key.mT * query.shape[-1] ** -0.5 + kwargs["attn_mask"]
+            self.found.append(scores.softmax(-1))
+        return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the points of an image's map look at in one block."""
+
+    probs: Tensor  # [windows, heads, N, N]: a point's row sums to 1
+    window: int
+    size: tuple[int, int]  # of the map, before it was padded to whole windows
+
+    def given(self, asked: Tensor) -> Tensor:
+        """The attention that points give, summed with the weights [H, W]: [heads, H, W], each
+        window in its place.
+        """
+        window, (height, width) = self.window, self.size
+        asked = F.pad(asked, (0, -width % window, 0, -height % window))
+        grid = asked.unflatten(1, (-1, window)).unflatten(0, (-1, window)).transpose(1, 2)
+        rows, columns = grid.shape[:2]
+        looks = torch.einsum("nhqk,nq->hnk", self.probs, grid.reshape(-1, window**2))
+        looks = looks.view(-1, rows, columns, window, window).transpose(2, 3)
+        return looks.reshape(-1, *asked.shape)[:, :height, :width]
+
+    def cell(self, point: tuple[float, float]) -> tuple[int, int]:
+        """Row and column of the map at x, y, from 0 to 1."""
+        row, column = (min(int(at * side), side - 1) for at, side in zip(point[::-1], self.size))
+        return row, column
+
+
+def attentions(model: TinyViT, image: Tensor) -> dict[str, Attention]:
+    """Of an image [3, H, W] the attention of each block that has such, by stage.block."""
+    blocks = {module: name for name, module in model.named_modules() if isinstance(module, Block)}
+    seen = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module in blocks:
+            _, stage, _, number = blocks[module].split(".")
+            seen.append((f"{stage}.{number}", module.window, tuple(inputs[0].shape[2:])))
+
+    with torch.inference_mode(), register_module_forward_pre_hook(note), _Watch() as watch:
+        model(image[None])
+    return {
+        name: Attention(probs, window, size)
+        for (name, window, size), probs in zip(seen, watch.found)
+    }
+
+
+def chosen_blocks(words: Sequence[str], found: Mapping[str, Attention]) -> list[str]:
+    """Names of blocks from stages and blocks; without any, the last block of each stage."""
+    if not words:
+        return list({name.partition(".")[0]: name for name in found}.values())
+    names = []
+    for word in words:
+        meant = [name for name in found if word in (name, name.partition(".")[0])]
+        if not meant:
+            raise ValueError(
+                f"--blocks {word}: no stage or block with attention: there are {', '.join(found)}"
+            )
+        names += meant
+    return names
+
+
+def chosen_heads(heads: Sequence[int], name: str, attention: Attention) -> list[int]:
+    """The heads to show of a block, all if none is named."""
+    count = attention.probs.shape[1]
+    for head in heads:
+        if not 0 <= head < count:
+            raise ValueError(f"--heads {head}: block {name} has heads 0 to {count - 1}")
+    return list(heads) or list(range(count))
+
+
+def point_of(text: str) -> tuple[float, float]:
+    """x and y from "0.5,0.25"."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        x = y = -1.0
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ValueError(f"--points {text}: expected X,Y from 0,0 (top left) to 1,1")
+    return x, y
+
+
+def draw(
+    picture: Image.Image,
+    found: Mapping[str, Attention],
+    heads: Sequence[int],
+    points: Sequence[tuple[float, float]],
+) -> Figure:
+    """A row for each block and point: the windows, the mean over all heads, each head."""
+    rows = [(name, point) for name in found for point in points or [None]]
+    shown = {name: chosen_heads(heads, name, attention) for name, attention in found.items()}
+    columns = 2 + max(map(len, shown.values()))
+    figure = Figure(figsize=(2.0 * columns, 2.25 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in grid.flat:
+        axis.axis("off")
+    for (name, point), axes in zip(rows, grid):
+        attention = found[name]
+        height, width = attention.size
+        extent = (0, width, height, 0)
+        asked = torch.ones(height, width)
+        if point:
+            row, column = attention.cell(point)
+            asked = torch.zeros(height, width)
+            asked[row, column] = 1
+        maps = attention.given(asked).numpy()
+        tiles = {"mean": maps.mean(0)} | {f"head {head}": maps[head] for head in shown[name]}
+        axes[0].imshow(picture, extent=extent)
+        axes[0].set_title(f"block {name}, windows", fontsize=8)
+        line = {"color": "white", "linewidth": 0.8}
+        axes[0].vlines(range(0, width, attention.window), 0, height, **line)
+        axes[0].hlines(range(0, height, attention.window), 0, width, **line)
+        for axis, (title, values) in zip(axes[1:], tiles.items()):
+            most, lost = values.max(), 1 - values.sum() / asked.sum().item()
+            axis.imshow(picture.convert("L"), cmap="gray", extent=extent)
+            axis.imshow(values, cmap="inferno", alpha=0.85 * values / most, extent=extent)
+            text = f"{title}: max {most:.0%}" if point else f"{title}: max {most:.1f}"
+            if lost >= 0.005:
+                text += f", padding {lost:.0%}"
+            axis.set_title(text, fontsize=8)
+        for axis in axes[: 1 + len(tiles)] if point else ():
+            axis.plot(column + 0.5, row + 0.5, "+", color="cyan", markersize=7)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.attention", description=__doc__, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="an image file")
+    help = "a checkpoint of a TinyViT; which one is read from it"
+    add("--weights", required=True, metavar="FILE|URL", help=help)
+    help = "default: the size the model was built for"
+    add("--image-size", type=int, metavar="PIXELS", help=help)
+    help = "stages, or blocks as STAGE.BLOCK, counted from 0 (default: the last of each stage)"
+    add("--blocks", nargs="+", default=[], metavar="BLOCK", help=help)
+    help = "heads, counted from 0 (default: all)"
+    add("--heads", nargs="+", type=int, default=[], metavar="HEAD", help=help)
+    help = "points whose attention is shown, from 0,0 (top left) to 1,1 of what the model sees"
+    add("--points", nargs="+", default=[], metavar="X,Y", help=help)
+    help = "the picture (default %(default)s)"
+    add("-o", "--output", metavar="FILE", type=Path, default=Path("attention.png"), help=help)
+    args = parser.parse_args(argv)
+    try:
+        points = [point_of(text) for text in args.points]
+        model, cfg, _ = load_model(args.weights)
+        if not isinstance(model, TinyViT):
+            raise ValueError(f"{args.weights}: a {type(model).__name__}, which is no TinyViT")
+        if args.image_size:
+            cfg = cfg.replace({"DATA.IMG_SIZE": args.image_size})
+        transform = eval_transform(cfg)
+        image = transform(read_rgb(args.image, cfg.DATA.MAX_PIXELS))
+        found = attentions(model, image)
+        found = {name: found[name] for name in chosen_blocks(args.blocks, found)}
+        draw(visible(transform, image), found, args.heads, points).savefig(args.output, dpi=110)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: blocks {', '.join(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
