@@ -7,9 +7,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +43,10 @@ class _File(logging.FileHandler):
     """
 
     is_whole = True
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.is_new = not path.exists()
+        super().__init__(path, **options)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if self.is_whole:
@@ -95,6 +101,37 @@ def note_fault(log: logging.Logger, text: str) -> None:
     for handler in log.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
+
+
+@contextmanager
+def no_trace_if_refused(folder: Path, name: str = "tinyvit") -> Iterator[None]:
+    """A run that is refused while nothing but logs is in its folder takes its own, new one away."""
+    try:
+        yield
+    except (ValueError, OSError):
+        files = list(folder.iterdir()) if folder.is_dir() else []
+        if all(path.name.startswith("log_rank") for path in files):
+            with suppress(OSError):  # not empty, or (Windows) in use
+                for handler in logging.getLogger(name).handlers:
+                    if isinstance(handler, _File) and handler.is_new:
+                        os.remove(handler.baseFilename)
+                folder.rmdir()
+                folder.parent.rmdir()
+        raise
+
+
+@contextmanager
+def awaited(what: str, log: Log, seconds: float = 8.0) -> Iterator[Callable[[], None]]:
+    """Tell what is waited for if it has not come after some seconds; the function that is given
+    says that it has.
+    """
+    timer = threading.Timer(seconds, log, [f"waiting for {what}"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
 
 
 def git_state(folder: str | Path) -> str:
@@ -249,7 +286,12 @@ class TrainingLog:
         self._epochs = epochs
         self._images_per_update = images_per_update
         self._start = (time.perf_counter(), update)
+        self._brief = ""
         self.begin_epoch(update)
+
+    def brief(self) -> str:
+        """The last report in short, for a progress bar."""
+        return self._brief
 
     def begin_epoch(self, update: int) -> None:
         """Leave what was between the epochs out of the speed."""
@@ -291,6 +333,8 @@ class TrainingLog:
         self._writer.write(
             update, epoch + step / steps, speeds, **means, **rate_range, skipped=skipped
         )
+        left = f"{timedelta(seconds=round(seconds_left))} left"
+        self._brief = f"loss {means.get('loss', math.nan):.4g}, {left} in all"
         # an accuracy of mixed images may be 1e-10, which is 0 to people
         shown = [f"{name} {round(float(value), 4):.4g}" for name, value in means.items()]
         shown.append(f"lr {max(rates):.4g}")
@@ -299,7 +343,7 @@ class TrainingLog:
         self._log(
             f"epoch {epoch + 1}/{self._epochs}, update {step}/{steps}: {', '.join(shown)};"
             f" {speed:,.1f} images/s, data wait {wait_percent:.0f}%, {memory_gb:.2f} GB,"
-            f" {timedelta(seconds=round(seconds_left))} left"
+            f" {left}"
         )
 
 
@@ -353,7 +397,7 @@ def progress(
         for done, item in enumerate(items, 1):
             yield item
             now = time.monotonic()
-            if now - last >= interval:
+            if now - last >= (interval if last > start else min(interval, 8.0)):
                 last = now
                 shown = {"prefix": description, "unit": unit, "postfix": note()}
                 log(tqdm.format_meter(done, total, now - start, ncols=0, **shown))

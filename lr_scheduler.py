@@ -34,6 +34,12 @@ class Schedule:
             decay_rate=settings.DECAY_RATE,
         )
 
+    def peak_and_sum(self) -> tuple[float, float]:
+        """The highest rate of a run, and the sum of the rates of its updates, from a thousand."""
+        points = range(0, self.updates, max(1, self.updates // 1000))
+        rates = [lr_at(point, self) for point in points]
+        return max(rates), sum(rates) / len(rates) * self.updates
+
 
 def lr_at(step: int, schedule: Schedule) -> float:
     """The learning rate at a point of the schedule.

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before anything slow: --help, and what is wrong wi
     SETTINGS = commands.answered(commands.training)
 
 import math
+import shutil
 import statistics
 import time
 from collections import deque
@@ -47,13 +48,16 @@ from data.augment.rng import run_seed
 from data.build import EpochLoader, RunData, open_run
 from data.replay import Batch, on_device
 from data.store.files import sole_user
+from data.store.format import size_text
 from logger import (
     NullWriter,
     TrainingLog,
+    awaited,
     create_logger,
     create_metric_writer,
     evaluation_in_words,
     git_state,
+    no_trace_if_refused,
     progress,
     write_classes,
 )
@@ -86,6 +90,7 @@ from utils import Distributed, Exit, Meters, Stopped, StopRequest, run_program
 
 IN_USE = "wait for its end, or give this run another --tag"
 GOES_ON = "the same command goes on from here"
+LEAST_SUM = 0.01  # of learning rates
 
 
 @dataclass
@@ -124,6 +129,7 @@ class Training:
     scheduler: LearningRateScheduler
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast; None is float32
+    is_compiled: bool
     progress: Progress
     sources: dict[str, Any]  # which images and which teacher it learns from
     meters: Meters
@@ -205,8 +211,11 @@ def accuracy(cfg: CfgNode, targets: Tensor | None, **answers: Tensor) -> dict[st
     return dict(zip(answers, share_right(targets, columns, cfg.MODEL.LABEL_SMOOTHING)))
 
 
-def train(run: Training) -> None:
-    """Train to the end of the last epoch; Stopped if a request comes first."""
+def train(run: Training, has_begun: Callable[[], object]) -> None:
+    """Train to the end of the last epoch; Stopped if a request comes first.
+
+    After each update `has_begun` is called.
+    """
     cfg, now, passes = run.cfg, run.progress, run.plan.accumulation
     training_log = TrainingLog(
         run.log.info, run.writer, cfg.TRAIN.EPOCHS, run.plan.per_update, now.update
@@ -221,10 +230,12 @@ def train(run: Training) -> None:
         has_bar = run.world.is_main and sys.stderr.isatty()
         to_come = (steps - now.step) * passes
         batches = on_device(batches, run.world.device)
-        batches = progress(batches, to_come, f"epoch {now.epoch + 1}", enabled=has_bar)
+        shown = f"epoch {now.epoch + 1}/{cfg.TRAIN.EPOCHS}"
+        batches = progress(batches, to_come, shown, enabled=has_bar, note=training_log.brief)
         training_log.begin_epoch(now.update)
         while now.step < steps:
             run.meters.add(train_step(run, batches))
+            has_begun()
             now.step += 1
             now.update += 1
             minutes = (time.monotonic() - saved) / 60
@@ -377,7 +388,7 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
     path = path or cfg.MODEL.RESUME
     state = None
     if path:
-        state = checkpoints.load_state(path)
+        state = checkpoints.load_state(path) | {"read_from": str(path)}
         for change in check_continuation(state["config"], cfg, str(path)):
             follows = "; learning rates follow it" if change.key == "TRAIN.EPOCHS" else ""
             log.warning(f"CHANGED SINCE THE CHECKPOINT: {change}{follows}")
@@ -392,7 +403,6 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
         aside = checkpoints.move_aside(folder)
         if aside:
             log.warning(f"TRAIN.AUTO_RESUME is off: what an earlier run has left moves to {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
     return state
 
 
@@ -412,14 +422,16 @@ def restore(run: Training, state: dict[str, Any]) -> None:
 def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequest) -> Training:
     """Everything that a training is made of, from the state it goes on from; rank 0 looks first."""
     teacher = build_online_teacher(cfg, world, log)
-    data = world.main_first(lambda: open_run(cfg, teacher.num_classes if teacher else 0))
+    with awaited("the list of images", log.info):
+        data = world.main_first(lambda: open_run(cfg, teacher.num_classes if teacher else 0))
     cfg = data.cfg
     log.debug(f"resolved configuration:\n{dump(cfg)}")  # for the log's file alone
-    log.info(f"configuration, all of it in config.yaml: {choices_in_words(cfg)}")
+    log.debug(f"what differs from the defaults: {choices_in_words(cfg)}")
     in_the_loop = f"the teacher {teacher.name} runs in the loop" if teacher else ""
-    log.info(world.on_main(data.check_store) or in_the_loop or "no teacher, labels alone")
+    taught_by = world.on_main(data.check_store) or in_the_loop or "no teacher, labels alone"
     plan = batch_plan(cfg)
     loader = utils.open_loader(data, world, log, plan.per_process, step_images=plan.per_update)
+    describe_data(loader, taught_by, log)
     steps = loader.count() // plan.accumulation  # updates of an epoch
     labels = labels_of_training(data, world)
     validate = open_validation(data, world, log, not cfg.DISTILL.ENABLED, stop)
@@ -429,11 +441,18 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     if teacher:
         sources["teacher"] = world.on_main(teacher.identity)
     state = world.on_main(lambda: find_state(cfg, log, sources))
-    model = build_student(cfg, world, log, start=state is None)
+    model, weights = build_student(cfg, world, log, start=state is None)
     optimizer = build_optimizer(cfg, model)
     dtype = utils.amp_dtype(cfg, world.device)
     is_compiled, reason = utils.must_compile(cfg, world.device, steps * cfg.TRAIN.EPOCHS)
-    log.info(f"the model runs {'compiled' if is_compiled else 'uncompiled'} ({reason})")
+    runs = "compiled" if is_compiled else "uncompiled"
+    log.debug(f"the model runs {runs} ({reason})")
+    log.info(
+        f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters"
+        f" ({count_parameters(model, trainable=True):,} train),"
+        f" {multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes,"
+        f" {runs}{weights}"
+    )
     run = Training(
         cfg=cfg,
         world=world,
@@ -454,11 +473,17 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         scheduler=build_scheduler(cfg, optimizer, steps),
         scaler=utils.grad_scaler(world.device, dtype),
         dtype=dtype,
+        is_compiled=is_compiled,
         progress=Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps),
         sources=sources,
         meters=Meters(world),
         recent=deque(maxlen=cfg.TRAIN.MAX_BAD_STEPS),
-        saver=checkpoints.Saver(run_folder(cfg) / "checkpoints", log.error),
+        saver=checkpoints.Saver(
+            run_folder(cfg) / "checkpoints",
+            log.error,
+            cfg.TRAIN.KEEP_CHECKPOINTS,
+            state["read_from"] if state else "",
+        ),
     )
     if state:
         restore(run, state)
@@ -466,27 +491,32 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     return run
 
 
-def build_student(cfg: CfgNode, world: Distributed, log: Logger, start: bool) -> nn.Module:
-    """The model on its device, with MODEL.PRETRAINED if it is to `start` from there."""
+def build_student(
+    cfg: CfgNode, world: Distributed, log: Logger, start: bool
+) -> tuple[nn.Module, str]:
+    """The model on its device, with MODEL.PRETRAINED if it is to `start` from there; how that
+    fitted.
+    """
     utils.seed_everything(cfg.SEED)
-    model = build_model(cfg, load=False, log=log.info).to(world.device)
+    model, fitted = build_model(cfg, load=False, log=log.debug).to(world.device), ""
     if cfg.TRAIN.CHANNELS_LAST and cfg.MODEL.TYPE != "tiny_vit":  # which does so by itself
         model = model.to(memory_format=torch.channels_last)
     if start and cfg.MODEL.PRETRAINED:
 
-        def load() -> None:
-            load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.info)
+        def load() -> str:
+            report = load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.debug)
+            return f"; {report.brief}"
 
-        world.on_main_alone(load)
+        fitted = world.on_main(load)
         world.broadcast_tensors(model.state_dict().values())
     if not cfg.TRAIN.SYNC_BN:
-        return model
+        return model, fitted
     if world.device.type != "cuda":
         raise ValueError(
             "TRAIN.SYNC_BN = True: batch statistics over processes need CUDA; leave --use-sync-bn"
             " out on other devices"
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model), fitted
 
 
 def open_metrics(
@@ -511,7 +541,7 @@ def open_metrics(
 def build_online_teacher(cfg: CfgNode, world: Distributed, log: Logger) -> Teacher | None:
     """The teacher that runs in the loop, if one does."""
     if cfg.DISTILL.ONLINE:
-        return Teacher.from_config(teacher_config(cfg), world.device, log.info)
+        return Teacher.from_config(teacher_config(cfg), world.device, log.debug)
     if cfg.DISTILL.ENABLED and not cfg.DISTILL.TEACHER_LOGITS_PATH:
         raise ValueError(
             "DISTILL.ENABLED = True: a student needs a teacher: name its store in"
@@ -588,36 +618,51 @@ def open_validation(
     return validate
 
 
+def describe_data(loader: EpochLoader, taught_by: str, log: Logger) -> None:
+    """Log what is learnt from."""
+    log.debug(f"each image: {loader.dataset.decoder}")
+    skipped = loader.sampler.skipped
+    images = f"{len(loader.dataset) - skipped:,} images"
+    if skipped:
+        images += (
+            f" ({skipped:,} of the store's are skipped in epoch 0: they or their partner are not in"
+            " the data)"
+        )
+    place = ", augmented on the device" if loader.dataset.executor == "device" else ""
+    log.info(f"data: {images}; {taught_by}; {loader.num_workers} loader processes{place}")
+
+
 def describe(run: Training) -> None:
-    """Log what is trained, how and on what; keep the configuration."""
-    cfg, world, log, plan, model = run.cfg, run.world, run.log, run.plan, run.model
+    """Log what the training comes to, and make its folder."""
+    cfg, world, log, plan = run.cfg, run.world, run.log, run.plan
     if not world.is_main:
         return
-    (run_folder(cfg) / "config.yaml").write_text(dump(cfg), encoding="utf-8")
+    folder = run_folder(cfg)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump(cfg), encoding="utf-8")
+    peak, total = run.scheduler.schedule.peak_and_sum()
+    size, free = checkpoint_bytes(run), shutil.disk_usage(folder).free
     log.info(
-        f"code {git_state(Path(__file__).parent)}, torch {torch.__version__},"
-        f" {world.world_size} x {world.device.type}, {utils.precision(run.dtype)}"
+        f"training: {cfg.TRAIN.EPOCHS} epochs of {run.loader.count() // plan.accumulation:,}"
+        f" updates of {plan.per_update} images ({world.world_size} processes x {plan.accumulation}"
+        f" passes x {plan.per_process}); rates up to {peak:.3g} (TRAIN.BASE_LR"
+        f" {cfg.TRAIN.BASE_LR:g} x {plan.per_update} / 512), {total:.2g} in all; checkpoints of"
+        f" {size_text(size)} at most"
     )
-    log.info(
-        f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters"
-        f" ({count_parameters(model, trainable=True):,} train),"
-        f" {multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes"
-    )
-    log.info(f"each image: {run.loader.dataset.decoder}")
-    images = len(run.loader.dataset) - run.loader.sampler.skipped
-    if run.loader.sampler.skipped:
-        log.info(
-            f"{run.loader.sampler.skipped:,} of the store's {len(run.loader.dataset):,} images are"
-            " skipped in epoch 0: they or their partner are not in the data"
+    if cfg.TRAIN.OPTIMIZER.NAME == "adamw" and total < LEAST_SUM:
+        log.warning(
+            f"LITTLE WILL BE LEARNT: AdamW moves a weight by at most about the sum of the rates,"
+            f" which is {total:.2g}: raise TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}, which is scaled by"
+            f" {plan.per_update} images an update / 512, or TRAIN.EPOCHS"
         )
-    log.info(
-        f"{images:,} images, {run.loader.count() // plan.accumulation:,} updates an epoch, each of"
-        f" {plan.per_update} images: {world.world_size} processes x {plan.accumulation} passes x"
-        f" {plan.per_process}"
-    )
+    if size > free:
+        log.warning(
+            f"{folder}: checkpoints may take {size_text(size)}, and {size_text(free)} are free:"
+            " TRAIN.KEEP_CHECKPOINTS 3 keeps the newest three, the last and the best"
+        )
     if not cfg.TRAIN.GLOBAL_BATCH:
         return
-    if batch_norms(model) and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
+    if batch_norms(run.model) and not cfg.TRAIN.EVAL_BN_WHEN_TRAINING:
         log.warning(
             f"batch norm sees the {plan.per_process} images of a pass: another number of processes"
             " will change its statistics, and so the result, a little"
@@ -630,16 +675,34 @@ def describe(run: Training) -> None:
         )
 
 
+def checkpoint_bytes(run: Training) -> int:
+    """The most that a run's checkpoints take: the numbered ones, last.pth and best.pth."""
+    train = run.cfg.TRAIN
+    weights = sum(tensor.nbytes for tensor in run.model.state_dict().values())
+    groups = run.optimizer.param_groups
+    trained = sum(weight.nbytes for group in groups for weight in group["params"])
+    moments = 2 if train.OPTIMIZER.NAME == "adamw" else 1
+    numbered = train.EPOCHS // run.cfg.SAVE_FREQ
+    if train.KEEP_CHECKPOINTS:
+        numbered = min(numbered, train.KEEP_CHECKPOINTS)
+    return (weights * (2 if run.ema else 1) + trained * moments) * (numbered + 2)
+
+
 def run_training(cfg: CfgNode, world: Distributed, stop: StopRequest) -> nn.Module:
     """Train; the model, or its EMA if there is one, when all epochs are done."""
     folder = run_folder(cfg)
-    with ExitStack() as stack:
+    with no_trace_if_refused(folder), ExitStack() as stack:
 
         def lock() -> None:
             stack.enter_context(sole_user(folder / "lock", IN_USE))
 
         world.on_main_alone(lock)
         log = create_logger(folder, world.rank)
+        log.debug(f"code {git_state(Path(__file__).parent)}")
+        log.info(
+            f"run {folder}: {world.world_size} x {world.device.type},"
+            f" {utils.precision(utils.amp_dtype(cfg, world.device))}, torch {torch.__version__}"
+        )
         run = build_training(cfg, world, log, stop)
         stack.callback(run.writer.close)
         stack.callback(run.saver.close)
@@ -649,7 +712,9 @@ def run_training(cfg: CfgNode, world: Distributed, stop: StopRequest) -> nn.Modu
                 "nothing is left to train: raise TRAIN.EPOCHS to go on, or begin another run with"
                 " --tag"
             )
-        train(run)
+        waits_for = "the first update" + ", for which the model is compiled" * run.is_compiled
+        with awaited(waits_for, log.info) as has_come:
+            train(run, has_come)
     best = f", best top-1 {run.progress.best:.3f}%" if run.progress.best >= 0 else ""
     log.info(
         f"finished: {run.progress.epoch} epochs, {run.progress.update} updates{best}; {folder}"

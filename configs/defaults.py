@@ -210,6 +210,8 @@ _C.TRAIN.SYNC_BN = False
 _C.TRAIN.DETERMINISTIC = False
 # also save within an epoch, this often; 0 = only at the end of epochs
 _C.TRAIN.CHECKPOINT_MINUTES = 15.0
+# of the checkpoints that SAVE_FREQ keeps the newest so many stay; 0 = all
+_C.TRAIN.KEEP_CHECKPOINTS = 0
 # stop after so many updates in a row with a non-finite loss or gradient
 _C.TRAIN.MAX_BAD_STEPS = 10
 

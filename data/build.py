@@ -148,7 +148,6 @@ class RunData:
         elif name := differing_operation(self.decoder, self._proof_cases(), device):
             fault = f"{device} computes other bits than Pillow in {name}"
         if fault is None:
-            log(f"images are augmented on {device}, with Pillow's bits (AUG.EXECUTOR {wanted})")
             return "device"
         if wanted == "device":
             raise ValueError(f"AUG.EXECUTOR = device: {fault}: set AUG.EXECUTOR pillow")

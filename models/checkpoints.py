@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from models.pretrained import read_file, unwrap
 
 # names that a training gives
-_OWN = re.compile(r"(last|best|epoch_\d+)\.pth")
+_OWN = re.compile(r"(last|best|epoch_(\d+))\.pth")
 MOST_UPDATES = 10**12  # more than a training could do: 30 years at 1,000 a second
 # what a training's checkpoint holds, at least
 STATE_TYPES = dict.fromkeys("model optimizer scaler progress measured".split(), dict)
@@ -76,10 +77,15 @@ def save_also(path: str | Path, other: str | Path) -> None:
 class Saver:
     """Writes checkpoints in a thread, one at a time, while training goes on."""
 
-    def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, log: Callable[[str], None], most: int = 0, spared: str | Path = ""
+    ) -> None:
+        """Of the numbered ones the newest `most` are kept (0: all), and `spared`, if it is one."""
         self.best = -1.0  # of the checkpoints that were written
         self._folder = folder
         self._log = log
+        self._most = most
+        self._spared = Path(spared).resolve()
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[bool] = Future()
         self._writing.set_result(True)
@@ -117,7 +123,24 @@ class Saver:
             )
             return False
         self.best = state["progress"]["best"]
+        self._prune(names)
         return True
+
+    def _prune(self, names: Sequence[str]) -> None:
+        """Remove numbered checkpoints but for the newest of those up to the one just written."""
+        newest = max(map(_number, names))
+        found = {_number(path.name): path for path in self._folder.glob("epoch_*.pth")}
+        numbers = sorted(number for number in found if 0 <= number <= newest)
+        for number in numbers[: -self._most] if self._most else []:
+            if found[number].resolve() != self._spared:
+                with suppress(OSError):  # what stays takes room, and hinders nobody
+                    found[number].unlink()
+
+
+def _number(name: str) -> int:
+    """The number of a numbered checkpoint, -1 of any other file."""
+    match = _OWN.fullmatch(name)
+    return int(match[2] or -1) if match else -1
 
 
 def snapshot(value: Any) -> Any:

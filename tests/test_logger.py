@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
-from logger import MetricWriter, NullWriter, create_logger, create_metric_writer, progress
+from logger import MetricWriter, NullWriter, awaited, create_logger, create_metric_writer, progress
 
 
 @pytest.fixture
@@ -407,3 +408,20 @@ def test_leaving_a_loop_early_clears_its_bar(monkeypatch):
     before = sys.stderr.getvalue()
     items.close()
     assert re.fullmatch(r"\r +\r", sys.stderr.getvalue().removeprefix(before))
+
+
+def test_what_takes_long_says_what_is_waited_for():
+    told, said = threading.Event(), []
+
+    def log(line: str) -> None:
+        said.append(line)
+        told.set()
+
+    with awaited("the first batch", log, 0.0) as has_come:
+        assert told.wait(20)
+        has_come()
+    with awaited("nothing", log, 3600.0):
+        pass
+    with awaited("something that has come", log, 3600.0) as has_come:
+        has_come()
+    assert said == ["waiting for the first batch"]

@@ -105,3 +105,14 @@ def test_the_first_update_is_not_scaled_by_layer():
     scheduler.step_update(1234)
     scheduler.prepare(0)
     assert rates(optimizer) == [lr_at(0, scheduler.schedule)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "step"])
+@pytest.mark.parametrize("epochs", [1, 300])
+def test_the_highest_rate_and_the_sum_of_all(name, epochs):
+    updates = 17 * epochs
+    schedule = replace(SHORT, name=name, updates=updates, warmup_updates=17, decay_updates=80)
+    rates = [lr_at(update, schedule) for update in range(updates)]
+    peak, total = schedule.peak_and_sum()
+    assert peak == pytest.approx(max(rates), rel=0.01)
+    assert total == pytest.approx(sum(rates), rel=0.02)

@@ -331,7 +331,7 @@ def test_imagenet_in_five_commands(workplace):
     small = twin(parsed(train))
     done = torchrun([ROOT / small.program, *small.arguments], nproc=2, cwd=workplace)
     assert_ran(small, done.returncode, done.stdout + done.stderr, " ".join(train))
-    assert "3 updates an epoch, each of 8 images: 2 processes x 1 passes x 4" in done.stdout
+    assert "1 epochs of 3 updates of 8 images (2 processes x 1 passes x 4)" in done.stdout
     (metrics,) = workplace.glob("output/*/*/metrics.jsonl")
     best = json.loads(metrics.read_text().splitlines()[-1])["best_top1"]
     assert f"top-1 {best:.3f}%" in judge(evaluate)

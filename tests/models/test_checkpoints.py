@@ -425,3 +425,29 @@ def test_a_checkpoint_can_be_pinned(tmp_path):
     assert load_state(f"{path}@sha256={digest[:8]}")["step"] == 5
     with pytest.raises(ValueError, match=f"last.pth: its sha256 is {digest}, not '0123456789'"):
         load_state(f"{path}@sha256=0123456789")
+
+
+def test_the_newest_numbered_checkpoints_are_kept_once_one_is_whole(tmp_path, monkeypatch):
+    """And the one that the run goes on from, and what another run may have left beyond them."""
+
+    def kept() -> list[int]:
+        return sorted(int(path.stem[6:]) for path in tmp_path.glob("epoch_*.pth"))
+
+    for number in (2, 3, 30, 9999, 12345):
+        save_atomic(progressed(number, 0.0), tmp_path / f"epoch_{number:04d}.pth")
+    saver = Saver(tmp_path, print, 2, tmp_path / "epoch_0003.pth")
+    saver.begin(progressed(31, 0.0), ["last.pth"])
+    assert saver.wait()[0] and kept() == [2, 3, 30, 9999, 12345]
+    saver.begin(progressed(31, 0.0), ["epoch_0031.pth", "last.pth"])
+    assert saver.wait()[0] and kept() == [3, 30, 31, 9999, 12345]
+
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        saver.begin(progressed(32, 0.0), ["best.pth", "epoch_0032.pth", "last.pth"])
+        assert not saver.wait()[0] and kept() == [3, 30, 31, 9999, 12345]
+    saver.begin(progressed(10000, 1.0), ["best.pth", "epoch_10000.pth", "last.pth"])
+    assert saver.wait()[0] and kept() == [3, 9999, 10000, 12345]
+    saver.close()

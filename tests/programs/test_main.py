@@ -96,6 +96,83 @@ def fault(capsys, *args, **how) -> str:
     return lines[0]
 
 
+# ---- the start
+
+
+def test_a_start_is_four_lines_and_the_rest_is_in_the_file(trained, tmp_path, capsys):
+    weights = trained / "weights.safetensors"
+    assert run(tmp_path, SHORT, "TRAIN.BASE_LR 1", flags=["--pretrained", weights]) == 0
+    lines = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert [line.partition(" ")[0] for line in lines[:5]] == [
+        "run", "data:", "model", "training:", "epoch"
+    ]  # fmt: skip
+    assert max(map(len, lines[:5])) < 250
+    assert f"; weights of {weights}: " in lines[2] and "tensors loaded" in lines[2]
+    assert "each image: " in log_of(tmp_path) and "the model runs uncompiled" in log_of(tmp_path)
+
+
+def test_rates_that_move_nothing_are_told(tmp_path, capsys):
+    assert run(tmp_path, SHORT, "TRAIN.BASE_LR 0.01 TRAIN.MIN_LR 0.0 TRAIN.WARMUP_LR 0.0") == 0
+    out = capsys.readouterr().out
+    assert "rates up to 0.000156 (TRAIN.BASE_LR 0.01 x 8 / 512)" in out
+    (line,) = (line for line in out.splitlines() if "LITTLE WILL BE LEARNT" in line)
+    total = float(line.partition("which is ")[2].partition(":")[0])
+    moved = sum(entry["lr"] for entry in updates(tmp_path))
+    assert total == pytest.approx(moved, rel=0.5) and "raise TRAIN.BASE_LR 0.01" in line
+    assert run(tmp_path, SHORT, "TRAIN.OPTIMIZER.NAME sgd TAG sgd TRAIN.BASE_LR 0.01") == 0
+    assert "LITTLE" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("opts", ["", "TRAIN.KEEP_CHECKPOINTS 1 TRAIN.EMA_DECAY 0.9"])
+def test_checkpoints_take_what_the_start_says(opts, tmp_path, capsys):
+    assert run(tmp_path, SHORT, "TRAIN.EPOCHS 4", opts) == 0
+    found = {path.stat().st_ino: path for path in checkpoint(tmp_path).parent.iterdir()}
+    size = sum(path.stat().st_size for path in found.values())
+    text = re.search(r"checkpoints of ([\d.]+) (kB|MB) at most", capsys.readouterr().out)
+    most = float(text[1]) * {"kB": 1e3, "MB": 1e6}[text[2]]
+    names = {path.name for path in checkpoint(tmp_path).parent.iterdir()}
+    if opts:
+        assert names == {"last.pth", "best.pth", "epoch_0004.pth"}
+    else:
+        assert len(names) == 6
+    # a tiny model's tensors are hardly more than their names and the configuration
+    assert size - 120_000 * len(found) < most < 4 * size
+
+
+def test_a_disk_that_is_too_small_for_them_is_told(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert run(tmp_path, SHORT) == 0
+    assert "1.00 kB are free: TRAIN.KEEP_CHECKPOINTS 3 keeps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        "MODEL.PRETRAINED nowhere.pth",
+        "MODEL.RESUME nowhere.pth",
+        "DATA.DATASET imagenet DATA.DATA_PATH nowhere",
+        "DISTILL.TEACHER_LOGITS_PATH nowhere",
+        "DATA.BATCH_SIZE 64",
+        "TRAIN.LAYER_LR_DECAY 0.5 MODEL.TYPE timm MODEL.NAME resnet18",
+    ],
+)
+def test_what_is_refused_leaves_no_folder(opts, tmp_path, capsys):
+    fault(capsys, tmp_path, opts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_takes_nothing_away_that_was_there(trained, copy, capsys):
+    before = log_of(copy)
+    fault(capsys, copy, "TRAIN.EMA_DECAY 0.5")
+    assert log_of(copy).startswith(before) and "ERROR" in log_of(copy)
+    other = folder(copy, "other")
+    other.mkdir()
+    (other / "notes.txt").touch()
+    fault(capsys, copy, "TAG other MODEL.PRETRAINED nowhere.pth")
+    assert {path.name for path in other.iterdir()} == {"notes.txt", "log_rank0.txt"}
+
+
 # ---- training
 
 
@@ -143,7 +220,9 @@ def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
         "code ",
         "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
         "each image: 40 px: RandomResizedCrop(",
-        "43 images, 5 updates an epoch, each of 8 images: 1 processes x 1 passes x 8",
+        "data: 43 images; no teacher, labels alone; 0 loader processes",
+        "training: 2 epochs of 5 updates of 8 images (1 processes x 1 passes x 8); rates up to",
+        " (TRAIN.BASE_LR 0.1 x 8 / 512), 0.005 in all; checkpoints of ",
         "epoch 1/2, update 2/5: norm ",
         " images/s, data wait ",
         " GB, ",
@@ -810,7 +889,8 @@ def test_a_run_may_begin_at_a_later_epoch(tmp_path, trained):
 def test_on_a_terminal_there_is_a_progress_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(tmp_path, SHORT) == 0
-    assert "epoch 1" in (err := capsys.readouterr().err) and "/3" in err
+    assert "epoch 1/1" in (err := capsys.readouterr().err) and "/3" in err
+    assert re.search(r"loss \d\.\d+, 0:\d\d:\d\d left in all", err)
 
 
 def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
@@ -1288,9 +1368,10 @@ def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, caps
         "MODEL.NUM_CLASSES 1000",
         flags=["--pretrained", pretrained],
     )
-    assert (
-        "adapted: head.weight ([21841, 16] in the file, [1000, 16] here)" in capsys.readouterr().out
-    )
+    log = (tmp_path / "TinyViT-5M-22kto1k" / "default" / "log_rank0.txt").read_text()
+    assert "adapted: head.weight ([21841, 16] in the file, [1000, 16] here)" in log
+    assert f"; weights of {pretrained}: " in (out := capsys.readouterr().out)
+    assert ", adapted (2)\n" in out
     tuned = tmp_path / "TinyViT-5M-22kto1k" / "default" / "checkpoints" / "last.pth"
     start = head[torch.from_numpy(map_22k_to_1k())[5]]
     assert (
@@ -1305,10 +1386,9 @@ def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, caps
         larger,
         flags=["--pretrained", tuned, "--accumulation-steps 2"],
     )
-    assert (
-        "attn.attention_biases (window 2 to 4)" in (out := capsys.readouterr().out)
-        and "2 passes x 4" in out
-    )
+    log = (tmp_path / "TinyViT-21M-224to384" / "default" / "log_rank0.txt").read_text()
+    assert "attn.attention_biases (window 2 to 4)" in log
+    assert "2 passes x 4" in capsys.readouterr().out
 
 
 def state_of(path: Path) -> dict:
