@@ -25,6 +25,7 @@ Layer = tuple[str, dict[str, Any]]  # where values come from, and they under the
 
 # What load_config itself writes; files may hold it, since dumps do.
 WRITTEN = ("BASE", "EXPLICIT", "WORLD_SIZE")
+ROOT = Path(__file__).resolve().parent.parent
 LARGEST_FILE = 50_000  # characters of YAML; a dump has 6,000
 MOST_FILES = 100  # behind a BASE
 LONGEST_VALUE = 3_000  # characters; Python prints no number that is much longer
@@ -193,7 +194,8 @@ def parse(text: str, where: str) -> dict[str, Any]:
 def read_text(path: Path, named_by: str = "") -> str:
     """The text of a YAML file, as far as one may be long."""
     try:
-        with open(path, encoding="utf-8") as file:
+        # the recipes that lie beside this code are found from anywhere
+        with open(path if path.exists() else ROOT / path, encoding="utf-8") as file:
             return file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file{named_by}") from None

@@ -186,7 +186,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     args.changes |= zip(args.opts[::2], map(yaml.safe_load, args.opts[1::2]))
     if args.data_path:
         args.changes["DATA.DATA_PATH"] = os.path.abspath(args.data_path)
-    args.output = Path(args.output or ROOT / "output" / name).absolute()
+    args.output = Path(args.output or Path("output", name)).absolute()
     return args, study, plan(args, study)
 
 
