@@ -69,7 +69,8 @@ def _check_epochs(cfg: Config) -> None:
     root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
     is_ours = (root / "manifest.json").is_file()
     measures = cfg.EVAL_MODE or cfg.THROUGHPUT_MODE
-    if is_main() and is_ours and not (measures or cfg.DISTILL.REUSE_EPOCHS):
+    reuses = cfg.DISTILL.REUSE_EPOCHS or cfg.DISTILL.REUSE_FIRST
+    if is_main() and is_ours and not (measures or reuses):
         check_sealed(root, range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS))
 
 
@@ -93,6 +94,7 @@ def saving(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
         "DISTILL.ENABLED": True,
         "TRAIN.WARMUP_EPOCHS": 0,
         "DISTILL.REUSE_EPOCHS": False,
+        "DISTILL.REUSE_FIRST": 0,
         "DISTILL.SAVE_TEACHER_LOGITS": not args.check_saved_logits,
     }
     cfg = config_from_args(args, from_environment("WORLD_SIZE", 1), own)

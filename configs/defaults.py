@@ -151,6 +151,8 @@ _C.DISTILL.HARD = False
 _C.DISTILL.EXCESS = "auto"
 # epoch e of a longer run is the store's epoch e modulo its number of epochs
 _C.DISTILL.REUSE_EPOCHS = False
+# > 0: the same, as if the store had its first so many epochs alone
+_C.DISTILL.REUSE_FIRST = 0
 # compare each epoch of a store with its checksums before it is read (once a machine)
 _C.DISTILL.VERIFY = True
 # allow a student of another image size than the store's

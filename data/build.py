@@ -167,9 +167,10 @@ class RunData:
 
     def store_epoch(self, epoch: int) -> int:
         """The epoch whose seeds, records, pairs and order serve an epoch of the run."""
-        if self.store is None or not self.cfg.DISTILL.REUSE_EPOCHS:
+        distill = self.cfg.DISTILL
+        if self.store is None or not (distill.REUSE_EPOCHS or distill.REUSE_FIRST):
             return epoch
-        return epoch % self._num_stored
+        return epoch % (distill.REUSE_FIRST or self._num_stored)
 
     def verify(self, epoch: int, shown: Shown) -> None:
         """Return when the records of an epoch are verified, as `shown` shows; a StoreError if they

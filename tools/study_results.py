@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from configs import batch_plan, run_folder
 from data.store import LogitsStoreReader
+from data.store.format import record_dtype
 from logger import git_state
 from tools.plot import COLOURS, Run
 from tools.study_runner import ROOT, Runner, Step
@@ -66,10 +67,12 @@ def measure(step: Step) -> dict[str, Any]:
     for need in step.needs:
         if need.kind == "save":
             store = LogitsStoreReader(need.result)
-            files = (path for path in store.root.rglob("*") if path.is_file())
-            found["bytes"] = sum(path.stat().st_size for path in files)
-            found["teacher_passes"] = len(store.epochs()) * len(store)
-            found["bytes_per_image"] = found["bytes"] / found["teacher_passes"]
+            distill = step.cfg.DISTILL
+            epochs = store.epochs()[: distill.REUSE_FIRST or None][: step.cfg.TRAIN.EPOCHS]
+            record = record_dtype(distill.LOGITS_TOPK or store.k, store.num_classes)
+            found["teacher_passes"] = len(epochs) * len(store)
+            found["bytes_per_image"] = record.itemsize
+            found["bytes"] = found["teacher_passes"] * record.itemsize
     return found
 
 

@@ -219,6 +219,15 @@ def test_a_run_twice_as_long(store):
         assert_same(got, again)
 
 
+def test_a_long_run_on_the_first_epochs_alone(store):
+    """As from a store that has no others."""
+    cfg = student(store, "TRAIN.EPOCHS 3 DISTILL.REUSE_FIRST 1")
+    for epoch in range(3):
+        assert_same(trained_on(cfg, epoch), trained_on(student(store), 0))
+    with pytest.raises(ValueError, match="epochs 2 are missing"):
+        open_run(student(store, "TRAIN.EPOCHS 3 DISTILL.REUSE_FIRST 3")).check_store()
+
+
 def test_epochs_differ(store):
     first, second = (trained_on(student(store), epoch) for epoch in range(2))
     assert list(first) != list(second) and first[0][2] != second[0][2]
