@@ -201,13 +201,17 @@ def run(settings: tuple[argparse.Namespace, dict[str, Any], list[Step]], stop: S
     with sole_user(args.output / "lock", "wait for its end, or give another --output"):
         runner = Runner(steps, args.output, args.jobs, stop)
         runner.run()
-        print(f"\n{write_results(study, args.changes, runner)}", flush=True)
+        told, known = write_results(study, args.changes, runner)
+        print(f"\n{told}", flush=True)
     for name, reason in runner.failed.items():
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     if stop.received:
         print("stopped on request: the same call goes on from here", file=sys.stderr)
         return Exit.STOPPED
-    return 1 if runner.failed else Exit.DONE
+    if runner.failed:
+        return 1
+    check_known(f"{args.file}: table", study["table"], known)
+    return Exit.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

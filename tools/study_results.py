@@ -20,8 +20,13 @@ from tools.plot import COLOURS, Run
 from tools.study_runner import ROOT, Runner, Step
 
 
-def write_results(study: dict[str, Any], changes: dict[str, Any], runner: Runner) -> str:
-    """Write all files from the runs that are finished; the table, and where the files are."""
+def write_results(
+    study: dict[str, Any], changes: dict[str, Any], runner: Runner
+) -> tuple[str, set[str]]:
+    """Write all files from the runs that are finished.
+
+    The table with where the files are, and all that a table could have told of these runs.
+    """
     done = [step for step in runner.steps if step.kind == "train" and step.name in runner.done]
     columns = study["table"]
     rows = []
@@ -54,7 +59,8 @@ def write_results(study: dict[str, Any], changes: dict[str, Any], runner: Runner
     variants = [step for step in done if step.seed is not None]
     figure = drawn(study, variants, columns[0])
     figure.savefig(paths[3], dpi=130)
-    return "\n".join([table, *map(str, paths)])
+    known = {column for row in rows for run in row["runs"] for column in run}
+    return "\n".join([table, *map(str, paths)]), known
 
 
 def measure(step: Step) -> dict[str, Any]:

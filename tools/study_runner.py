@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs import Config, run_folder
 from data.store import LogitsStoreReader
 from data.store.files import lock_holder
@@ -70,6 +72,7 @@ class Job:
     step: Step
     process: subprocess.Popen
     read: int  # bytes of its log that were
+    device: str  # of those that CUDA shows us
     told: str = ""  # since it began
     begun: float = field(default_factory=time.monotonic)
 
@@ -83,17 +86,20 @@ class Runner:
         self.failed: dict[str, str] = {}  # and why
         self._most, self._stop = jobs, stop
         self._jobs: list[Job] = []
+        count = torch.cuda.device_count()
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        self._devices = names.split(",")[: max(count, 1)]  # shared out among the jobs
 
     def run(self) -> None:
         """Run all that is not done, until a request to stop."""
         (self.output / "logs").mkdir(parents=True, exist_ok=True)
-        pending, is_stopping = list(self.steps), False
+        self._pending, is_stopping = list(self.steps), False
         try:
-            while pending or self._jobs:
-                pending = [step for step in pending if not self._begin(step)]
+            while self._pending or self._jobs:
+                self._pending = [step for step in self._pending if not self._begin(step)]
                 self._jobs = [job for job in self._jobs if not self._end(job)]
                 if self._stop.received and not is_stopping:
-                    pending, is_stopping = [], True
+                    self._pending, is_stopping = [], True
                     for job in self._jobs:
                         job.process.terminate()
                 time.sleep(0.05)
@@ -135,9 +141,13 @@ class Runner:
             size = log.tell()
             # One thread beside one loader process: more wait for each other on two cores.
             env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+            taken = [job.device for job in self._jobs]
+            device = min(self._devices, key=taken.count)
+            if len(self._devices) > 1:
+                env["CUDA_VISIBLE_DEVICES"] = device
             words = [sys.executable, *step.words]
             process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
-        self._jobs.append(Job(step, process, size))
+        self._jobs.append(Job(step, process, size, device))
         return True
 
     def _end(self, job: Job) -> bool:
@@ -160,7 +170,11 @@ class Runner:
             print(f"{name}: {ended}", flush=True)
         if status == 0:
             self.done.add(name)
-        elif not self._stop.received:
+        elif self._stop.received:
+            pass
+        elif job.step.is_in_use():  # by what a killed study has left, which had no lock yet
+            self._pending.append(job.step)
+        else:
             _, _, reason = job.told.strip().rpartition("\n")
             self.failed[name] = f"{reason or 'it said nothing'} ({ended}, {self._log(job.step)})"
         return True

@@ -17,11 +17,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from configs import load_config
+from configs import load_config, run_folder
 from tests.support.helpers import ROOT, quick_context
 from tests.support.jobs import _run_program
 from tools import demo, study, study_runner
@@ -57,6 +59,11 @@ DRAWN = {
     "science": ["labels", "stored"],
     "topk": ["labels", "T = 2"],
     "views": ["labels", "stored, alpha 0.5", "online, alpha 0.5"],
+}
+# the records' bytes of some rows of a quick study: epochs x images x bytes of a record
+BYTES = {
+    "topk": {"K 1, T 2": 1 * 80 * 8, "K 3, T 2": 1 * 80 * 16},
+    "views": {"1 stored, alpha 0.5": 1 * 80 * 44, "2 stored, alpha 0.5": 2 * 80 * 44},
 }
 
 
@@ -155,7 +162,7 @@ def test_tables_hold_what_the_runs_wrote(killed):
     last = {}
     for path in killed.output.glob("*/*/metrics.jsonl"):
         last[path.parent.name] = json.loads(path.read_text().splitlines()[-1])["val_loss"]
-    size = sum(file.stat().st_size for file in (killed.output / "logits").iterdir())
+    size = sum(np.load(file).nbytes for file in (killed.output / "logits").glob("*.npy"))
     rows = {
         row["run"]: row for row in csv.DictReader((killed.output / "table.csv").open(newline=""))
     }
@@ -220,6 +227,48 @@ while len(list(Path({0!r}).glob("*.here"))) < 3: time.sleep(0.01)
     runner = Runner(steps, tmp_path, 3, SimpleNamespace(received=None))
     runner.run()
     assert runner.done == {"a", "b", "c"} and not runner.failed
+
+
+def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    """Of those that the study may use; two at a time, and each stays until the other has begun."""
+    code = """
+import os, sys, time; from pathlib import Path
+folder, name = Path({0!r}), {1!r}
+(folder / name).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+while len(list(folder.glob("?.gpu"))) < 2: time.sleep(0.01)
+"""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5,GPU-7")
+    steps = [step(n, code.format(str(tmp_path), f"{n}.gpu"), tmp_path) for n in "ab"]
+    Runner(steps, tmp_path, 2, SimpleNamespace(received=None)).run()
+    assert [(tmp_path / f"{n}.gpu").read_text() for n in "ab"] == ["GPU-5", "GPU-7"]
+
+
+def test_a_run_that_a_killed_study_has_left_is_waited_for(tmp_path):
+    """Its lock came after a second command had begun, which therefore failed."""
+    code = """
+import os, sys, time; from pathlib import Path
+from data.store.files import lock_holder, sole_user
+folder = Path({0!r})
+if (folder / "left").exists():
+    sys.exit(0 if (folder / "left").read_text() == "ended" else 3)
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "left").touch()
+if os.fork() == 0:
+    with sole_user(folder / "lock"):
+        time.sleep(1)
+        (folder / "left").write_text("ended")
+    os._exit(0)
+while not lock_holder(folder / "lock"): time.sleep(0.01)
+sys.exit("error: in use by another process")
+"""
+    left = step("left", "", tmp_path)
+    left.words[1] = code.format(str(run_folder(left.cfg)))
+    runner = Runner([left], tmp_path, 1, SimpleNamespace(received=None))
+    runner.run()
+    assert runner.done == {"left"} and not runner.failed
+    log = (tmp_path / "logs" / "left.log").read_text()
+    assert re.findall(r"^exit status (\d)", log, re.MULTILINE) == ["1", "0"]
 
 
 def test_what_needs_a_failed_step_is_not_run_and_each_says_why(tmp_path):
@@ -292,6 +341,16 @@ def test_faults_are_told_in_one_line_before_anything_runs(change, message, tmp_p
     status, out, err = called(file, "--print", "--output", tmp_path / "out")
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
     assert err.startswith(f"error: {file}: ") and not (tmp_path / "out").exists()
+
+
+def test_a_column_that_nothing_has_is_an_error(killed):
+    """In one line after the table, and without a run anew once the name is right."""
+    file = killed.file.with_name("column.yaml")
+    file.write_text(STUDY.replace("  broken:", "  # ").replace("bytes,", "byts,"))
+    with forking() as started:
+        status, out, err = called(file, *killed.call[1:])
+    assert status == 2 and not started and "| stored | 2 |" in out
+    assert err == f"error: {file}: table: byts is unknown; did you mean bytes?\n"
 
 
 def test_missing_files_and_odd_options_are_told_in_one_line(tmp_path):
@@ -383,6 +442,9 @@ def test_a_shipped_study_runs_quick(file, tmp_path, monkeypatch):
     for row in results["rows"]:
         assert row["val_top1"] >= 0 and row["seeds"] == 1
     assert Image.open(tmp_path / "plot.png").width > 800
+    rows = {row["run"]: row for row in results["rows"]}
+    for name, size in BYTES.get(file.stem, {}).items():
+        assert rows[name]["bytes"] == size
     if file.stem == "demo":
         result = json.loads((tmp_path / "result.json").read_text())
         keys = ["teacher", "scratch", "distilled", "check_passed", "store_bytes", "seconds"]
