@@ -43,7 +43,7 @@ from configs import (
 )
 from configs.continuation import check_continuation, check_sources
 from data.augment.decoder import mean_and_std
-from data.augment.pairs import BatchMix, Mixer, PairMix
+from data.augment.pairs import BatchMix, Mixer, PairMix, share_right
 from data.augment.rng import run_seed
 from data.build import EpochLoader, RunData, open_run
 from data.replay import Batch, on_device
@@ -72,7 +72,7 @@ from models.build import (
     num_outputs,
 )
 from models.class_map import LabelMap, find_label_map
-from models.distill import DistillLoss, label_cross_entropy, share_right
+from models.distill import DistillLoss, label_cross_entropy
 from models.param_groups import build_optimizer, load_optimizer
 from models.pretrained import load_weights, read_state_dict, save_weights
 from models.teacher import Teacher
@@ -186,29 +186,29 @@ def forward(run: Training, batch: Batch, index: int) -> dict[str, Tensor]:
     labels = None
     if run.labels is not None:
         labels = run.labels.labels(batch.label)
-    drawn = (batch.seed, batch.mixes)  # of pairs; a whole batch is mixed from its step's own seed
+    seeds = batch.seed  # of pairs; a whole batch is mixed from its step's own seed
     if isinstance(run.mix, BatchMix):
-        drawn = (run_seed(cfg.DATA.SEED, run.progress.epoch, index, run.world.rank),)
-    images, targets = run.mix(batch.image, labels, *drawn)  # [B, 3, H, W], [B, C]
+        seeds = run_seed(cfg.DATA.SEED, run.progress.epoch, index, run.world.rank)
+    mixes = run.mix.numbers(batch.image, seeds, batch.mixes)
+    learns_labels = not cfg.DISTILL.ENABLED or cfg.DISTILL.ALPHA < 1
+    known = labels if learns_labels else None
+    images, targets = run.mix(batch.image, known, seeds, mixes)  # [B, 3, H, W], [B, C]
     if cfg.TRAIN.CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
     with utils.autocast(device, run.dtype):
         logits = run.network(images)  # [B, C]
-    if not cfg.DISTILL.ENABLED:
+    if cfg.DISTILL.ENABLED:
+        indices, probs = run.teacher(images) if run.teacher else (batch.indices, batch.probs)
+        loss = run.distill_loss(logits, indices, probs, targets)
+    else:
         loss = label_cross_entropy(logits, targets)
-        return {"loss": loss, **accuracy(cfg, targets, top1=logits.argmax(1))}
-    indices, probs = run.teacher(images) if run.teacher else (batch.indices, batch.probs)
-    loss = run.distill_loss(logits, indices, probs, targets)
-    answers = {"top1": logits.argmax(1), "teacher_top1": indices[:, 0]}
-    return {"loss": loss, **accuracy(cfg, targets, **answers)}
-
-
-def accuracy(cfg: CfgNode, targets: Tensor | None, **answers: Tensor) -> dict[str, Tensor]:
-    """How often answers [B] are right, in percent, under their names; nothing without labels."""
-    if targets is None:
-        return {}
+    if labels is None:  # nothing says what is right
+        return {"loss": loss}
+    answers = {"top1": logits.argmax(1)}
+    if cfg.DISTILL.ENABLED:
+        answers["teacher_top1"] = indices[:, 0]
     columns = torch.stack([*answers.values()], 1)
-    return dict(zip(answers, share_right(targets, columns, cfg.MODEL.LABEL_SMOOTHING)))
+    return {"loss": loss, **dict(zip(answers, share_right(labels, columns, mixes)))}
 
 
 def train(run: Training, has_begun: Callable[[], object]) -> None:

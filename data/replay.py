@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     position: int  # the image's line in the store, or in the listing where there is no store
     indices: torch.Tensor  # [K] int64, the teacher's classes, most probable first; K = 0: no store
     probs: torch.Tensor  # [K] float32
-    # [B / 2, 6] of a batch that `collate` made for mixing, else empty: how its pairs are mixed
+    # [B / 2, n] of a batch that `collate` made for mixing, else empty: how its pairs are mixed
     mixes: torch.Tensor = torch.empty(0)
 
 
@@ -137,8 +137,9 @@ class ReplayDataset(Dataset[Batch]):
             samples = [sample._replace(image=0) for sample in samples]
         batch = default_collate(samples)
         if self.decoder.mix and len(seeds) % 2 == 0:
-            mixes = self.decoder.mix.draw(seeds, self.decoder.size, self.decoder.size)
-            batch = batch._replace(mixes=numbers_of(mixes))
+            size = (self.decoder.size,) * 2
+            mixes = numbers_of(self.decoder.mix.draw(seeds, *size), *size)
+            batch = batch._replace(mixes=mixes)
         if is_packed:
             others = {name: getattr(batch, name) for name in SENT}
             by_pillow = self.executor == "bytes"

@@ -64,7 +64,7 @@ def label_cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
     row that is not all zero.
     """
     losses = -(targets * torch.log_softmax(_at_least_float32(student_logits), dim=-1)).sum(-1)
-    return losses.sum() / (targets.amax(-1) > 0).sum().clamp(min=1)
+    return losses.sum() / targets.any(-1).sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,6 @@ class DistillLoss:
         ) + self.alpha * teacher
 
 
-def share_right(targets: Tensor, answers: Tensor, smoothing: float) -> Tensor:
-    """Percent of the images that show the class answered, for each column of answers [B, n], given
-    their smoothed targets [B, C]; of a mixed image, the part that does.
-    """
-    shown = targets.gather(1, answers) - smoothing / targets.shape[1]
-    return (shown.clamp(min=0) * (100 / (1 - smoothing))).mean(0)
-
-
 def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Tensor]:
     """Stored probabilities, and what each other class gets [B, 1], so that all sum to 1.
 
@@ -132,8 +124,9 @@ def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Ten
     others = num_classes - probs.shape[-1]
     if others > 0 and subtract:
         return probs, (1 - total) / others
-    rest = (1 - total).clamp(min=0) / others if others > 0 else torch.zeros_like(total)
-    return probs / total.clamp(min=1), rest
+    scale = total.clamp(min=1)
+    rest = (scale - total) / others if others > 0 else torch.zeros_like(total)
+    return probs / scale, rest
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def phases(watch: Watch, run: main.Training) -> Iterator[None]:
         (PairMix, "__call__", "mixing and targets"),
         (main, "label_cross_entropy", "loss"),
         (DistillLoss, "__call__", "loss"),
-        (main, "accuracy", "meters"),
+        (main, "share_right", "meters"),
         (data.replay, "apply_batch", "device executor"),
         (Meters, "add", "meters"),
         (nn.utils, "clip_grad_norm_", "clip and optimizer"),

@@ -38,13 +38,20 @@ class Mix:
 UNMIXED = Mix(1.0)
 
 
-def numbers_of(mixes: Sequence[Mix]) -> Tensor:
-    """What mixing needs to know, float32 [n, 6]: lam, the part of the partner that is blended in,
-    top, bottom, left, right.
+def numbers_of(mixes: Sequence[Mix], height: int, width: int) -> Tensor:
+    """What mixing images of height x width pixels needs to know, float32 [n, 9 + height + width]:
+    for labels lam, 1 - lam, lam; for pixels the parts of the image and of its partner that are
+    blended, and top, bottom, left, right of the box; whether each row, and each column, is in it.
     """
+    lam = torch.tensor([[mix.lam] for mix in mixes])
     # Both parts are rounded from float64: 1 - lam in float32 is another number.
-    rows = [(mix.lam, 0 if mix.box else 1 - mix.lam, *(mix.box or (0,) * 4)) for mix in mixes]
-    return torch.tensor(rows, dtype=torch.float32)
+    parts = [(1, 0) if mix.box else (mix.lam, 1 - mix.lam) for mix in mixes]
+    boxes = torch.tensor([mix.box or (0,) * 4 for mix in mixes])
+    places = torch.arange(max(height, width))
+    # [n, 2, places]
+    is_inside = (places >= boxes[:, ::2, None]) & (places < boxes[:, 1::2, None])
+    inside = is_inside[:, 0, :height], is_inside[:, 1, :width]
+    return torch.cat([lam, 1 - lam, lam, torch.tensor(parts), boxes, *inside], 1)
 
 
 @dataclass(frozen=True)
@@ -114,33 +121,53 @@ class Mixer:
         left, right = _around(middle_x, int(width * side) // 2, width)
         return top, bottom, left, right
 
-    def _mixed(
-        self, images: Tensor, labels: Tensor | None, mixes: Tensor
+    def draw(self, seeds, height: int, width: int) -> list[Mix]:
+        """The mix of each group of images of height x width pixels that are mixed alike."""
+        raise NotImplementedError
+
+    def numbers(self, images: Tensor, seeds, mixes: Tensor | None = None) -> Tensor:
+        """`numbers_of` what the seeds draw for images [B, 3, H, W], where these are; `mixes` are
+        what the loader knows of them.
+        """
+        if not self.enabled:
+            mixes = numbers_of([UNMIXED], 0, 0)
+        elif mixes is None or not mixes.numel():
+            size = images.shape[-2:]
+            mixes = numbers_of(self.draw(seeds, *size), *size)
+        return mixes.to(images.device, non_blocking=True)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor | None, seeds, mixes: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Images and targets, given what `numbers_of` says of each of len(mixes) equal groups."""
-        targets = None if labels is None else self._targets(labels, mixes[:, 0])
+        """Mixed images [B, 3, H, W] (the given ones are left alone) and their targets [B, C], None
+        without labels.
+
+        `mixes` are the numbers of what the seeds draw, where they are known already.
+        """
+        mixes = self.numbers(images, seeds, mixes)
+        targets = None if labels is None else self._targets(labels, mixes)
         if not self.enabled:
             return images, targets
         groups = images.unflatten(0, (len(mixes), -1))  # [n, images, C, H, W]
         if images.device.type == "cpu":
             groups = groups.clone()
             # a pair stays in the processor's cache: 5 times as fast as whole batches
-            for group, mix in zip(groups, mixes.tolist()):
+            for group, mix in zip(groups, mixes[:, 3:9].tolist()):
                 blend_(group, *mix)
         else:
-            groups = blended(groups, mixes.to(images.device, non_blocking=True))
+            groups = blended(groups, mixes)
         return groups.flatten(0, 1), targets
 
-    def _targets(self, labels: Tensor, lam: Tensor) -> Tensor:
-        """Smoothed labels mixed with their partners' as the images were, in len(lam) groups."""
+    def _targets(self, labels: Tensor, mixes: Tensor) -> Tensor:
+        """Smoothed labels mixed with their partners' as the images were."""
         if self.num_classes < 1:
             raise ValueError(
                 "labels can't become targets without the number of classes: set MODEL.NUM_CLASSES"
             )
         targets = smooth_targets(labels, self.num_classes, self.smoothing)
-        targets = targets.unflatten(0, (len(lam), -1))
-        lam = lam.to(labels.device, non_blocking=True)[:, None, None]
-        return (targets * lam + targets.flip(1) * (1 - lam)).flatten(0, 1)
+        targets = targets.unflatten(0, (len(mixes), -1))
+        own, others = mixes[:, :2, None, None].unbind(1)
+        return (targets * own + targets.flip(1) * others).flatten(0, 1)
 
 
 class PairMix(Mixer):
@@ -161,38 +188,21 @@ class PairMix(Mixer):
             for pair in zip(seeds[::2], seeds[1::2])
         ]
 
-    def __call__(
-        self,
-        images: Tensor,
-        labels: Tensor | None,
-        seeds: Sequence[int] | Tensor,
-        mixes: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mixed images [B, 3, H, W] (the given ones are left alone) and their targets [B, C], None
-        without labels.
-
-        `mixes` are the numbers of what the seeds draw, where they are known already.
-        """
+    def numbers(
+        self, images: Tensor, seeds: Sequence[int] | Tensor, mixes: Tensor | None = None
+    ) -> Tensor:
+        """As a mixer's; each image has a seed."""
         if len(seeds) != len(images):
             raise ValueError(f"{len(seeds)} seeds for {len(images)} images: each image has its own")
-        if not self.enabled:
-            mixes = numbers_of([UNMIXED])
-        elif mixes is None or not mixes.numel():
-            mixes = numbers_of(self.draw(seeds, *images.shape[-2:]))
-        return self._mixed(images, labels, mixes)
+        return super().numbers(images, seeds, mixes)
 
 
 class BatchMix(Mixer):
     """Mixes a whole batch by one draw: image i with image B - 1 - i."""
 
-    def __call__(
-        self, images: Tensor, labels: Tensor | None, seed: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mixed images [B, 3, H, W] (the given ones are left alone) and their targets [B, C], None
-        without labels.
-        """
-        mix = self.draw_one(generator(seed), *images.shape[-2:])
-        return self._mixed(images, labels, numbers_of([mix]))
+    def draw(self, seeds: int, height: int, width: int) -> list[Mix]:
+        """The one mix of a batch, from its one seed."""
+        return [self.draw_one(generator(seeds), height, width)]
 
 
 def _around(middle: int, half: int, length: int) -> tuple[int, int]:
@@ -215,18 +225,31 @@ def blend_(
 
 
 def blended(groups: Tensor, mixes: Tensor) -> Tensor:
-    """`blend_` of many groups [n, B, C, H, W] at once, in a dozen operations; mixes: [n, 6]."""
-    height, width = groups.shape[-2:]
-    places = torch.arange(max(height, width), device=groups.device)
-    # [n, 2, places]: of the box, which rows and which columns
-    is_inside = (places >= mixes[:, 2::2, None]) & (places < mixes[:, 3::2, None])
-    is_cut = is_inside[:, 0, :height, None] & is_inside[:, 1, None, :width]
-    lam, given = mixes[:, :2, None, None, None, None].unbind(1)
-    partners = groups.flip(1)
+    """`blend_` of many groups [n, B, C, H, W] at once, in six operations, given their numbers.
+
+    Finite pixels come out equal to the last bit (a negative zero may lose its sign): of an image
+    or a partner that has no part in a pixel 0 times its value is added.
+    """
+    kept, given = mixes[:, 3:5, None, None].unbind(1)
+    rows, columns = mixes[:, 9:].split(groups.shape[-2:], 1)
+    box = rows[:, :, None], columns[:, None]
+    kept = torch.addcmul(kept, *box, value=-1)[:, None, None]  # [n, 1, 1, H, W]
+    given = torch.addcmul(given, *box)[:, None, None]
     # in the images' type after each operation, as `blend_` has it
-    mixed = (groups * lam).to(groups.dtype) + (partners * given).to(groups.dtype)
-    mixed = torch.where(given > 0, mixed, groups)
-    return torch.where(is_cut[:, None, None], partners, mixed)
+    return (groups * kept).to(groups.dtype) + (groups.flip(1) * given).to(groups.dtype)
+
+
+def share_right(labels: Tensor, answers: Tensor, mixes: Tensor) -> Tensor:
+    """Percent of mixed images that show the class answered, for each column of answers [B, m],
+    given their own labels [B], -1 for none, and the numbers of their mixes.
+    """
+    labels = labels.unflatten(0, (len(mixes), 1, -1))  # [n, 1, images]
+    parts = mixes[:, :3].unfold(1, 2, 1)  # [n, 2, 2]: of each image, the parts of both labels
+    if labels.shape[-1] != 2:
+        labels = torch.stack([labels, labels.flip(-1)], -1)[:, 0]
+        parts = parts[:, :1]
+    is_right = labels[..., None] == answers.unflatten(0, (len(mixes), -1))[:, :, None]
+    return (is_right * parts[..., None]).sum((0, 1, 2)) * (100 / len(answers))
 
 
 def smooth_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

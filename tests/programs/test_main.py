@@ -30,7 +30,6 @@ from configs.continuation import FREE, check_continuation
 from data.images import build_dataset
 from data.images.listing import read_names
 from models.class_map import imagenet_wnids, map_22k_to_1k
-from models.distill import share_right
 from models.teacher import Teacher
 from tests.support import saving
 from tests.support.images import config, write_files
@@ -827,22 +826,6 @@ def test_labels_alone_never_see_a_pair_split_and_mixing_has_two_modes(tmp_path):
         assert run(tmp_path, SHORT, opts, flags=["--tag", tag]) == 0
         losses.add(updates(tmp_path, tag)[0]["loss"])
     assert len(losses) == 3
-
-
-@pytest.mark.parametrize(
-    ("targets", "answers", "expected"),
-    [
-        ([[0.1, 0.7, 0.1, 0.1]], [1], 100.0),  # unmixed: smoothing 0.4 of 4 classes
-        ([[0.1, 0.7, 0.1, 0.1]], [0], 0.0),
-        # mixed: a quarter and three quarters of two labels
-        ([[0.25, 0.55, 0.1, 0.1]] * 2, [0, 1], 50.0),
-        ([[0.0, 0.0, 0.0, 0.0], [0.7, 0.1, 0.1, 0.1]], [1, 0], 50.0),  # the first has no label
-    ],
-)
-def test_a_mixed_image_is_right_by_the_part_that_it_shows(targets, answers, expected):
-    columns = torch.tensor([answers, [3] * len(answers)]).T  # nothing shows class 3
-    found = share_right(torch.tensor(targets), columns, 0.4)
-    assert found.tolist() == pytest.approx([expected, 0.0], abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

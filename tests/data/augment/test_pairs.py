@@ -16,6 +16,7 @@ from data.augment.pairs import (
     blend_,
     blended,
     numbers_of,
+    share_right,
     smooth_targets,
 )
 from data.augment.rng import generator
@@ -260,25 +261,19 @@ def test_all_groups_by_masks_are_each_group_by_itself(height, width, group, dtyp
     assert {(mix == UNMIXED, mix.box is None) for mix in mixes} == {(1, 1), (0, 1), (0, 0)}
     generator = torch.Generator().manual_seed(height)
     groups = torch.randn(len(mixes), group, 3, height, width, generator=generator)
-    # what an addition, a product with 0 or a sum of two zeros would change
-    for number, value in enumerate([-0.0, torch.inf, torch.nan]):
-        places = torch.rand(groups.shape, generator=generator) < 0.1
-        groups[places] = value if number < 2 else torch.nan
+    groups[torch.rand(groups.shape, generator=generator) < 0.1] = 0.0  # of an erased box
     groups = groups.to(dtype)
-    expected = groups.clone()
-    for images, mix in zip(expected, numbers_of(mixes).tolist()):
+    expected, numbers = groups.clone(), numbers_of(mixes, height, width)
+    for images, mix in zip(expected, numbers[:, 3:9].tolist()):
         blend_(images, *mix)
-    found = blended(groups, numbers_of(mixes))
+    found = blended(groups, numbers)
     bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
-    assert found.dtype == dtype
-    is_number = ~expected.isnan()  # which number a sum that is none is, is up to the processor
-    assert torch.equal(found.isnan(), ~is_number)
-    assert torch.equal(found.view(bits)[is_number], expected.view(bits)[is_number])
+    assert found.dtype == dtype and torch.equal(found.view(bits), expected.view(bits))
 
 
 def test_masks_keep_the_memory_format():
     images = random_images().contiguous(memory_format=torch.channels_last)
-    mixes = numbers_of(pair_mix().draw(SEEDS, 20, 24))
+    mixes = numbers_of(pair_mix().draw(SEEDS, 20, 24), 20, 24)
     mixed = blended(images.unflatten(0, (4, 2)), mixes).flatten(0, 1)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(mixed, pair_mix()(images, None, SEEDS)[0])
@@ -286,11 +281,38 @@ def test_masks_keep_the_memory_format():
 
 def test_numbers_drawn_before_mix_as_seeds_do():
     images, labels = random_images(), torch.arange(8)
-    numbers = numbers_of(pair_mix().draw(SEEDS, 20, 24))
+    numbers = numbers_of(pair_mix().draw(SEEDS, 20, 24), 20, 24)
     for found, expected in zip(
         pair_mix()(images, labels, SEEDS, numbers), pair_mix()(images, labels, SEEDS)
     ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mixing", ["pairs", "a batch", "none"])
+def test_a_mixed_image_is_right_by_the_part_that_it_shows(mixing):
+    options = () if mixing != "none" else ("AUG.MIXUP", 0.0, "AUG.CUTMIX", 0.0)
+    mixer = BatchMix.from_config(config()) if mixing == "a batch" else pair_mix(*options)
+    seeds = 3 if mixing == "a batch" else SEEDS
+    images, labels = random_images(), torch.tensor([7, 7, 2, 3, -1, 5, -1, -1])
+    drawn = mixer.draw(seeds, 20, 24)
+    lam = (
+        [1.0] * 8
+        if mixing == "none"
+        else [mix.lam for mix in drawn for _ in range(8 // len(drawn))]
+    )
+    partner = [7 - i if mixing == "a batch" else i ^ 1 for i in range(8)]
+    columns = [labels, labels[partner], torch.full((8,), 5), torch.full((8,), 9)]
+    expected = [
+        sum(
+            lam[i] * (labels[i] == answers[i] >= 0)
+            + (1 - lam[i]) * (labels[partner[i]] == answers[i] >= 0)
+            for i in range(8)
+        )
+        for answers in columns
+    ]
+    answers = torch.stack(columns, 1).clamp(min=0)
+    found = share_right(labels, answers, mixer.numbers(images, seeds))
+    assert found.tolist() == pytest.approx([100 * float(value) / 8 for value in expected], rel=1e-6)
 
 
 def test_probability_and_switch_are_honoured():
