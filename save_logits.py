@@ -23,7 +23,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from logging import Logger
@@ -47,13 +47,14 @@ from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
 from data.store.format import pack_records, ranges, size_text
 from data.store.keys import Keys
-from logger import create_logger, progress
+from logger import awaited, create_logger, no_trace_if_refused, progress
 from models.agreement import Agreement, compare
 from models.class_map import LabelMap
 from models.distill import encode
 from models.teacher import Teacher
 from utils import Distributed, Exit, Stopped, StopRequest, run_program
 
+ENOUGH = 0.9  # of the probability: less of it is worth saying
 GOES_ON = "what is written is kept, run the same again to go on"
 
 Item = TypeVar("Item")
@@ -119,16 +120,28 @@ class Tally:
     labelled: int = 0
     top1: int = 0
     top5: int = 0
+    mass: float = 0.0  # what is stored of each image's probability, added up
+    least: float = 1.0  # of any image
+    enough: int = 0  # the K that holds ENOUGH of the first images, on average
 
-    def add(self, labels: np.ndarray, indices: np.ndarray) -> None:
-        """Count images with their labels [B], -1 for none, and the teacher's classes [B, >= 5],
-        the most probable first.
+    def add(self, labels: np.ndarray, indices: np.ndarray, probs: np.ndarray) -> None:
+        """Count images with their labels [B], -1 for none, the teacher's classes [B, >= 5], the
+        most probable first, and the probabilities that are stored [B, K].
         """
+        mass = probs.sum(1, dtype=np.float64)
+        self.mass += float(mass.sum())
+        self.least = min(self.least, float(mass.min()))
         is_right = (indices[:, :5] == labels[:, None]) & (labels >= 0)[:, None]
         self.images += len(labels)
         self.labelled += int((labels >= 0).sum())
         self.top1 += int(is_right[:, 0].sum())
         self.top5 += int(is_right.any(1).sum())
+
+    def merge(self, other: Tally) -> None:
+        """Count what another process has counted."""
+        for name in ("images", "labelled", "top1", "top5", "mass"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.least, self.enough = min(self.least, other.least), max(self.enough, other.enough)
 
     def accuracy(self) -> dict[str, float]:
         """The teacher's accuracies in percent, and over how many images: of an epoch that was
@@ -142,7 +155,11 @@ class Tally:
     def __str__(self) -> str:
         found = self.accuracy()
         rates = "".join(f", {key} {found[key]:.2f}%" for key in ("top1", "top5") if found)
-        return f"{self.images:,} images{rates}"
+        mass = self.mass / max(self.images, 1)
+        stored = f", stored mass {100 * mass:.1f}%, of one image {100 * self.least:.1f}%"
+        if mass < ENOUGH and self.enough:
+            stored += f" (DISTILL.LOGITS_TOPK {self.enough} would keep {ENOUGH:.0%})"
+        return f"{self.images:,} images{rates}{stored}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,10 +172,11 @@ def run(settings: tuple[argparse.Namespace, CfgNode], stop: StopRequest) -> int:
     args, cfg = settings
     world = utils.init_distributed(cfg.DEVICE)
     utils.choose_kernels(cfg.TRAIN.DETERMINISTIC, world.device)
-    run = prepare(cfg, world, stop)
-    if args.check_saved_logits:
-        code = check(run, args.exact, args.percent)
-    else:
+    with no_trace_if_refused(run_folder(cfg)):
+        run = prepare(cfg, world, stop)
+        if args.check_saved_logits:
+            code = check(run, args.exact, args.percent)
+    if not args.check_saved_logits:
         code = save(run, args.skip_eval)
     world.destroy()
     return code
@@ -175,7 +193,8 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
             "AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in"
             f" {teacher.precision}"
         )
-    data = world.main_first(lambda: open_run(cfg, teacher.num_classes))
+    with awaited("the list of images", log.info):
+        data = world.main_first(lambda: open_run(cfg, teacher.num_classes))
     labels, _ = teacher.label_map(data.images.num_classes)
     if labels is not None:
         labels = labels.to(world.device)
@@ -197,15 +216,12 @@ def teacher_of_store(root: str) -> dict[str, Any] | None:
 
 def save(run: Run, skip_eval: bool) -> int:
     """Write the epochs that are not sealed yet."""
-    cfg, world, log, data = run.cfg, run.world, run.log, run.data
-    root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
+    cfg, world, log = run.cfg, run.world, run.log
     wanted = range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS)
-    manifest = world.on_main(lambda: manifest_of(run))
-    keys = data.images.get_keys()
-    if world.world_size > 1:  # all machines must have the same data, and augment alike
-        proof, name = manifest["proof"], f"{root} (rank 0)"
-        world.everywhere(lambda: check_proof(proof, data.images, data.decoder, name))
-    with open_writer(world, root, manifest, keys) as writer:
+    with no_trace_if_refused(run_folder(cfg)):
+        opened = open_writer(run)
+    with opened as writer:
+        root = writer.root
         world.on_main(lambda: writer.clean_up(wanted))
         pending = world.on_main(lambda: [e for e in wanted if not writer.is_sealed(e)])
         if not pending:
@@ -230,19 +246,24 @@ def save(run: Run, skip_eval: bool) -> int:
                 writer.begin_epoch(epoch, world.rank)
             is_missing = np.unpackbits(bits, count=len(writer)).view(bool)
             epochs_left = len(pending) - number - 1
-            written = write_epoch(run, loader, writer, epoch, is_missing, epochs_left)
-            parts = world.gather_objects(astuple(written))
-            total = Tally(*(sum(column) for column in zip(*parts)))
+            written, pace = write_epoch(run, loader, writer, epoch, is_missing, epochs_left)
+            total = Tally()
+            for part in world.gather_objects(written):
+                total.merge(part)
+            log.info(f"epoch {epoch}: {total}; {pace}")
             world.on_main(partial(writer.seal, epoch, teacher=total.accuracy()))
     log.info(f"{root}: epochs {ranges(wanted)} are sealed")
     return Exit.DONE
 
 
-def open_writer(
-    world: Distributed, root: Path, manifest: dict[str, Any], keys: Keys
-) -> LogitsStoreWriter:
+def open_writer(run: Run) -> LogitsStoreWriter:
     """The store's writer: rank 0 makes the store or finds it, the others join it there."""
-
+    world, data, root = run.world, run.data, Path(run.cfg.DISTILL.TEACHER_LOGITS_PATH)
+    manifest = world.on_main(lambda: manifest_of(run))
+    if world.world_size > 1:  # all machines must have the same data, and augment alike
+        proof, name = manifest["proof"], f"{root} (rank 0)"
+        world.everywhere(lambda: check_proof(proof, data.images, data.decoder, name))
+    keys = data.images.get_keys()
     writer = world.on_main_alone(lambda: LogitsStoreWriter(root, manifest, keys))
     digest = world.on_main(lambda: writer.digest)
 
@@ -271,27 +292,27 @@ def write_epoch(
     epoch: int,
     is_missing: np.ndarray,
     epochs_left: int,
-) -> Tally:
-    """Append this rank's batches of an epoch that are not whole; what was written."""
+) -> tuple[Tally, str]:
+    """Append this rank's batches of an epoch that are not whole; what was written, and how fast."""
     begun, share, tally = time.monotonic(), float(is_missing.mean()), Tally()
     to_come = len(writer) * (share + epochs_left) / run.world.world_size
 
     def is_wanted(number: int, positions: list[int]) -> bool:
         return bool(is_missing[positions].any())
 
-    def note() -> str:
+    def pace() -> str:
         rate = tally.images / (time.monotonic() - begun)
         left = timedelta(seconds=round((to_come - tally.images) / rate)) if rate else "unknown"
         size = size_text(tally.images * writer.dtype.itemsize)
-        return f"rank 0: {tally}, {size}, {rate:,.0f} images/s; all epochs done in {left}"
+        return f"rank 0: {size}, {rate:,.0f} images/s, all epochs done in {left}"
 
     batches = on_device(loader.batches(epoch, wanted=is_wanted), run.world.device)
-    batches = run.watched(batches, round(loader.count(epoch) * share), f"epoch {epoch}", note)
+    count = round(loader.count(epoch) * share)
+    batches = run.watched(batches, count, f"epoch {epoch}", lambda: f"{tally}; {pace()}")
     for positions, records in one_late(answers(run, batches, tally)):
         writer.append(positions, records())
     writer.end_epoch()
-    run.log.info(f"epoch {epoch}; {note()}")
-    return tally
+    return tally, pace()
 
 
 def answers(
@@ -300,13 +321,14 @@ def answers(
     """For each batch the positions [n] and a function that waits for the device and gives the
     records [n], which it counts in `tally`.
     """
-    k = run.cfg.DISTILL.LOGITS_TOPK
+    k, temperature = run.cfg.DISTILL.LOGITS_TOPK, run.cfg.DISTILL.TEMPERATURE
     for batch in batches:
         logits, labels = run.ask(batch)  # [B, C], [B]
-        indices, probs = encode(logits, max(k, 5), run.cfg.DISTILL.TEMPERATURE)  # [B, >= K]
+        indices, probs = encode(logits, max(k, 5), temperature)  # [B, >= K]
         positions, seeds = batch.position.numpy(), batch.seed.numpy()
         count = len(positions) - has_own_partner(positions)
-        arrive = to_host(labels[:count], indices[:count], probs[:count, :k])
+        whole = [] if tally.enough else [(logits[:count] / temperature).softmax(1)]
+        arrive = to_host(labels[:count], indices[:count], probs[:count, :k], *whole)
         num_classes = run.cfg.MODEL.NUM_CLASSES
         yield positions[:count], partial(records_of, arrive, seeds[:count], k, num_classes, tally)
 
@@ -319,9 +341,17 @@ def records_of(
     tally: Tally,
 ) -> np.ndarray:
     """The records [n] of a batch whose answers are on their way."""
-    labels, indices, probs = arrive()
-    tally.add(labels, indices)
+    labels, indices, probs, *logits = arrive()
+    tally.add(labels, indices, probs)
+    for whole in logits:
+        tally.enough = classes_for(whole)
     return pack_records(seeds, indices[:, :k], probs, num_classes)
+
+
+def classes_for(probs: np.ndarray) -> int:
+    """How many classes hold ENOUGH of probabilities [B, C], on average over their images."""
+    held = np.sort(probs, 1)[:, ::-1].cumsum(1).mean(0)
+    return 1 + int((held < ENOUGH).sum())
 
 
 def one_late(items: Iterable[Item]) -> Iterator[Item]:

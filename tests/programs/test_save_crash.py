@@ -111,7 +111,7 @@ def test_a_torn_tail_is_computed_again(store, undisturbed):
         ).missing(0)
     )
     ended = finish(arguments)
-    ended.expect([0], f"epoch 0; rank 0: {whole} images")  # no other batch is computed again
+    ended.expect([0], f"epoch 0: {whole} images")  # no other batch is computed again
     assert sealed_bytes(store) == undisturbed and 8 <= whole < IMAGES
 
 

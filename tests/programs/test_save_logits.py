@@ -175,8 +175,8 @@ def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "/6 [" in line]
     assert len(lines) == 12
     shown = (
-        r"epoch \d: .*\d/6 \[.*batches/s, rank 0: \d+ images(, top1 \S+%, top5 \S+%)?, \d\.\d+ kB, "
-        r"[\d,]+ images/s; all epochs done in (\S+|unknown)\]$"
+        r"epoch \d: .*\d/6 \[.*batches/s, \d+ images(, top1 \S+%, top5 \S+%)?, stored mass \S+%, of"
+        r" one image \S+%; rank 0: \d\.\d+ kB, [\d,]+ images/s, all epochs done in (\S+|unknown)\]$"
     )
     assert all(re.search(shown, line) for line in lines), lines[0]
 
@@ -595,20 +595,57 @@ def test_a_tally_counts():
     tally.add(
         np.array([1, 5, -1, 9]),
         np.array([[1, 0, 2, 3, 4, 5], [0, 1, 2, 3, 5, 4], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 9]]),
+        np.array([[0.5, 0.25], [0.5, 0.5], [0.25, 0.25], [0.5, 0.25]], np.float32),
     )
-    assert tally == Tally(4, 3, 1, 2) and tally.accuracy() == {
+    assert tally == Tally(4, 3, 1, 2, 3.0, 0.5) and tally.accuracy() == {
         "images": 3,
         "top1": 100 / 3,
         "top5": 200 / 3,
     }
-    assert (
-        Tally(7).accuracy() == {}
-        and str(Tally(7)) == "7 images"
-        and str(tally) == "4 images, top1 33.33%, top5 66.67%"
+    assert Tally(7).accuracy() == {}
+    text = "4 images, top1 33.33%, top5 66.67%, stored mass 75.0%, of one image 50.0%"
+    assert str(tally) == text
+    tally.enough = 4
+    other = Tally(4, 0, 0, 0, 3.8, 0.9, 3)
+    assert str(other) == "4 images, stored mass 95.0%, of one image 90.0%"
+    other.merge(tally)
+    assert other == Tally(8, 3, 1, 2, 6.8, 0.5, 4)
+    assert str(other).endswith(
+        ", stored mass 85.0%, of one image 50.0% (DISTILL.LOGITS_TOPK 4 would keep 90%)"
     )
 
 
+def test_the_k_that_would_hold_enough(four, store, capsys):
+    """Told where the stored mass is low; the mass is that of the sealed records."""
+    assert run(store, "DISTILL.LOGITS_TOPK 2") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "epoch 0: " in line)
+    found = re.search(r"mass (\S+)%, of one image (\S+)% \(DISTILL.LOGITS_TOPK (\d) would", line)
+    mass, whole = (
+        LogitsStoreReader(root).open_epoch(0)["prob"].astype(float) for root in (store, four)
+    )
+    assert float(found[1]) == pytest.approx(100 * mass.sum(1).mean(), abs=0.1)
+    assert float(found[2]) == pytest.approx(100 * mass.sum(1).min(), abs=0.1)
+    k = int(found[3])  # of the first images, so nearly that of all
+    held = whole.cumsum(1).mean(0)
+    assert held[k - 1] > 0.88 and held[k - 3] < 0.92 and k > 2
+    assert save_logits.classes_for(np.array([[0.1, 0.6, 0.3], [0.0, 0.0, 1.0]])) == 2
+    assert save_logits.classes_for(np.full((2, 8), 0.125)) == 8
+
+
 # ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("opts", "flags"),
+    [
+        ("SEED 1", ()),
+        ("DATA.DATASET imagenet DATA.DATA_PATH nowhere", ()),
+        ("TRAIN.START_EPOCH 8 TRAIN.EPOCHS 9", CHECK),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(four, tmp_path, opts, flags):
+    assert run(four, "OUTPUT", tmp_path / "output", opts, flags=flags) == 2
+    assert not any((tmp_path / "output").glob("*"))
 
 
 @pytest.mark.parametrize(
