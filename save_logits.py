@@ -322,15 +322,16 @@ def answers(
     records [n], which it counts in `tally`.
     """
     k, temperature = run.cfg.DISTILL.LOGITS_TOPK, run.cfg.DISTILL.TEMPERATURE
-    for batch in batches:
+    for number, batch in enumerate(batches):
         logits, labels = run.ask(batch)  # [B, C], [B]
         indices, probs = encode(logits, max(k, 5), temperature)  # [B, >= K]
         positions, seeds = batch.position.numpy(), batch.seed.numpy()
         count = len(positions) - has_own_partner(positions)
-        whole = [] if tally.enough else [(logits[:count] / temperature).softmax(1)]
+        whole = [] if number else [logits[:count]]
         arrive = to_host(labels[:count], indices[:count], probs[:count, :k], *whole)
         num_classes = run.cfg.MODEL.NUM_CLASSES
-        yield positions[:count], partial(records_of, arrive, seeds[:count], k, num_classes, tally)
+        settings = (k, num_classes, temperature)
+        yield positions[:count], partial(records_of, arrive, seeds[:count], *settings, tally)
 
 
 def records_of(
@@ -338,19 +339,21 @@ def records_of(
     seeds: np.ndarray,
     k: int,
     num_classes: int,
+    temperature: float,
     tally: Tally,
 ) -> np.ndarray:
     """The records [n] of a batch whose answers are on their way."""
     labels, indices, probs, *logits = arrive()
     tally.add(labels, indices, probs)
     for whole in logits:
-        tally.enough = classes_for(whole)
+        tally.enough = classes_for(whole / temperature)
     return pack_records(seeds, indices[:, :k], probs, num_classes)
 
 
-def classes_for(probs: np.ndarray) -> int:
-    """How many classes hold ENOUGH of probabilities [B, C], on average over their images."""
-    held = np.sort(probs, 1)[:, ::-1].cumsum(1).mean(0)
+def classes_for(logits: np.ndarray) -> int:
+    """How many classes hold ENOUGH of the probability of logits [B, C], on average over images."""
+    probs = np.sort(np.exp(logits - logits.max(1, keepdims=True)), 1)[:, ::-1]
+    held = (probs / probs.sum(1, keepdims=True)).cumsum(1).mean(0)
     return 1 + int((held < ENOUGH).sum())
 
 

@@ -628,8 +628,9 @@ def test_the_k_that_would_hold_enough(four, store, capsys):
     k = int(found[3])  # of the first images, so nearly that of all
     held = whole.cumsum(1).mean(0)
     assert held[k - 1] > 0.88 and held[k - 3] < 0.92 and k > 2
-    assert save_logits.classes_for(np.array([[0.1, 0.6, 0.3], [0.0, 0.0, 1.0]])) == 2
-    assert save_logits.classes_for(np.full((2, 8), 0.125)) == 8
+    logits = np.log([[0.1, 0.6, 0.3], [1e-9, 1e-9, 1.0]]) + [[700.0], [-900.0]]
+    assert save_logits.classes_for(logits) == 2
+    assert save_logits.classes_for(np.zeros((2, 8))) == 8
 
 
 # ---- refusals
