@@ -352,6 +352,9 @@ def evaluation_in_words(measured: dict[str, Any]) -> str:
     text = f"{measured['count']:,} validation images"
     if "top1" in measured:
         text += ": top-1 {top1:.3f}%, top-5 {top5:.3f}%, loss {loss:.4f}".format(**measured)
+    if "class_head_top1" in measured:
+        heads = "; top-1 of the class head {class_head_top1:.3f}%, of the distillation head"
+        text += (heads + " {distill_head_top1:.3f}%").format(**measured)
     return text
 
 

@@ -70,6 +70,7 @@ from models.build import (
     load_named_weights,
     multiply_adds_in_words,
     num_outputs,
+    separate_heads,
 )
 from models.class_map import LabelMap, find_label_map
 from models.distill import DistillLoss, label_cross_entropy
@@ -196,19 +197,21 @@ def forward(run: Training, batch: Batch, index: int) -> dict[str, Tensor]:
     if cfg.TRAIN.CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
     with utils.autocast(device, run.dtype):
-        logits = run.network(images)  # [B, C]
+        logits = run.network(images)  # [B, C], or a pair of them where there are two heads
     if cfg.DISTILL.ENABLED:
         indices, probs = run.teacher(images) if run.teacher else (batch.indices, batch.probs)
-        loss = run.distill_loss(logits, indices, probs, targets)
+        losses = run.distill_loss(logits, indices, probs, targets)
     else:
-        loss = label_cross_entropy(logits, targets)
+        losses = {"loss": label_cross_entropy(logits, targets)}
     if labels is None:  # nothing says what is right
-        return {"loss": loss}
+        return losses
+    if cfg.DISTILL.TWO_HEADS:
+        logits = sum(logits)  # the mean of both heads is the model's answer
     answers = {"top1": logits.argmax(1)}
     if cfg.DISTILL.ENABLED:
         answers["teacher_top1"] = indices[:, 0]
     columns = torch.stack([*answers.values()], 1)
-    return {"loss": loss, **dict(zip(answers, share_right(labels, columns, mixes)))}
+    return losses | dict(zip(answers, share_right(labels, columns, mixes)))
 
 
 def train(run: Training, has_begun: Callable[[], object]) -> None:
@@ -311,7 +314,7 @@ def end_epoch(run: Training) -> None:
     cfg, now, done = run.cfg, run.progress, run.progress.epoch + 1
     is_due = done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS
     results = evaluate_all(run) if run.validate and is_due else {}
-    scores = [value for name, value in results.items() if name.endswith("_top1")]
+    scores = [results[name] for name in ("val_top1", "average_top1") if name in results]
     before, now.best = now.best, max([now.best, *scores])
     if now.best >= 0:
         results["best_top1"] = now.best
@@ -337,7 +340,8 @@ def evaluate_all(run: Training) -> dict[str, float]:
             found = run.validate(model)
         except Stopped:
             stop(run)  # the same command goes on with this evaluation
-        results |= {f"{name}_{key}": found[key] for key in ("loss", "top1", "top5") if key in found}
+        numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+        results |= {f"{name}_{key}": value for key, value in numbers.items()}
         which = ", averaged weights" if name == "average" else ""
         run.log.info(f"epoch {run.progress.epoch + 1}{which}: {evaluation_in_words(found)}")
     return results
@@ -729,6 +733,7 @@ def evaluate_weights(cfg: CfgNode, world: Distributed) -> nn.Module:
     if not name and ":" not in cfg.MODEL.TYPE:
         raise ValueError("--eval measures weights: name them with --resume or --pretrained")
     model = build_teacher(cfg, log=log.info).to(world.device)
+    separate_heads(model)
     data = world.main_first(lambda: open_run(cfg, num_outputs(model)))
     validate = open_validation(data, world, log, numbers_own=False)
     found = validate(model)

@@ -39,6 +39,8 @@ Settings = TypeVar("Settings")
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 
+# What a model with two heads is read off by, as the names of measured values begin.
+HEADS = ("", "class_head_", "distill_head_")
 WORTH_COMPILING = 2000  # updates; compiling takes minutes
 
 
@@ -435,7 +437,8 @@ def compile_model(model: nn.Module, world: Distributed, warn: Callable[[str], ob
 
 
 def outputs_of(model: nn.Module, images: Tensor, rows: int) -> Tensor:
-    """What a model says of images [n, ...]: its outputs [n, C].
+    """What a model says of images [n, ...]: its outputs [n, C]; of a model that answers with two
+    heads their mean, the class head's and the distillation head's [3, n, C].
 
     A last batch is filled up to `rows`, the size of the others, where another size costs: a
     compiled model would be compiled again, and cuDNN look for its fastest kernels again.
@@ -443,7 +446,17 @@ def outputs_of(model: nn.Module, images: Tensor, rows: int) -> Tensor:
     count = len(images)
     if count < rows and (images.is_cuda or _is_compiled(model)):
         images = F.pad(images, (0, 0) * (images.dim() - 1) + (0, rows - count))
-    return model(images)[:count]
+    answer = model(images)
+    heads = answer if isinstance(answer, tuple) else (answer,)
+    shapes = [[*getattr(head, "shape", [type(head).__name__])] for head in heads]
+    if len(shapes[0]) != 2 or len(heads) > 2 or shapes[-1] != shapes[0]:
+        raise ValueError(
+            f"the model answers {len(images)} images with {', '.join(map(str, shapes))}: one tensor"
+            " [images, classes] is needed, or a pair of them, of class and distillation head"
+        )
+    if len(heads) == 2:
+        answer = torch.stack([sum(heads) / 2, *heads])
+    return answer.narrow(-2, 0, count)
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -686,7 +699,8 @@ def evaluate(
     brings outputs into the labels' numbering; images whose label no output stands for are left out
     of the loss and count as wrong. Where no image has a label only `count` is given. With
     `num_classes` (the labels') the result also has `class_count` and `class_top1`: each class's
-    images, and how many are right.
+    images, and how many are right. Of a model with two heads the mean is measured, and each head
+    under names of its own: `class_head_loss`, ..., `distill_head_top5`.
     """
     world = world or Distributed(device=device)
     if isinstance(model, DistributedDataParallel):
@@ -694,37 +708,47 @@ def evaluate(
     # Running statistics differ between ranks after a step: rank 0's are the ones saved.
     world.broadcast_tensors(model.buffers())
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    sums = torch.zeros(5, dtype=wide, device=device)  # loss, known, top-1, top-5, images
+    # loss, known, top-1, top-5, images; of the model's answer, of its class and distillation heads
+    sums = torch.zeros(5, len(HEADS), dtype=wide, device=device)
     by_class = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # images, right ones
-    was_training, rows, count = model.training, 0, 0
+    was_training, rows, count, answers = model.training, 0, 0, 1
     model.eval()
+    for part in model.modules():  # timm's two heads answer apart in training mode alone
+        part.training = getattr(part, "distilled_training", False)
     try:
         for images, labels, *_ in batches:
             images = images.to(device, non_blocking=True)
             labels = labels.to(device, non_blocking=True).long().clamp(min=-1)
             rows = max(rows, len(images))
             with autocast(device, dtype):
-                logits = outputs_of(model, images, rows).float()  # [B, C]
+                logits = outputs_of(model, images, rows).float()  # [B, C] or [3, B, C]
             if label_map is not None:
-                logits = label_map.logits(logits)  # [B, classes of the data]
+                logits = label_map.logits(logits)  # in the classes of the data
                 labels = label_map.known(labels)
-            loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+            logits = logits.view(-1, len(labels), logits.shape[-1])  # [answers, B, C]
+            answers = len(logits)
+            wanted = labels.expand(answers, -1)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="none"
+            )
+            best = logits.topk(min(5, logits.shape[-1])).indices  # [answers, B, 5]
             right = best == labels[:, None]
-            hits = torch.stack([labels >= 0, right[:, 0], right.any(1)])  # [3, B]
-            sums[0].add_(loss.sum(dtype=wide))
-            sums[1:4].add_(hits.sum(1))
+            hits = torch.stack([wanted >= 0, right[..., 0], right.any(-1)])  # [3, answers, B]
+            sums[0, :answers].add_(loss.view(answers, -1).sum(1, dtype=wide))
+            sums[1:4, :answers].add_(hits.sum(-1))
             count += len(labels)
             if num_classes:
-                by_class.index_add_(1, labels.clamp(min=0), hits[:2].long())
+                by_class.index_add_(1, labels.clamp(min=0), hits[:2, 0].long())
     finally:
         model.train(was_training)
     sums[4] = count
-    loss, known, top1, top5, count = world.all_reduce_sum(sums).tolist()
-    result: dict[str, Any] = {"count": int(count)}
-    if not known:
+    measured = world.all_reduce_sum(sums).T.tolist()
+    result: dict[str, Any] = {"count": int(measured[0][4])}
+    if not measured[0][1]:
         return result
-    result |= {"loss": loss / known, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    for head, (loss, known, top1, top5, count) in zip(HEADS[:answers], measured):
+        rates = {"loss": loss / known, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+        result |= {f"{head}{name}": rate for name, rate in rates.items()}
     if num_classes:
         result["class_count"], result["class_top1"] = world.all_reduce_sum(by_class).cpu().numpy()
     return result

@@ -8,6 +8,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 LONGEST_MESSAGE = 2000  # characters
+MAPPING = "MODEL.ARGS"  # the one key whose value is a mapping, kept as a text of JSON
 
 
 class ConfigError(ValueError):
@@ -63,7 +64,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{dotted key: value} of nested mappings."""
     flat = {}
     for name, value in node.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{name}" != MAPPING:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

@@ -94,6 +94,8 @@ _C.MODEL = CfgNode()
 _C.MODEL.TYPE = "tiny_vit"
 # names the run's folder; for TYPE timm the timm model to build
 _C.MODEL.NAME = "tiny_vit"
+# TYPE timm: arguments of the model, e.g. {img_size: 32, patch_size: 4}
+_C.MODEL.ARGS = ""
 # weights to start from: a path, a URL, a zoo name (22kto1k_distill ...), hf-hub:user/repository,
 # or `hub`, which for TYPE tiny_vit and timm is what timm has published for the model;
 # with @sha256=... and at least 8 digits behind it (and so RESUME, TEACHER_WEIGHTS) that file alone
@@ -147,6 +149,9 @@ _C.DISTILL.CLASS_SUBSET = ""
 _C.DISTILL.ALPHA = 1.0
 # use the teacher's top-1 class as a hard target
 _C.DISTILL.HARD = False
+# a student with two heads (timm's distilled models): the class head learns from labels, with
+# 1 - ALPHA of the loss, the distillation head from the teacher
+_C.DISTILL.TWO_HEADS = False
 # of K probabilities summing to over 1: rescale | subtract (from other classes) | auto (the store's)
 _C.DISTILL.EXCESS = "auto"
 # epoch e of a longer run is the store's epoch e modulo its number of epochs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ def adopt_timm_input(cfg: Config) -> None:
     values = {
         "DATA.MEAN": list(own.mean),
         "DATA.STD": list(own.std),
-        "DATA.IMG_SIZE": own.input_size[-1],
+        "DATA.IMG_SIZE": json.loads(cfg.MODEL.ARGS or "{}").get("img_size", own.input_size[-1]),
     }
     if own.interpolation in ("bicubic", "bilinear"):
         values["DATA.INTERPOLATION"] = own.interpolation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from configs.command_line import argument_parser, flag_values
-from configs.config import Config, ConfigError, flatten
+from configs.config import MAPPING, Config, ConfigError, flatten
 from configs.defaults import REMOVED, get_defaults
 from configs.derived import adopt_timm_input, batch_plan, derive
 from configs.validate import CHOICES, COMBINATIONS, VALUES, faults_of
@@ -251,6 +252,8 @@ def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
     default = defaults[key]
     if "True" in CHOICES.get(key, ()):  # a switch that may also be auto, kept as text
         value = str(_literal(str(value)))
+    if key == MAPPING:
+        value = _mapping_text(key, value)
     if isinstance(value, str):
         # yacs reads text as a literal: quoted, "12" remains text
         value = repr(value) if isinstance(default, str) else _literal(value)
@@ -269,6 +272,18 @@ def _merge(cfg: Config, key: str, value: Any, defaults: dict[str, Any]) -> None:
         expected = KINDS.get(type(default), "a list of numbers")
         found = type(value).__name__
         raise ConfigError(f"{key} = {value!r}: expected {expected}, got {found}", key) from None
+
+
+def _mapping_text(key: str, value: Any) -> str:
+    """The one text of a mapping, however it was written."""
+    mapping = _literal(value) if isinstance(value, str) else value
+    try:
+        if not isinstance(mapping or {}, dict):
+            raise TypeError
+        return json.dumps(mapping, sort_keys=True) if mapping else ""
+    except TypeError:
+        example = "{img_size: 32, patch_size: 4}"
+        raise ConfigError(f"{key} = {value!r}: expected a mapping, e.g. {example}", key) from None
 
 
 def _literal(text: str) -> Any:

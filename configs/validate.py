@@ -173,8 +173,10 @@ def _images(cfg: Config) -> Iterator[Rule]:
     )
 
 
-def _tiny_vit(cfg: Config) -> Iterator[Rule]:
+def _model(cfg: Config) -> Iterator[Rule]:
     shape = cfg.MODEL.TINY_VIT
+    is_timm = cfg.MODEL.TYPE == "timm"
+    yield bool(cfg.MODEL.ARGS) and not is_timm, "MODEL.ARGS", "only MODEL.TYPE timm takes arguments"
     if cfg.MODEL.TYPE != "tiny_vit":
         return
     for stage in range(1, 4):  # stage 0 is convolutional
@@ -189,6 +191,12 @@ def _teacher(cfg: Config) -> Iterator[Rule]:
     distill = cfg.DISTILL
     is_no_k = distill.LOGITS_TOPK < 1 and "DISTILL.LOGITS_TOPK" in cfg.EXPLICIT
     yield is_no_k, "DISTILL.LOGITS_TOPK", "must be at least 1 (leave it out for the default)"
+    trains = not (cfg.EVAL_MODE or cfg.THROUGHPUT_MODE or distill.SAVE_TEACHER_LOGITS)
+    if trains and distill.TWO_HEADS:
+        reason = "the distillation head needs a teacher: DISTILL.TEACHER_LOGITS_PATH, or ONLINE"
+        yield not distill.ENABLED, "DISTILL.TWO_HEADS", reason
+        reason = "leaves the class head of DISTILL.TWO_HEADS nothing to learn from, set e.g. 0.5"
+        yield distill.ALPHA == 1, "DISTILL.ALPHA", reason
     if distill.ONLINE:
         store, recipe = distill.TEACHER_LOGITS_PATH, distill.TEACHER_CFG
         reason = f"the run already reads the store {store}; give one of the two"
@@ -244,4 +252,4 @@ def _folders(cfg: Config) -> Iterator[Rule]:
 
 
 VALUES = (_choices, _ranges, _lists)
-COMBINATIONS = (_images, _tiny_vit, _teacher, _programs, _folders)
+COMBINATIONS = (_images, _model, _teacher, _programs, _folders)

@@ -4,8 +4,10 @@ of the user's.
 
 import difflib
 import importlib
+import json
 import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import timm
@@ -41,6 +43,11 @@ def build_model(
     A class count of 0 means the model's usual one; data.build.resolve replaces it by the data's.
     """
     model = _construct(cfg, log)
+    if cfg.DISTILL.TWO_HEADS and not separate_heads(model) and ":" not in cfg.MODEL.TYPE:
+        raise ValueError(
+            f"DISTILL.TWO_HEADS: {cfg.MODEL.NAME} has one head; timm's models with a distillation"
+            " head have two, e.g. deit_tiny_distilled_patch16_224"
+        )
     if load and cfg.MODEL.PRETRAINED:
         load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log)
     return model
@@ -83,6 +90,16 @@ def load_named_weights(
     """
     weights = _read_named_weights(cfg, name, log)
     return load_weights(model, weights, exact=exact, label=name, log=log)
+
+
+def separate_heads(model: nn.Module) -> bool:
+    """Let a model answer with (class head, distillation head) in training mode, where it can;
+    whether it can.
+    """
+    has_two = hasattr(model, "set_distilled_training")  # so do all of timm's
+    if has_two:
+        model.set_distilled_training(True)
+    return has_two
 
 
 def num_outputs(model: nn.Module) -> int:
@@ -173,20 +190,29 @@ def _construct(cfg: CfgNode, log: Callable[[str], None]) -> nn.Module:
 
 def _timm_model(cfg: CfgNode, log: Callable[[str], None], **options: Any) -> nn.Module:
     """A timm model for the configured image size, with drop path where it knows that."""
-    name = cfg.MODEL.NAME
+    name, size, given = cfg.MODEL.NAME, cfg.DATA.IMG_SIZE, json.loads(cfg.MODEL.ARGS or "{}")
     own = timm.get_pretrained_cfg(name)
-    if own is not None and own.fixed_input_size and own.input_size[-1] != cfg.DATA.IMG_SIZE:
-        options["img_size"] = cfg.DATA.IMG_SIZE
+    if own is not None and own.fixed_input_size and own.input_size[-1] != size:
+        given.setdefault("img_size", size)
+    if given.get("img_size", size) != size:
+        raise ValueError(f"MODEL.ARGS = {cfg.MODEL.ARGS}, but DATA.IMG_SIZE = {size}: set one")
+    # Those of the function are none of the model: they would load files.
+    foreign = sorted(given.keys() & signature(timm.create_model).parameters)
+    if foreign:
+        raise ValueError(f"MODEL.ARGS = {cfg.MODEL.ARGS}: leave out {', '.join(foreign)}")
     optional = {"drop_rate": cfg.MODEL.DROP_RATE, "drop_path_rate": cfg.MODEL.DROP_PATH_RATE}
     while True:
         try:
-            return timm.create_model(name, **options, **optional)
-        except TypeError as error:
+            return timm.create_model(name, **options, **optional, **given)
+        except Exception as error:  # of any kind, for an argument that does not fit
             unknown = re.search(r"unexpected keyword argument '(\w+)'|$", str(error))[1]
-            if unknown not in optional:
+            if unknown in optional:
+                value = optional.pop(unknown)
+                log(f"{name} takes no {unknown}: MODEL.{unknown.upper()} {value} has no effect")
+            elif cfg.MODEL.ARGS:
+                raise ValueError(f"MODEL.ARGS = {cfg.MODEL.ARGS}: {name}: {error}") from None
+            else:
                 raise
-            value = optional.pop(unknown)
-            log(f"{name} takes no {unknown}: MODEL.{unknown.upper()} {value} has no effect")
 
 
 def _recompute_activations(model: nn.Module) -> None:

@@ -53,18 +53,14 @@ def sparse_soft_cross_entropy(
     """Cross entropy of a student [B, C] with `densify`'s targets, which are never built: the mean
     over the batch.
     """
-    log_probs = torch.log_softmax(_at_least_float32(student_logits), dim=-1)
-    probs, rest = _split(probs.to(log_probs.dtype), log_probs.shape[-1], subtract)
-    kept = ((probs - rest) * log_probs.gather(-1, indices.long())).sum(-1)
-    return -(kept + rest.squeeze(-1) * log_probs.sum(-1)).mean()
+    return _sparse_loss(_log_softmax(student_logits), indices, probs, subtract)[0]
 
 
 def label_cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy with dense targets [B, C]: the mean over the images that have a label, i.e. a
     row that is not all zero.
     """
-    losses = -(targets * torch.log_softmax(_at_least_float32(student_logits), dim=-1)).sum(-1)
-    return losses.sum() / targets.any(-1).sum().clamp(min=1)
+    return _label_loss(_log_softmax(student_logits), targets)
 
 
 @dataclass(frozen=True)
@@ -75,42 +71,68 @@ class DistillLoss:
     temperature: float = 1.0
     hard: bool = False  # learn the teacher's top-1 class instead, which has no temperature
     subtract: bool = False  # as of `_split`
+    two_heads: bool = False  # labels are learned by the class head, the rest by the other
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "DistillLoss":
         """The loss that DISTILL describes."""
         settings = cfg.DISTILL
-        is_subtracted = settings.EXCESS == "subtract"
-        return cls(settings.ALPHA, settings.TEMPERATURE, settings.HARD, is_subtracted)
+        return cls(
+            settings.ALPHA,
+            settings.TEMPERATURE,
+            settings.HARD,
+            settings.EXCESS == "subtract",
+            settings.TWO_HEADS,
+        )
 
     def __call__(
-        self, student_logits: Tensor, indices: Tensor, probs: Tensor, targets: Tensor | None = None
-    ) -> Tensor:
-        """The loss of logits [B, C], given the teacher's record [B, K] and label targets [B, C].
+        self,
+        answer: Tensor | tuple[Tensor, Tensor],
+        indices: Tensor,
+        probs: Tensor,
+        targets: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The `loss` of logits [B, C], or of (class head's, distillation head's), given the
+        teacher's record [B, K] and label targets [B, C]; and its parts without their weights.
 
-        (1 - alpha) * cross entropy with the labels
+        loss = (1 - alpha) * cross entropy with the labels (`label_loss`)
         + alpha * temperature^2 * cross entropy with the teacher at that temperature.
+        `kl` is temperature^2 * that cross entropy without the teacher's own entropy.
         """
+        class_logits, distill_logits = self._heads(answer)
+        temperature = 1.0 if self.hard else self.temperature
+        scaled = distill_logits if temperature == 1 else distill_logits / temperature
+        log_probs = _log_softmax(scaled)
         if self.hard:
-            logits = _at_least_float32(student_logits)
-            teacher = functional.cross_entropy(logits, indices[:, 0].long())
+            teacher = kl = functional.nll_loss(log_probs, indices[:, 0].long())
         else:
-            logits = _at_least_float32(student_logits)
-            if self.temperature != 1:
-                logits = logits / self.temperature
-            teacher = sparse_soft_cross_entropy(logits, indices, probs, self.subtract)
-            if self.temperature != 1:
-                teacher = self.temperature**2 * teacher
+            teacher, entropy = _sparse_loss(log_probs, indices, probs, self.subtract)
+            kl = teacher.detach() - entropy
+        if temperature != 1:
+            teacher, kl = temperature**2 * teacher, temperature**2 * kl
         if self.alpha == 1:
-            return teacher
+            return {"loss": teacher, "kl": kl}
         if targets is None:
             raise ValueError(
                 f"DISTILL.ALPHA {self.alpha} asks for labels, but this data has none that fit: set"
                 " DISTILL.ALPHA 1"
             )
-        return (1 - self.alpha) * label_cross_entropy(
-            student_logits, targets
-        ) + self.alpha * teacher
+        class_log_probs = log_probs if scaled is class_logits else _log_softmax(class_logits)
+        label = _label_loss(class_log_probs, targets)
+        loss = (1 - self.alpha) * label + self.alpha * teacher
+        return {"loss": loss, "kl": kl, "label_loss": label}
+
+    def _heads(self, answer: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The logits that learn from the labels, and those that learn from the teacher."""
+        if not self.two_heads:
+            logits = _at_least_float32(answer)
+            return logits, logits
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise ValueError(
+                "DISTILL.TWO_HEADS: in training the model must answer with (class logits,"
+                f" distillation logits), but this one does with a {type(answer).__name__}"
+            )
+        return _at_least_float32(answer[0]), _at_least_float32(answer[1])
 
 
 def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Tensor]:
@@ -129,7 +151,37 @@ def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Ten
     return probs / scale, rest
 
 
+def _sparse_loss(
+    log_probs: Tensor, indices: Tensor, probs: Tensor, subtract: bool
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of a student's log probabilities [B, C] with K stored probabilities, and the
+    entropy of these: means over the batch.
+    """
+    num_classes = log_probs.shape[-1]
+    probs, rest = _split(probs.to(log_probs.dtype), num_classes, subtract)
+    kept = ((rest - probs) * log_probs.gather(-1, indices.long())).sum(-1, keepdim=True)
+    loss = torch.addcmul(kept, rest, log_probs.sum(-1, keepdim=True), value=-1).mean()
+    entropy = torch.special.entr(probs).sum(-1, keepdim=True)
+    others = num_classes - probs.shape[-1]
+    if others > 0:
+        rest = rest.clamp(min=0) if subtract else rest
+        entropy = entropy.add(torch.special.entr(rest), alpha=others)
+    return loss, entropy.mean()
+
+
+def _label_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the rows of targets that are not all zero."""
+    return -(targets * log_probs).sum() / targets.any(-1).sum().clamp(min=1)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(_at_least_float32(logits), dim=-1)
+
+
 def _at_least_float32(logits: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
-        raise ValueError(f"the model answers with a {type(logits).__name__}: one tensor is needed")
+        raise ValueError(
+            f"the model answers with a {type(logits).__name__}: one tensor is needed (of two heads,"
+            " DISTILL.TWO_HEADS has each learn its own)"
+        )
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

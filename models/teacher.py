@@ -72,7 +72,7 @@ class Teacher(nn.Module):
         outputs = num_outputs(model)
         path = cfg.DISTILL.CLASS_SUBSET
         classes = read_class_subset(path, outputs) if path else None
-        name = cfg.MODEL.TYPE if by_function else cfg.MODEL.NAME
+        name = cfg.MODEL.TYPE if by_function else f"{cfg.MODEL.NAME} {cfg.MODEL.ARGS}".strip()
         dtype = teacher_dtype(cfg, device)
         if written is None:
             is_last = cfg.TRAIN.CHANNELS_LAST and dtype is not None and is_convolutional(model)

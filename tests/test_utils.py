@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,9 +23,10 @@ from torch import nn
 import utils
 from configs import load_config
 from configs.defaults import get_defaults
+from models.build import separate_heads
 from models.class_map import LabelMap
 from tests.support.helpers import free_port, run_ranks, torchrun
-from tests.support.teachers import Glance
+from tests.support.teachers import Glance, Pair
 from utils import (
     Distributed,
     Meters,
@@ -717,6 +720,57 @@ def test_evaluate_against_a_naive_loop(size, missing):
     assert_results(found, naive(model, images, labels))
     without = evaluate(model.eval(), batches(images, labels, size), CPU)
     assert not model.training and set(without) == {"count", "loss", "top1", "top5"}
+
+
+def test_evaluate_reads_two_heads_and_their_mean():
+    _, images, labels = evaluation()
+    model = Pair(7)
+    found = evaluate(model, batches(images, labels, 8), CPU, num_classes=7)
+    mean = nn.Module()
+    mean.forward = lambda images: sum(model(images)) / 2
+    heads = {"": mean, "class_head_": Glance(7), "distill_head_": Glance(7, 1)}
+    expected = {"class_count": None, "class_top1": None, "count": 41}
+    for name, head in heads.items():
+        alone = naive(head, images, labels)
+        expected |= {f"{name}{key}": alone[key] for key in ("loss", "top1", "top5")}
+    expected |= {key: naive(mean, images, labels)[key] for key in ("class_count", "class_top1")}
+    assert_results(found, expected)
+    assert found["top1"] != found["class_head_top1"] != found["distill_head_top1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 48}),
+        ("repvit_m0_9", {}),  # whose heads lie deeper
+    ],
+)
+def test_timms_heads_are_read_apart_as_in_eval_mode(name, shape):
+    model = timm.create_model(name, num_classes=5, **shape)
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6) % 5
+    plain = evaluate(model, batches(images, labels, 4), CPU)
+    assert separate_heads(model) and model.training
+    apart = evaluate(model, batches(images, labels, 4), CPU)
+    assert {key: apart[key] for key in plain} == plain and len(apart) == 1 + 3 * 3
+    assert plain["loss"] < (apart["class_head_loss"] + apart["distill_head_loss"]) / 2
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda x: {"logits": x}, "['dict']"),
+        (lambda x: (x, x, x), "[8, 10], [8, 10], [8, 10]"),
+        (lambda x: (x, x[:, :3]), "[8, 10], [8, 3]"),
+    ],
+)
+def test_other_answers_are_told_in_one_line(answer, found):
+    _, images, labels = evaluation()
+    model = Glance(10)
+    model.register_forward_hook(lambda module, images, output: answer(output))
+    with pytest.raises(ValueError, match=f"answers 8 images with {re.escape(found)}: one tensor"):
+        evaluate(model, batches(images, labels, 8), CPU)
 
 
 def test_evaluate_without_labels_gives_the_count_alone():

@@ -10,7 +10,8 @@ import timm
 import torch
 from torch import nn
 
-from configs import load_config
+from configs import dump, load_config
+from configs.continuation import check_continuation
 from models import build
 from models.build import (
     build_model,
@@ -21,6 +22,7 @@ from models.build import (
     multiply_adds_in_words,
     num_outputs,
 )
+from models.teacher import Teacher
 from models.tiny_vit import TinyViT
 
 SMALL = """
@@ -210,6 +212,53 @@ def test_timm_models_without_drop_path():
 def test_timm_models_of_fixed_size_are_built_for_the_configured_one():
     model = build_model(config("MODEL.TYPE timm MODEL.NAME deit_tiny_patch16_224 DATA.IMG_SIZE 96"))
     assert model.eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
+
+
+DEIT = "MODEL.TYPE timm MODEL.NAME deit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize("size", ["DATA.IMG_SIZE 48", ""])
+def test_arguments_reach_a_timm_model_and_outlive_a_dump(size, tmp_path):
+    given = "{img_size: 48, patch_size: 8, depth: 1, embed_dim: 24, act_layer: relu}"
+    cfg = load_config(["--opts", *f"{DEIT} {size}".split(), "MODEL.ARGS", given])
+    model = build_model(cfg)
+    assert cfg.DATA.IMG_SIZE == 48 and model.patch_embed.proj.kernel_size == (8, 8)
+    assert model.pos_embed.shape == (1, 37, 24) and isinstance(model.blocks[0].mlp.act, nn.ReLU)
+    (tmp_path / "dump.yaml").write_text(dump(cfg))
+    (tmp_path / "own.yaml").write_text(f"MODEL: {{ARGS: {given}}}")
+    assert load_config(["--cfg", str(tmp_path / "dump.yaml")]) == cfg
+    words = ["--cfg", str(tmp_path / "own.yaml"), "--opts", *f"{DEIT} {size}".split()]
+    assert load_config(words).MODEL.ARGS == cfg.MODEL.ARGS
+    with pytest.raises(ValueError, match=r"MODEL.ARGS '\{.*48.* -> ''"):
+        check_continuation(dump(cfg), config(f"{DEIT} DATA.IMG_SIZE 48"), "last.pth")
+
+
+def test_arguments_are_part_of_what_a_teacher_is(tmp_path):
+    names = []
+    for act in ("relu", "gelu"):
+        given = f"{{patch_size: 16, depth: 1, embed_dim: 24, act_layer: {act}}}"
+        words = [*f"{DEIT} DATA.IMG_SIZE 32".split(), "MODEL.ARGS", given]
+        torch.save(build_model(load_config(["--opts", *words])).state_dict(), tmp_path / "x.pth")
+        cfg = load_config(["--opts", *words, "MODEL.RESUME", str(tmp_path / "x.pth")])
+        names.append(Teacher.from_config(cfg, torch.device("cpu"), quiet).identity()["name"])
+    assert names[0] != names[1] and names[0].startswith("deit_tiny_patch16_224 {")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{patch_sise: 4}", "deit_tiny_patch16_224: .* keyword argument 'patch_sise'"),
+        ("{patch_size: big}", "MODEL.ARGS = .*: deit_tiny_patch16_224: "),
+        ("{num_classes: 4}", "multiple values for keyword argument 'num_classes'"),
+        ("{img_size: 64}", "MODEL.ARGS = .*, but DATA.IMG_SIZE = 32: set one"),
+        ("{checkpoint_path: x.pth, pretrained: True}", "leave out checkpoint_path, pretrained"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(given, message):
+    words = f"{DEIT} DATA.IMG_SIZE 32 MODEL.NUM_CLASSES 5".split()
+    with pytest.raises(ValueError, match=message) as caught:
+        build_model(load_config(["--opts", *words, "MODEL.ARGS", given]))
+    assert "\n" not in str(caught.value)
 
 
 def test_hub_weights_are_fitted_like_any_others(monkeypatch):

@@ -46,6 +46,12 @@ def naive_cross_entropy(logits, target_rows):
     return loss / len(target_rows), gradient
 
 
+def naive_entropy(target_rows):
+    """Mean of -sum t log t, in Python floats."""
+    terms = [[t * math.log(t) for t in row if t > 0] for row in target_rows]
+    return -sum(map(sum, terms)) / len(target_rows)
+
+
 def record(batch, k, num_classes, seed=0, spread=3.0):
     generator = torch.Generator().manual_seed(seed)
     return encode(torch.randn(batch, num_classes, generator=generator) * spread, k)
@@ -83,7 +89,7 @@ def test_gradient_passes_the_numerical_check():
     assert torch.autograd.gradcheck(lambda z: sparse_soft_cross_entropy(z, indices, probs), logits)
     targets = densify(*record(3, 4, 9, seed=5), 9).double()
     assert torch.autograd.gradcheck(
-        lambda z: DistillLoss(0.3, 2.5)(z, indices, probs, targets), logits
+        lambda z: DistillLoss(0.3, 2.5)(z, indices, probs, targets)["loss"], logits
     )
 
 
@@ -134,8 +140,16 @@ def test_or_the_excess_is_taken_from_the_other_classes():
     )
     logits = student(2, 5, dtype=torch.float64)
     expected, expected_gradient = naive_cross_entropy(logits, targets.tolist())
-    for loss_of in (partial(sparse_soft_cross_entropy, subtract=True), DistillLoss(subtract=True)):
-        loss, gradient = both(partial(loss_of, indices=indices, probs=probs), logits)
+    parts = DistillLoss(subtract=True)(logits, indices, probs)
+    # A negative target has no entropy.
+    entropy = -np.log(targets, where=targets > 0, out=np.zeros_like(targets))
+    entropy = (targets * entropy).sum(1).mean()
+    assert parts["kl"].item() == pytest.approx(expected - entropy, rel=1e-6)
+    for loss_of in (
+        partial(sparse_soft_cross_entropy, indices=indices, probs=probs, subtract=True),
+        lambda z: DistillLoss(subtract=True)(z, indices, probs)["loss"],
+    ):
+        loss, gradient = both(loss_of, logits)
         assert loss == pytest.approx(expected, rel=1e-12)
         np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-12)
     no_other = densify(torch.tensor([[1, 0]]), torch.tensor([[0.8, 0.4]]), 2, subtract=True)
@@ -247,9 +261,8 @@ def test_mixed_loss_equals_the_naive_one(alpha, temperature):
     indices, probs = record(4, 3, 11)
     targets = densify(*record(4, 2, 11, seed=9), 11)
     logits = student(4, 11, 2.0)
-    loss, gradient = both(
-        lambda z: DistillLoss(alpha, temperature)(z, indices, probs, targets), logits
-    )
+    parts = DistillLoss(alpha, temperature)(logits, indices, probs, targets)
+    loss, gradient = both(lambda _: parts["loss"], logits)
     soft, soft_gradient = naive_cross_entropy(
         logits.double() / temperature, naive_target(indices, probs, 11)
     )
@@ -259,6 +272,52 @@ def test_mixed_loss_equals_the_naive_one(alpha, temperature):
         soft_gradient
     )
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=2e-6)
+    # Apart, whatever weighs them; the teacher's without what no student can change.
+    if alpha < 1:
+        assert parts["label_loss"].item() == pytest.approx(label, rel=1e-6)
+    entropy = naive_entropy(naive_target(indices, probs, 11))
+    assert parts["kl"].item() == pytest.approx(temperature**2 * (soft - entropy), rel=1e-5)
+
+
+@pytest.mark.parametrize(("num_classes", "k"), [(7, 1), (7, 7), (1000, 10), (1, 1)])
+def test_a_student_that_answers_as_the_record_says_has_no_divergence(num_classes, k):
+    indices, probs = record(4, k, num_classes)
+    target = densify(indices, probs, num_classes).double()
+    parts = DistillLoss()(target.clamp(min=1e-300).log(), indices, probs)
+    assert set(parts) == {"loss", "kl"}  # without labels
+    assert parts["kl"].item() == pytest.approx(0, abs=2e-3 if k == num_classes else 1e-7)
+    entropy = naive_entropy(naive_target(indices, probs, num_classes))
+    assert parts["loss"].item() == pytest.approx(entropy, abs=2e-3)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_two_heads_learn_each_its_own(hard, temperature):
+    indices, probs = record(4, 3, 11)
+    targets = densify(*record(4, 2, 11, seed=9), 11)
+    heads = student(4, 11, 2.0), student(4, 11, 2.0, seed=2)
+    parts = DistillLoss(0.3, temperature, hard, two_heads=True)(heads, indices, probs, targets)
+    label, label_gradient = naive_cross_entropy(heads[0], targets.double().tolist())
+    wanted, scale = naive_target(indices, probs, 11), temperature
+    if hard:
+        wanted = torch.nn.functional.one_hot(indices[:, 0], 11).tolist()
+        scale = 1.0
+    theirs, their_gradient = naive_cross_entropy(heads[1].double() / scale, wanted)
+    assert parts["label_loss"].item() == pytest.approx(label, rel=1e-6)
+    divergence = theirs - naive_entropy(wanted)
+    assert parts["kl"].item() == pytest.approx(scale**2 * divergence, rel=1e-5)
+    assert parts["loss"].item() == pytest.approx(0.7 * label + 0.3 * scale**2 * theirs, rel=1e-6)
+    gradients = torch.autograd.grad(parts["loss"], heads)
+    expected = 0.7 * np.array(label_gradient), 0.3 * scale * np.array(their_gradient)
+    for found, gradient in zip(gradients, expected):
+        np.testing.assert_allclose(found.double().numpy(), gradient, rtol=0, atol=2e-6)
+
+
+def test_two_heads_are_two_tensors():
+    answers = torch.zeros(2, 5), (torch.zeros(2, 5),), (torch.zeros(2, 5),) * 3
+    for answer in answers:
+        with pytest.raises(ValueError, match=r"DISTILL.TWO_HEADS: .* does with a (Tensor|tuple)"):
+            DistillLoss(0.5, two_heads=True)(answer, *record(2, 3, 5), torch.zeros(2, 5))
 
 
 def test_hard_targets_are_the_stored_top_class():
@@ -267,11 +326,11 @@ def test_hard_targets_are_the_stored_top_class():
     one_hot = torch.nn.functional.one_hot(indices[:, 0], 11)
     hard, _ = naive_cross_entropy(logits, one_hot.double().tolist())
     alone = DistillLoss(temperature=4.0, hard=True)(logits, indices, probs)
-    assert alone.item() == pytest.approx(hard, rel=1e-6)
+    assert alone["loss"].item() == alone["kl"].item() == pytest.approx(hard, rel=1e-6)
     targets = densify(*record(4, 2, 11, seed=9), 11)
     label, _ = naive_cross_entropy(logits, targets.double().tolist())
     mixed = DistillLoss(alpha=0.25, hard=True)(logits, indices, probs, targets)
-    assert mixed.item() == pytest.approx(0.75 * label + 0.25 * hard, rel=1e-6)
+    assert mixed["loss"].item() == pytest.approx(0.75 * label + 0.25 * hard, rel=1e-6)
 
 
 def test_alpha_below_one_needs_labels():

@@ -948,10 +948,14 @@ def test_labels_and_teacher_can_both_be_learnt_from(store, tmp_path, capsys):
             == 0
         )
         first[tag] = updates(tmp_path, tag)[0]["loss"]
+        if tag == "both":  # before the first update all see the same
+            apart = updates(tmp_path, tag)[0]
     assert (
         first["both"] == pytest.approx((first["teacher"] + first["labels"]) / 2, rel=1e-6)
         and len(set(first.values())) == 4
     )
+    assert apart["label_loss"] == pytest.approx(first["labels"], rel=1e-6)
+    assert 0 < apart["kl"] < first["teacher"]
     images = tmp_path / "images" / "train"
     images.mkdir(parents=True)
     line = fault(
@@ -974,8 +978,8 @@ def test_unlabelled_images_need_no_validation(tmp_path):
         tmp_path
     )
     assert [set(line) for line in metrics(tmp_path)] == [
-        {"step", "epoch", "norm", "loss", "lr", "lr_min", "skipped"},
-        {"step", "epoch", "train_norm", "train_loss"},
+        {"step", "epoch", "norm", "loss", "kl", "lr", "lr_min", "skipped"},
+        {"step", "epoch", "train_norm", "train_loss", "train_kl"},
     ]
 
 

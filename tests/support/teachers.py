@@ -52,6 +52,17 @@ class Crowd(Scripted):
         return super().forward(images) * (1 + images.mean())
 
 
+class Pair(Glance):
+    """Answers with two heads, whatever its mode."""
+
+    def __init__(self, num_classes: int, seed: int = 0) -> None:
+        super().__init__(num_classes, seed)
+        self.other = Glance(num_classes, seed + 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(images), self.other(images)
+
+
 def glance(cfg) -> nn.Module:
     """MODEL.NUM_CLASSES outputs (default 10); SEED chooses the weights."""
     return Glance(cfg.MODEL.NUM_CLASSES or 10, cfg.SEED)
@@ -63,3 +74,7 @@ def scripted(cfg) -> nn.Module:
 
 def crowd(cfg) -> nn.Module:
     return Crowd(cfg.MODEL.NUM_CLASSES or 10, cfg.SEED)
+
+
+def pair(cfg) -> nn.Module:
+    return Pair(cfg.MODEL.NUM_CLASSES or 10, cfg.SEED)

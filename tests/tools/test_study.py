@@ -55,6 +55,7 @@ table: [val_loss, bytes, teacher_passes]
 
 # the lines of a quick study's picture
 DRAWN = {
+    "deit_cifar10": ["none", "soft", "hard", "token, soft", "token, hard", "CNN"],
     "demo": ["scratch", "distilled"],
     "science": ["labels", "stored"],
     "topk": ["labels", "T = 2"],
