@@ -1,7 +1,7 @@
 """Where a TinyViT looks: attention of chosen blocks, heads and points, drawn over an image.
 
-Without --points a tile shows how much attention each point gets in all from the points of its
-window (1: as much as if attention were even); with them, what each of those points looks at.
+Without --point a tile shows how much attention each point gets in all from the points of its
+window (1: as much as if attention were even); with it, what that point looks at.
 """
 
 from __future__ import annotations
@@ -66,11 +66,6 @@ class Attention:
         looks = looks.view(-1, rows, columns, window, window).transpose(2, 3)
         return looks.reshape(-1, *asked.shape)[:, :height, :width]
 
-    def cell(self, point: tuple[float, float]) -> tuple[int, int]:
-        """Row and column of the map at x, y, from 0 to 1."""
-        row, column = (min(int(at * side), side - 1) for at, side in zip(point[::-1], self.size))
-        return row, column
-
 
 def attentions(model: TinyViT, image: Tensor) -> dict[str, Attention]:
     """Of an image [3, H, W] the attention of each block that has such, by stage.block."""
@@ -90,39 +85,25 @@ def attentions(model: TinyViT, image: Tensor) -> dict[str, Attention]:
     }
 
 
-def chosen_blocks(words: Sequence[str], found: Mapping[str, Attention]) -> list[str]:
-    """Names of blocks from stages and blocks; without any, the last block of each stage."""
-    if not words:
-        return list({name.partition(".")[0]: name for name in found}.values())
-    names = []
+def chosen(
+    found: Mapping[str, Attention], words: Sequence[str], heads: Sequence[int]
+) -> dict[str, Attention]:
+    """The named blocks and all blocks of named stages, else the last block of each stage; a
+    ValueError if one of them has not all the heads.
+    """
     for word in words:
-        meant = [name for name in found if word in (name, name.partition(".")[0])]
-        if not meant:
+        if not any(f"{name}.".startswith(f"{word}.") for name in found):
             raise ValueError(
                 f"--blocks {word}: no stage or block with attention: there are {', '.join(found)}"
             )
-        names += meant
-    return names
-
-
-def chosen_heads(heads: Sequence[int], name: str, attention: Attention) -> list[int]:
-    """The heads to show of a block, all if none is named."""
-    count = attention.probs.shape[1]
-    for head in heads:
-        if not 0 <= head < count:
+    if not words:
+        words = {name[0]: name for name in found}.values()
+    kept = {name: found[name] for name in found if {name, name[0]} & {*words}}
+    for name, attention in kept.items():
+        count = attention.probs.shape[1]
+        for head in set(heads) - set(range(count)):
             raise ValueError(f"--heads {head}: block {name} has heads 0 to {count - 1}")
-    return list(heads) or list(range(count))
-
-
-def point_of(text: str) -> tuple[float, float]:
-    """x and y from "0.5,0.25"."""
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError:
-        x = y = -1.0
-    if not (0 <= x <= 1 and 0 <= y <= 1):
-        raise ValueError(f"--points {text}: expected X,Y from 0,0 (top left) to 1,1")
-    return x, y
+    return kept
 
 
 def draw(
@@ -133,29 +114,29 @@ def draw(
 ) -> Figure:
     """A row for each block and point: the windows, the mean over all heads, each head."""
     rows = [(name, point) for name in found for point in points or [None]]
-    shown = {name: chosen_heads(heads, name, attention) for name, attention in found.items()}
-    columns = 2 + max(map(len, shown.values()))
-    figure = Figure(figsize=(2.0 * columns, 2.25 * len(rows)), layout="constrained")
+    columns = 2 + (len(heads) or max(each.probs.shape[1] for each in found.values()))
+    figure = Figure((2.0 * columns, 2.25 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axis in grid.flat:
         axis.axis("off")
-    for (name, point), axes in zip(rows, grid):
-        attention = found[name]
-        height, width = attention.size
-        extent = (0, width, height, 0)
+    for (name, point), (first, *others) in zip(rows, grid):
+        window, (height, width) = found[name].window, found[name].size
         asked = torch.ones(height, width)
         if point:
-            row, column = attention.cell(point)
+            row, column = (
+                min(int(at * side), side - 1) for at, side in zip(point[::-1], asked.shape)
+            )
             asked = torch.zeros(height, width)
             asked[row, column] = 1
-        maps = attention.given(asked).numpy()
-        tiles = {"mean": maps.mean(0)} | {f"head {head}": maps[head] for head in shown[name]}
-        axes[0].imshow(picture, extent=extent)
-        axes[0].set_title(f"block {name}, windows", fontsize=8)
-        line = {"color": "white", "linewidth": 0.8}
-        axes[0].vlines(range(0, width, attention.window), 0, height, **line)
-        axes[0].hlines(range(0, height, attention.window), 0, width, **line)
-        for axis, (title, values) in zip(axes[1:], tiles.items()):
+        maps = found[name].given(asked).numpy()
+        extent = (0, width, height, 0)
+        first.imshow(picture, extent=extent)
+        first.set_title(f"block {name}, windows", fontsize=8)
+        first.vlines(range(0, width, window), 0, height, color="white", linewidth=0.8)
+        first.hlines(range(0, height, window), 0, width, color="white", linewidth=0.8)
+        tiles = {"mean": maps.mean(0)}
+        tiles |= {f"head {head}": maps[head] for head in heads or range(len(maps))}
+        for axis, (title, values) in zip(others, tiles.items()):
             most, lost = values.max(), 1 - values.sum() / asked.sum().item()
             axis.imshow(picture.convert("L"), cmap="gray", extent=extent)
             axis.imshow(values, cmap="inferno", alpha=0.85 * values / most, extent=extent)
@@ -163,8 +144,8 @@ def draw(
             if lost >= 0.005:
                 text += f", padding {lost:.0%}"
             axis.set_title(text, fontsize=8)
-        for axis in axes[: 1 + len(tiles)] if point else ():
-            axis.plot(column + 0.5, row + 0.5, "+", color="cyan", markersize=7)
+            if point:
+                axis.plot(column + 0.5, row + 0.5, "+", color="cyan", markersize=7)
     return figure
 
 
@@ -183,13 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--blocks", nargs="+", default=[], metavar="BLOCK", help=help)
     help = "heads, counted from 0 (default: all)"
     add("--heads", nargs="+", type=int, default=[], metavar="HEAD", help=help)
-    help = "points whose attention is shown, from 0,0 (top left) to 1,1 of what the model sees"
-    add("--points", nargs="+", default=[], metavar="X,Y", help=help)
+    help = "a point whose attention is shown, from 0 0 (top left) to 1 1 of what the model sees"
+    add("--point", nargs=2, type=float, action="append", default=[], metavar=("X", "Y"), help=help)
     help = "the picture (default %(default)s)"
     add("-o", "--output", metavar="FILE", type=Path, default=Path("attention.png"), help=help)
     args = parser.parse_args(argv)
     try:
-        points = [point_of(text) for text in args.points]
+        for point in args.point:
+            if not all(0 <= at <= 1 for at in point):
+                raise ValueError(f"--point {point[0]:g} {point[1]:g}: expected numbers from 0 to 1")
         model, cfg, _ = load_model(args.weights)
         if not isinstance(model, TinyViT):
             raise ValueError(f"{args.weights}: a {type(model).__name__}, which is no TinyViT")
@@ -197,9 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cfg = cfg.replace({"DATA.IMG_SIZE": args.image_size})
         transform = eval_transform(cfg)
         image = transform(read_rgb(args.image, cfg.DATA.MAX_PIXELS))
-        found = attentions(model, image)
-        found = {name: found[name] for name in chosen_blocks(args.blocks, found)}
-        draw(visible(transform, image), found, args.heads, points).savefig(args.output, dpi=110)
+        found = chosen(attentions(model, image), args.blocks, args.heads)
+        draw(visible(transform, image), found, args.heads, args.point).savefig(args.output, dpi=110)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

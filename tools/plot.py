@@ -1,43 +1,53 @@
-"""Curves of one or several runs from their metrics.jsonl, and a line of best values for each."""
+"""Curves of runs from their metrics.jsonl, above a table of their best values.
+
+Runs whose folders differ in a -seedN at the end alone are one curve: their mean, in a band of one
+standard deviation. Losses in training are apart where one ends above three times the next lower.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import cycle
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Told apart by people with any colour vision (Okabe and Ito), dark ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Of each panel: a metric, how it is called, its line.
+# Panels of one metric, apart where one run's is far larger; their curves can be smoothed.
+LOSSES = {"training loss": "loss", "KL from the teacher": "kl"}
+# Other panels: their metrics, each with its line.
 PANELS = {
-    "loss": [("loss", "train", "-"), ("val_loss", "validation", "--")],
-    "top-1 accuracy (%)": [
-        ("val_top1", "validation", "--"),
-        ("train_top1", "train", "-"),
-        ("train_teacher_top1", "teacher", ":"),
-    ],
-    "learning rate": [("lr", "largest of all groups", "-")],
+    "validation loss": {"val_loss": "-"},
+    "validation top-1 (%)": {"val_top1": "-"},
+    "top-1 in training (%): student —, teacher ···": {"train_top1": "-", "train_teacher_top1": ":"},
+    "learning rate, the largest of all groups": {"lr": "-"},
 }
-# A metric, how its best value is called, its unit, and what chooses it.
-BEST = (
-    ("val_top1", "validation top-1", "%", max),
-    ("val_loss", "validation loss", "", min),
-    ("train_loss", "training loss", "", min),
-)
+BEST = {
+    "validation top-1": "val_top1",
+    "validation loss": "val_loss",
+    "training loss": "train_loss",
+}
+APART = 3  # times the next lower loss
+SPEED = re.compile(r"epoch (\d+)/\d+, update (\d+)/(\d+): .*; ([\d,.]+) images/s")
 
 
 @dataclass(frozen=True)
 class Run:
-    """The metrics of one run."""
+    """The metrics of one run, or of several that differ in their seeds."""
 
     name: str
-    lines: tuple[dict, ...]
+    lines: Sequence[dict]
+    seeds: int = 1
 
     @classmethod
     def read(cls, place: Path) -> Run:
@@ -58,85 +68,141 @@ class Run:
                 continue  # cut short: the run still writes
         if not lines:
             raise ValueError(f"{path}: holds no metrics yet")
-        folder = path.parent.resolve()
-        return cls(f"{folder.parent.name}/{folder.name}", tuple(lines))
+        return cls(str(path.parent.resolve()), [*speeds(path.with_name("log_rank0.txt")), *lines])
 
-    def series(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs (updates, before the first epoch is over) and values of a metric, each step once,
+    def has(self, metric: str) -> bool:
+        """Whether it holds a finite value of a metric."""
+        return any(line.get(metric) is not None for line in self.lines)
+
+    def series(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epochs, and mean and standard deviation of a metric over the seeds that have got there;
         without what is not finite.
         """
-        values = {line["step"]: line[metric] for line in self.lines if line.get(metric) is not None}
-        steps = np.array(sorted(values), float)
-        return steps / self._steps_per_unit(), np.array([values[step] for step in sorted(values)])
+        found = defaultdict(list)
+        for line in self.lines:
+            if line.get(metric) is not None:
+                found[line["epoch"]].append(line[metric])
+        epochs = sorted(found)
+        spreads = [np.std(found[at], ddof=1) if len(found[at]) > 1 else 0.0 for at in epochs]
+        means = [np.mean(found[at]) for at in epochs]
+        return np.array(epochs, float), np.array(means), np.array(spreads)
 
-    @property
-    def unit(self) -> str:
-        """What `series` counts in."""
-        return "epochs" if self._ends() else "updates"
-
-    def _ends(self) -> dict[int, int]:
-        """Updates at which epochs ended."""
-        return {line["epoch"]: line["step"] for line in self.lines if "train_loss" in line}
-
-    def _steps_per_unit(self) -> float:
-        # An epoch that is not over is taken to be as long as the others.
-        epoch, step = max(self._ends().items(), default=(1, 1))
-        return step / epoch or 1
+    def best(self, metric: str) -> tuple[float, float]:
+        """The best mean, of losses the lowest, and its standard deviation."""
+        _, means, spreads = self.series(metric)
+        place = means.argmin() if metric.endswith("loss") else means.argmax()
+        return means[place], spreads[place]
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The same runs, their names without the half (NAME or TAG) that is the same for all."""
-    halves = [run.name.split("/") for run in runs]
-    names, tags = (set(half) for half in zip(*halves))
-    if len(names) > 1 and len(tags) == 1:
-        return [replace(run, name=name) for run, (name, _) in zip(runs, halves)]
-    if len(tags) > 1 and len(names) == 1:
-        return [replace(run, name=tag) for run, (_, tag) in zip(runs, halves)]
-    return list(runs)
+def speeds(log: Path) -> Iterator[dict]:
+    """Images a second, which a log tells and the metrics do not: equal runs have equal metrics."""
+    if log.exists():
+        for found in SPEED.findall(log.read_text(encoding="utf-8", errors="replace")):
+            epoch, update, updates, speed = (float(word.replace(",", "")) for word in found)
+            yield {"epoch": epoch - 1 + update / updates, "images/s": speed}
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw the panels that have data into a picture file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = []
-    for title, metrics in PANELS.items():
-        if any(len(run.series(metric)[1]) for run in runs for metric, _, _ in metrics):
-            panels.append(title)
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 4.4), squeeze=False, layout="constrained"
-    )
-    for axis, title in zip(axes[0], panels):
-        for run, colour in zip(runs, cycle(COLOURS)):
-            for metric, label, style in PANELS[title]:
-                epochs, values = run.series(metric)
-                if not len(values):
-                    continue
-                marker = "." if len(values) < 30 else None  # a single point has no line
-                label = f"{run.name}: {label}"
-                axis.plot(epochs, values, style, color=colour, label=label, marker=marker)
-        axis.set(title=title, xlabel=" / ".join(sorted({run.unit for run in runs})))
-        axis.grid(alpha=0.3)
-        # Beneath the curves, so that it covers none of them.
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def best_values(runs: Iterable[Run]) -> str:
-    """One line a run: its best accuracy and loss."""
-    rows = []
+def grouped(runs: Sequence[Run]) -> list[Run]:
+    """The runs by seed, the best first, under what tells their folders apart."""
+    found = defaultdict(dict)
     for run in runs:
-        words = []
-        for metric, name, unit, choose in BEST:
-            _, values = run.series(metric)
-            if len(values):
-                words.append(f"{name} {choose(values):.2f}{unit}")
-        rows.append(f"{run.name}: {', '.join(words) or 'no epoch is over yet'}")
-    return "\n".join(rows)
+        found[re.sub(r"-seed\d+$", "", run.name)][run.name] = run.lines
+    folders = [base if len(same) > 1 else next(iter(same)) for base, same in found.items()]
+    groups = [
+        Run(name, [*chain(*same.values())], len(same))
+        for name, same in zip(told_apart(folders), found.values())
+    ]
+    return sorted(
+        groups, key=lambda run: -run.best("val_top1")[0] if run.has("val_top1") else np.inf
+    )
+
+
+def told_apart(folders: Sequence[str]) -> list[str]:
+    """Names of folders: the parts of their paths, counted from the end, in which they differ."""
+    paths = [Path(folder).parts[::-1] for folder in folders]
+    places = [place for place, parts in enumerate(zip(*paths)) if len(set(parts)) > 1] or [0, 1]
+    return ["/".join(path[place] for place in reversed(places)) for path in paths]
+
+
+def table(runs: Sequence[Run]) -> list[str]:
+    """Lines of text, the first of them the head: names, seeds and best values."""
+    rows = [["run", "seeds", *BEST]]
+    for run in runs:
+        cells = [run.name, str(run.seeds)]
+        for metric in BEST.values():
+            cell = ""
+            if run.has(metric):
+                value, spread = run.best(metric)
+                cell = f"{value:.4g} ± {spread:.2g}" if run.seeds > 1 else f"{value:.4g}"
+            cells.append(cell)
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def comparable(runs: Sequence[Run], metric: str) -> list[list[Run]]:
+    """The runs that have a metric, apart where it ends far higher than others'."""
+    ends = [(run.series(metric)[1][-1], run) for run in runs if run.has(metric)]
+    panels, last = [], 0.0
+    for end, run in sorted(ends, key=lambda pair: pair[0]):
+        if not panels or end > APART * last:
+            panels.append([])
+        panels[-1].append(run)
+        last = end
+    return panels
+
+
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Means over `width` neighbours, fewer at the ends."""
+    window = np.ones(min(width, len(values)))
+    sums, counts = (np.convolve(each, window, "same") for each in (values, values**0))
+    return sums / counts
+
+
+def draw(runs: Sequence[Run], also: Sequence[str], smooth: int) -> Figure:
+    """The panels that have data, and the table as their legend."""
+    panels = [
+        (title, {metric: "-"}, alike)
+        for title, metric in LOSSES.items()
+        for alike in comparable(runs, metric)
+    ]
+    for title, metrics in [*PANELS.items(), *((metric, {metric: "-"}) for metric in also)]:
+        if any(run.has(metric) for run in runs for metric in metrics):
+            panels.append((title, metrics, runs))
+    is_few = len(runs) <= len(COLOURS)
+    colours = COLOURS if is_few else colormaps["turbo"](np.linspace(0, 1, len(runs)))
+    colour_of = dict(zip((run.name for run in runs), colours))
+    lines = table(runs)
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (max(5.2 * columns, 9), 4.1 * rows + 0.17 * len(lines))
+    figure = Figure(size, layout="constrained")
+    for number, (title, metrics, shown) in enumerate(panels, start=1):
+        axis = figure.add_subplot(rows, columns, number, title=title, xlabel="epochs")
+        axis.grid(alpha=0.3)
+        for run in shown:
+            colour = colour_of[run.name]
+            for metric, style in metrics.items():
+                if not run.has(metric):
+                    continue
+                epochs, values, spreads = run.series(metric)
+                if smooth > 1 and metric in (*LOSSES.values(), *also):
+                    axis.plot(epochs, values, style, color=colour, alpha=0.2)
+                    values = smoothed(values, smooth)
+                marker = "o" if len(values) == 1 else "." if len(values) < 30 else ""
+                axis.plot(epochs, values, style, color=colour, marker=marker)
+                band = (epochs, values - spreads, values + spreads)
+                axis.fill_between(*band, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xlim(left=0)
+    handles = [Line2D([], [], color=colour_of[run.name], linewidth=3) for run in runs]
+    figure.legend(
+        [Line2D([], [], color="none"), *handles],
+        lines,
+        loc="outside lower center",
+        prop={"family": "monospace", "size": 8},
+        frameon=False,
+    )
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,14 +215,21 @@ def main(argv: list[str] | None = None) -> int:
     add("runs", metavar="RUN", nargs="+", type=Path, help=help)
     help = "the picture (default curves.png)"
     add("-o", "--output", metavar="FILE", type=Path, default=Path("curves.png"), help=help)
+    help = "a panel more for each: norm (of the gradient), images/s, or any metric of the runs"
+    add("--also", metavar="METRIC", nargs="+", default=[], help=help)
+    help = "means over N neighbours, of losses in training and of --also, before the values"
+    add("--smooth", metavar="N", type=int, default=1, help=help)
     args = parser.parse_args(argv)
     try:
-        runs = told_apart([Run.read(place) for place in args.runs])
-        draw(runs, args.output)
+        runs = grouped([Run.read(place) for place in args.runs])
+        known = {metric for run in runs for line in run.lines for metric in line}
+        for metric in set(args.also) - known:
+            raise ValueError(f"--also {metric}: these runs have {', '.join(sorted(known))}")
+        draw(runs, args.also, args.smooth).savefig(args.output, dpi=110, bbox_inches="tight")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{best_values(runs)}\n{args.output}")
+    print("\n".join([*table(runs), str(args.output)]))
     return 0
 
 

@@ -108,7 +108,7 @@ def drawn(study: dict[str, Any], steps: Sequence[Step], metric: str) -> Figure:
     places = sorted({float(step.entry["x"]) for step in steps if "x" in step.entry})
     lines: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for step in steps:
-        where, values = Run.read(run_folder(step.cfg)).series(metric)
+        where, values, _ = Run.read(run_folder(step.cfg)).series(metric)
         if places:
             where = [float(step.entry["x"])] if "x" in step.entry else places
             values = [*values[-1:]] * len(where)

@@ -9,7 +9,7 @@ from torch import nn
 
 from configs import dump, load_config
 from models.tiny_vit import TinyViT
-from tools.attention import attentions, main
+from tools.attention import attentions, draw, main
 
 # For images of 96 pixels maps of 12, 6 and 3 points a side: in whole windows, padded, one window.
 SHAPE = {
@@ -98,9 +98,19 @@ def test_looking_changes_nothing(model, image):
 
 
 def test_a_point_lies_in_its_cell(model, image):
-    found = attentions(model, image)["2.0"]
-    assert found.size == (6, 6)
-    assert found.cell((0.0, 0.0)) == (0, 0) and found.cell((1.0, 0.4)) == (2, 5)
+    found = {"2.0": attentions(model, image)["2.0"]}  # 6 points a side, 4 a window
+    picture = Image.fromarray(np.zeros((96, 96, 3), np.uint8))
+    for point, cell in (((0.0, 0.0), (0, 0)), ((1.0, 0.4), (2, 5))):
+        _, mean, head, *_ = draw(picture, found, [1], [point]).axes
+        asked = torch.zeros(6, 6)
+        asked[cell] = 1
+        maps = found["2.0"].given(asked)
+        assert np.array_equal(mean.images[1].get_array(), maps.mean(0))
+        assert np.array_equal(head.images[1].get_array(), maps[1])
+        assert (head.lines[0].get_xdata()[0], head.lines[0].get_ydata()[0]) == (
+            cell[1] + 0.5,
+            cell[0] + 0.5,
+        )
 
 
 @pytest.fixture
@@ -122,7 +132,7 @@ def place(model, tmp_path, monkeypatch):
     ("words", "blocks", "size"),
     [
         ("", "1.0, 2.1, 3.0", (6, 3)),
-        ("--blocks 2 --heads 1 --points 0.5,0.5 1,0", "2.0, 2.1", (3, 4)),
+        ("--blocks 2 --heads 1 --point 0.5 0.5 --point 1 0", "2.0, 2.1", (3, 4)),
     ],
 )
 def test_a_grid_is_drawn(words, blocks, size, place, capsys):
@@ -139,8 +149,8 @@ def test_a_grid_is_drawn(words, blocks, size, place, capsys):
         ("photo.png --blocks 0", "no stage or block with attention: there are 1.0, 2.0, 2.1, 3.0"),
         ("photo.png --blocks 2.2", "--blocks 2.2: no stage or block"),
         ("photo.png --blocks 1 --heads 2", "--heads 2: block 1.0 has heads 0 to 1"),
-        ("photo.png --points 0.5,1.5", "--points 0.5,1.5: expected X,Y from 0,0"),
-        ("photo.png --points 0.5", "--points 0.5: expected X,Y from 0,0"),
+        ("photo.png --blocks 2 --heads 0 3", "--heads 3: block 2.0 has heads 0 to 2"),
+        ("photo.png --point 0.5 1.5", "--point 0.5 1.5: expected numbers from 0 to 1"),
         ("text.png", "text.png: can't be decoded"),
         ("none.png", "none.png"),
         ("photo.png --image-size 8", "32 a side is the least"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import io
 import json
 import re
 from pathlib import Path
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 from timm.data import ImageNetInfo
 
 from configs import dump, load_config
 from data.augment.decoder import eval_transform
 from data.build import open_run
+from logger import NullWriter, TrainingLog
 from models.hub import tiny_vit_settings
 from models.pretrained import to_timm
 from models.tiny_vit import VARIANTS, TinyViT
@@ -54,49 +57,121 @@ def test_what_a_program_writes_is_named_by_one_option(program, capsys):
     assert re.search(r"^ +-o\b.* --output [A-Z]+\b", capsys.readouterr().out, re.M)
 
 
-def metrics(folder, epochs: int, torn: bool = False):
+def metrics(folder, epochs: int, torn: bool = False, top1: float = 10.0, loss: float = 3.0):
     """A run's folder; `torn`, if its last line is cut short."""
     folder.mkdir(parents=True)
     text = ""
     for epoch in range(1, epochs + 1):
-        loss = 3.0 / epoch
-        during = {"step": 10 * epoch - 5, "epoch": epoch - 1, "loss": loss, "lr": 1e-3}
-        after = {"step": 10 * epoch, "epoch": epoch, "train_loss": loss, "val_top1": 10.0 * epoch}
+        now = loss / epoch
+        during = {"step": 10 * epoch - 5, "epoch": epoch - 0.5, "loss": now, "lr": 1e-3}
+        after = {"step": 10 * epoch, "epoch": epoch, "train_loss": now, "val_top1": top1 * epoch}
         after["val_loss"] = None  # was not finite
         text += f"{json.dumps(during)}\n{json.dumps(after)}\n"
     (folder / "metrics.jsonl").write_text(text[:-20] if torn else text)
     return folder
 
 
+def plotted(*places) -> list[plot.Run]:
+    return plot.grouped([plot.Run.read(place) for place in places])
+
+
+def axes_of(runs, also=(), smooth=1) -> dict:
+    """The panels of a picture that can be written, by title."""
+    figure = plot.draw(runs, also, smooth)
+    figure.savefig(io.BytesIO())
+    return {axis.get_title(): axis for axis in figure.axes}
+
+
 def test_plot_compares_runs_and_tells_their_best(tmp_path, capsys):
-    small = metrics(tmp_path / "small" / "a", 4)
-    large = metrics(tmp_path / "large" / "b", 2, torn=True)
+    small = metrics(tmp_path / "small" / "a", 2, torn=True)
+    large = metrics(tmp_path / "large" / "b", 4)
     assert plot.main([str(small), str(large), "-o", str(tmp_path / "out.png")]) == 0
-    printed = capsys.readouterr().out
-    assert "small/a: validation top-1 40.00%, training loss 0.75" in printed
-    assert "large/b: validation top-1 10.00%" in printed
+    head, *rows, _ = capsys.readouterr().out.splitlines()
+    assert re.split("  +", head)[:3] == ["run", "seeds", "validation top-1"]
+    # the best first; no validation loss was finite
+    assert [row.split() for row in rows] == [
+        ["large/b", "1", "40", "0.75"],
+        ["small/a", "1", "10", "3"],
+    ]
     assert Image.open(tmp_path / "out.png").size[0] > 900
 
 
+def test_plot_takes_seeds_together(tmp_path):
+    places = [metrics(tmp_path / "run" / f"x-seed{i}", 3 - i, top1=10.0 + i) for i in range(3)]
+    other = metrics(tmp_path / "run" / "y-seed7", 1)
+    alone, seeds = sorted(plotted(*places, other, places[0]), key=lambda run: run.seeds)
+    assert (alone.name, alone.seeds, seeds.name, seeds.seeds) == ("y-seed7", 1, "x", 3)
+    epochs, means, spreads = seeds.series("val_top1")
+    assert epochs.tolist() == [1, 2, 3]  # of each the seeds that have got there
+    assert means.tolist() == [11, 21, 30]
+    assert spreads == pytest.approx([1, 2**0.5, 0])
+    assert plot.table([seeds])[1].split()[:5] == ["x", "3", "30", "±", "0"]
+
+
+def test_plot_keeps_losses_apart_that_would_flatten_each_other(tmp_path):
+    labels = metrics(tmp_path / "n" / "labels", 4)
+    near = metrics(tmp_path / "n" / "near", 4, loss=2.0)
+    hot = metrics(tmp_path / "n" / "hot", 4, loss=40.0)
+    figure = plot.draw(plotted(labels, near, hot), (), 1)
+    heights = [
+        sorted(line.get_ydata()[-1] for line in axis.lines)
+        for axis in figure.axes
+        if axis.get_title() == "training loss"
+    ]
+    assert heights == [[0.5, 0.75], [10.0]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 20])
+def test_plot_gives_each_run_a_colour_and_a_row(count, tmp_path):
+    places = [metrics(tmp_path / "n" / f"r{i}", 2, top1=10.0 + i) for i in range(count)]
+    figure = plot.draw(plotted(*places), (), 1)
+    (legend,) = figure.legends
+    shown = next(axis for axis in figure.axes if axis.get_title() == "validation top-1 (%)")
+    colours = [to_hex(line.get_color()) for line in shown.lines]
+    assert len(set(colours)) == count
+    assert colours == [to_hex(line.get_color()) for line in legend.get_lines()[1:]]
+    ends = [f"{line.get_ydata()[-1]:.4g}" for line in shown.lines]
+    assert ends == [text.get_text().split()[2] for text in legend.get_texts()[1:]]
+
+
+def test_plot_shows_a_run_of_one_point(tmp_path):
+    for axis in axes_of(plotted(metrics(tmp_path / "x" / "y", 1))).values():
+        (line,) = axis.lines
+        assert line.get_marker() == "o" and len(line.get_xdata()) == 1
+
+
+def test_plot_shows_speed_and_more_and_smooths(tmp_path, capsys):
+    folder = metrics(tmp_path / "x" / "y", 3)
+    told: list[str] = []
+    log = TrainingLog(told.append, NullWriter(), 3, 800, 0)
+    for epoch in range(3):
+        log.report(10 * epoch + 5, epoch, 5, 10, {"loss": 1.0}, [1e-3], 0, 0.0, 1.0)
+    (folder / "log_rank0.txt").write_text("\n".join(told))
+    runs = plotted(folder)
+    axes = axes_of(runs, ["images/s"], smooth=3)
+    speeds = axes["images/s"].lines[0]
+    assert speeds.get_xdata().tolist() == [0.5, 1.5, 2.5] and min(speeds.get_ydata()) > 0
+    values, means = (line.get_ydata() for line in axes["training loss"].lines)
+    assert values.tolist() == [3.0, 1.5, 1.0]
+    assert means == pytest.approx([2.25, 5.5 / 3, 1.25])
+    assert len(axes["validation top-1 (%)"].lines) == 1
+    assert plot.main([str(folder), "--also", "norn"]) == 2
+    error = capsys.readouterr().err
+    assert "--also norn: these runs have epoch, images/s, loss" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
-    ("places", "names"),
+    ("folders", "names"),
     [
-        ("small/default large/default", "small large"),
-        ("small/a small/b", "a b"),
-        ("small/a large/b", "small/a large/b"),
-        ("small/a", "small/a"),
+        ("/o/small/default /o/large/default", "small large"),
+        ("/o/small/a /o/small/b", "a b"),
+        ("/o/small/a /o/large/b", "small/a large/b"),
+        ("/o/small/a", "small/a"),
+        ("/o/small/a /p/small/a", "o p"),
     ],
 )
-def test_plot_leaves_out_of_names_what_all_runs_share(places, names):
-    runs = plot.told_apart([plot.Run(place, ()) for place in places.split()])
-    assert [run.name for run in runs] == names.split()
-
-
-def test_plot_counts_in_epochs(tmp_path):
-    run = plot.Run.read(metrics(tmp_path / "x" / "y", 3))
-    epochs, losses = run.series("loss")
-    assert epochs.tolist() == [0.5, 1.5, 2.5] and losses.tolist() == [3.0, 1.5, 1.0]
-    assert len(run.series("val_loss")[0]) == 0
+def test_plot_leaves_out_of_names_what_all_runs_share(folders, names):
+    assert plot.told_apart(folders.split()) == names.split()
 
 
 def test_plot_without_metrics_says_what_is_missing(tmp_path, capsys):
