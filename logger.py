@@ -286,12 +286,8 @@ class TrainingLog:
         self._epochs = epochs
         self._images_per_update = images_per_update
         self._start = (time.perf_counter(), update)
-        self._brief = ""
+        self.brief = ""  # the last report, for a progress bar
         self.begin_epoch(update)
-
-    def brief(self) -> str:
-        """The last report in short, for a progress bar."""
-        return self._brief
 
     def begin_epoch(self, update: int) -> None:
         """Leave what was between the epochs out of the speed."""
@@ -334,7 +330,7 @@ class TrainingLog:
             update, epoch + step / steps, speeds, **means, **rate_range, skipped=skipped
         )
         left = f"{timedelta(seconds=round(seconds_left))} left"
-        self._brief = f"loss {means.get('loss', math.nan):.4g}, {left} in all"
+        self.brief = f"loss {means.get('loss', math.nan):.4g}, {left} in all"
         # an accuracy of mixed images may be 1e-10, which is 0 to people
         shown = [f"{name} {round(float(value), 4):.4g}" for name, value in means.items()]
         shown.append(f"lr {max(rates):.4g}")

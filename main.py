@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before anything slow: --help, and what is wrong wi
     SETTINGS = commands.answered(commands.training)
 
 import math
-import shutil
 import statistics
 import time
 from collections import deque
@@ -234,7 +233,9 @@ def train(run: Training, has_begun: Callable[[], object]) -> None:
         to_come = (steps - now.step) * passes
         batches = on_device(batches, run.world.device)
         shown = f"epoch {now.epoch + 1}/{cfg.TRAIN.EPOCHS}"
-        batches = progress(batches, to_come, shown, enabled=has_bar, note=training_log.brief)
+        batches = progress(
+            batches, to_come, shown, enabled=has_bar, note=lambda: training_log.brief
+        )
         training_log.begin_epoch(now.update)
         while now.step < steps:
             run.meters.add(train_step(run, batches))
@@ -509,7 +510,8 @@ def build_student(
 
         def load() -> str:
             report = load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.debug)
-            return f"; {report.brief}"
+            loaded, *others = str(report).splitlines()
+            return ",".join([f"; {loaded}", *(line.partition(":")[0][1:] for line in others)])
 
         fitted = world.on_main(load)
         world.broadcast_tensors(model.state_dict().values())
@@ -645,24 +647,18 @@ def describe(run: Training) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(cfg), encoding="utf-8")
     peak, total = run.scheduler.schedule.peak_and_sum()
-    size, free = checkpoint_bytes(run), shutil.disk_usage(folder).free
     log.info(
         f"training: {cfg.TRAIN.EPOCHS} epochs of {run.loader.count() // plan.accumulation:,}"
         f" updates of {plan.per_update} images ({world.world_size} processes x {plan.accumulation}"
         f" passes x {plan.per_process}); rates up to {peak:.3g} (TRAIN.BASE_LR"
         f" {cfg.TRAIN.BASE_LR:g} x {plan.per_update} / 512), {total:.2g} in all; checkpoints of"
-        f" {size_text(size)} at most"
+        f" {size_text(checkpoint_bytes(run))} at most"
     )
     if cfg.TRAIN.OPTIMIZER.NAME == "adamw" and total < LEAST_SUM:
         log.warning(
             f"LITTLE WILL BE LEARNT: AdamW moves a weight by at most about the sum of the rates,"
             f" which is {total:.2g}: raise TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}, which is scaled by"
             f" {plan.per_update} images an update / 512, or TRAIN.EPOCHS"
-        )
-    if size > free:
-        log.warning(
-            f"{folder}: checkpoints may take {size_text(size)}, and {size_text(free)} are free:"
-            " TRAIN.KEEP_CHECKPOINTS 3 keeps the newest three, the last and the best"
         )
     if not cfg.TRAIN.GLOBAL_BATCH:
         return

@@ -23,7 +23,7 @@ import argparse
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from logging import Logger
@@ -42,7 +42,7 @@ from configs import run_folder
 from data.augment.decoder import mean_and_std
 from data.augment.rng import generator, run_seed, sample_seed
 from data.build import EpochLoader, RunData, open_run
-from data.identity import check_proof, choice_of, identity_of, proof_of
+from data.identity import CHOICE_KEYS, check_proof, identity_of, proof_of
 from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
 from data.store.format import pack_records, ranges, size_text
@@ -136,12 +136,6 @@ class Tally:
         self.labelled += int((labels >= 0).sum())
         self.top1 += int(is_right[:, 0].sum())
         self.top5 += int(is_right.any(1).sum())
-
-    def merge(self, other: Tally) -> None:
-        """Count what another process has counted."""
-        for name in ("images", "labelled", "top1", "top5", "mass"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.least, self.enough = min(self.least, other.least), max(self.enough, other.enough)
 
     def accuracy(self) -> dict[str, float]:
         """The teacher's accuracies in percent, and over how many images: of an epoch that was
@@ -247,9 +241,8 @@ def save(run: Run, skip_eval: bool) -> int:
             is_missing = np.unpackbits(bits, count=len(writer)).view(bool)
             epochs_left = len(pending) - number - 1
             written, pace = write_epoch(run, loader, writer, epoch, is_missing, epochs_left)
-            total = Tally()
-            for part in world.gather_objects(written):
-                total.merge(part)
+            *sums, least, enough = zip(*world.gather_objects(astuple(written)))
+            total = Tally(*map(sum, sums), min(least), max(enough))
             log.info(f"epoch {epoch}: {total}; {pace}")
             world.on_main(partial(writer.seal, epoch, teacher=total.accuracy()))
     log.info(f"{root}: epochs {ranges(wanted)} are sealed")
@@ -405,7 +398,7 @@ def manifest_of(run: Run) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "classes": run.teacher.classes,
-        "images": choice_of(cfg),
+        "images": {key: cfg.value(key) for key in CHOICE_KEYS},
     }
     digest = Keys.of(data.images.get_keys()).digest()
     return {

@@ -70,22 +70,14 @@ def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
     }
 
 
-def choice_of(cfg) -> dict[str, Any]:
-    """By what keys the images of a run are chosen."""
-    return {key: cfg.value(key) for key in CHOICE_KEYS}
-
-
 def other_choice(cfg, info: Mapping[str, Any]) -> str:
     """How a store's writer chose its images otherwise, in words; "" if nothing is known."""
     theirs = info.get("images")
-    if not isinstance(theirs, dict):  # a store of before, or a damaged line that nothing seals
+    if not isinstance(theirs, dict):  # of before, or damaged: nothing seals this part
         return ""
-    differing = [
-        f"{key} {theirs[key]}"
-        for key in CHOICE_KEYS
-        if theirs.get(key, cfg.value(key)) != cfg.value(key)
-    ]
-    return f"; it was saved with {', '.join(differing)}" if differing else ""
+    known = theirs.keys() & set(CHOICE_KEYS)
+    values = [f"{key} {theirs[key]}" for key in sorted(known) if theirs[key] != cfg.value(key)]
+    return f"; it was saved with {', '.join(values)}" if values else ""
 
 
 def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any]:

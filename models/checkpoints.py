@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.pretrained import read_file, unwrap
 
 # names that a training gives
-_OWN = re.compile(r"(last|best|epoch_(\d+))\.pth")
+_OWN = re.compile(r"(last|best|epoch_\d+)\.pth")
 MOST_UPDATES = 10**12  # more than a training could do: 30 years at 1,000 a second
 # what a training's checkpoint holds, at least
 STATE_TYPES = dict.fromkeys("model optimizer scaler progress measured".split(), dict)
@@ -123,24 +123,22 @@ class Saver:
             )
             return False
         self.best = state["progress"]["best"]
-        self._prune(names)
+        if self._most:
+            self._prune(names)
         return True
 
     def _prune(self, names: Sequence[str]) -> None:
         """Remove numbered checkpoints but for the newest of those up to the one just written."""
-        newest = max(map(_number, names))
-        found = {_number(path.name): path for path in self._folder.glob("epoch_*.pth")}
-        numbers = sorted(number for number in found if 0 <= number <= newest)
-        for number in numbers[: -self._most] if self._most else []:
-            if found[number].resolve() != self._spared:
+        numbered = {
+            int(path.stem[6:]): path
+            for path in self._folder.glob("epoch_*.pth")
+            if _OWN.fullmatch(path.name)
+        }
+        newest = max((n for n, path in numbered.items() if path.name in names), default=-1)
+        for n in sorted(n for n in numbered if n <= newest)[: -self._most]:
+            if numbered[n].resolve() != self._spared:
                 with suppress(OSError):  # what stays takes room, and hinders nobody
-                    found[number].unlink()
-
-
-def _number(name: str) -> int:
-    """The number of a numbered checkpoint, -1 of any other file."""
-    match = _OWN.fullmatch(name)
-    return int(match[2] or -1) if match else -1
+                    numbered[n].unlink()
 
 
 def snapshot(value: Any) -> Any:

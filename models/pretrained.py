@@ -85,26 +85,15 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()  # tensors of the file that have no place in the model
 
     def __str__(self) -> str:
-        lines = [f"  {kind}: {', '.join(names)}" for kind, names in self._kinds()]
-        return "\n".join([self._loaded(), *lines])
-
-    @property
-    def brief(self) -> str:
-        """The same on one line, with counts instead of names."""
-        counts = [f"{kind} ({len(names)})" for kind, names in self._kinds()]
-        return ", ".join([self._loaded(), *counts])
-
-    def _loaded(self) -> str:
-        return f"weights of {self.source}: {self.loaded} tensors loaded"
-
-    def _kinds(self) -> list[tuple[str, tuple[str, ...]]]:
         kinds = {
             "adapted": self.adapted,
             "head set to zero": self.zeroed,
             "not in the file": self.missing,
             "not in the model": self.unexpected,
         }
-        return [(kind, names) for kind, names in kinds.items() if names]
+        lines = [f"weights of {self.source}: {self.loaded} tensors loaded"]
+        lines += [f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+        return "\n".join(lines)
 
 
 def read_state_dict(

@@ -138,13 +138,6 @@ def test_checkpoints_take_what_the_start_says(opts, tmp_path, capsys):
     assert size - 120_000 * len(found) < most < 4 * size
 
 
-def test_a_disk_that_is_too_small_for_them_is_told(tmp_path, monkeypatch, capsys):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert run(tmp_path, SHORT) == 0
-    assert "1.00 kB are free: TRAIN.KEEP_CHECKPOINTS 3 keeps" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "opts",
     [
@@ -1358,7 +1351,7 @@ def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, caps
     log = (tmp_path / "TinyViT-5M-22kto1k" / "default" / "log_rank0.txt").read_text()
     assert "adapted: head.weight ([21841, 16] in the file, [1000, 16] here)" in log
     assert f"; weights of {pretrained}: " in (out := capsys.readouterr().out)
-    assert ", adapted (2)\n" in out
+    assert "tensors loaded, adapted\n" in out
     tuned = tmp_path / "TinyViT-5M-22kto1k" / "default" / "checkpoints" / "last.pth"
     start = head[torch.from_numpy(map_22k_to_1k())[5]]
     assert (
