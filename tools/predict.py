@@ -105,7 +105,7 @@ def load_model(
     its class names, if it has such.
     """
     notes = {} if timm_name else read_notes(weights)
-    if "config" in notes:
+    if notes.get("config"):
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "config.yaml"
             recipe.write_text(notes["config"], encoding="utf-8")
