@@ -188,6 +188,11 @@ def _way_out(key: str, theirs: Any) -> str:
             f"set DATA.IMG_SIZE {theirs}, or DISTILL.OTHER_SIZE True for a student of another size"
             " (on the same side of 32 pixels)"
         )
+    if key == "DISTILL.TEMPERATURE":
+        return (
+            f"leave {key} out to take the store's, or save logits again: what float16 has rounded"
+            " to 0 and what K has cut off can't be raised afterwards"
+        )
     return f"leave {key} out to take the store's, or save logits with the other value"
 
 

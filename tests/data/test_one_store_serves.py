@@ -290,7 +290,7 @@ def test_the_table_of_bytes(store):
             "DATA.IMG_SIZE 48",
             "48, but the store {store} was written with 40: set DATA.IMG_SIZE 40,",
         ),
-        ("DISTILL.TEMPERATURE 2.0", "2.0, but the store {store} was written with 1.0"),
+        ("DISTILL.TEMPERATURE 2.0", "2.0, but the store {store} was written with 1.0: leave"),
         ("DATA.INTERPOLATION bilinear", "'bilinear', but the store {store} was written with 'bic"),
     ],
 )

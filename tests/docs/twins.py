@@ -138,6 +138,8 @@ def _small_model(cfg) -> list[object]:
         case "timm":
             has_weights = timm.get_pretrained_cfg(cfg.MODEL.NAME).has_weights
             assert has_weights, f"timm has no weights for {cfg.MODEL.NAME}"
+            if cfg.DISTILL.TWO_HEADS:
+                return ["MODEL.ARGS", "{patch_size: 8, depth: 1, embed_dim: 24}"]
             return ["MODEL.NAME", TIMM, "DATA.IMG_SIZE", SIDE]
         case "tiny_vit" if cfg.DATA.DATASET != "shapes":
             small = VARIANTS[_official(cfg)]
