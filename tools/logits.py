@@ -98,7 +98,24 @@ def parser() -> argparse.ArgumentParser:
     add("--epoch", type=int, metavar="E", help="epoch to look at; default: the first sealed one")
     text = "picture to write (default: %(default)s)"
     add("-o", "--output", type=Path, default=Path("logits.png"), metavar="PNG", help=text)
+
+    text = "list images whose given label the teacher does not believe, as DATA.EXCLUDE takes it"
+    add = command("suspects", suspects, text)
+    add("store", type=Path, help="folder of the store, whose teacher did not learn these labels")
+    add("--cfg", metavar="FILE", help="a recipe with the data set")
+    add("--data-path", metavar="PATH", help="the data set")
+    add("--opts", nargs="*", default=[], metavar="KEY VALUE", help="set any configuration key")
+    text = "suspect: not among the teacher's first N in most epochs (5 from 100 classes on, else 1)"
+    add("--outside", type=int, default=0, metavar="N", help=text)
+    text = "list to write, beside it a contact sheet, .png (default: %(default)s)"
+    add("-o", "--output", type=Path, default=Path("suspects.txt"), metavar="FILE", help=text)
     return top
+
+
+def suspects(args: argparse.Namespace) -> int:
+    from tools.suspects import suspects  # here, since it needs torch
+
+    return suspects(args)
 
 
 def info(args: argparse.Namespace) -> int:

@@ -126,10 +126,10 @@ def visible(decoder: AugmentDecoder, tensor: Tensor) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
-def draw(tiles: Sequence[Tile], title: str, path: str) -> None:
+def draw(tiles: Sequence[Tile], title: str, path: str, row_height: float = 4.3) -> None:
     """Write the tiles as a picture, in rows that are as high as their longest text."""
     rows = -(-len(tiles) // COLUMNS)
-    figure = Figure(figsize=(3.0 * COLUMNS, 4.3 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(3.0 * COLUMNS, row_height * rows + 0.8), layout="constrained")
     heading = [textwrap.fill(op, 150) for op in title.split("; ")]
     figure.suptitle("\n".join(heading), fontsize=9)
     for number, tile in enumerate(tiles, start=1):

@@ -88,6 +88,11 @@ TOOLS = {
         "converted/epoch_0000.npy",
         *"--opts DATA.CLASS_LIST imagenet1k DATA.IMG_SIZE 40".split(),
     ),
+    "tools.logits suspects": (
+        "of 24 images, the least believed first",
+        "suspects.png",
+        *"--opts DATA.CLASS_LIST imagenet1k".split(),
+    ),
     "tools.verify_zoo": ("0 of 8 checkpoints agree", "", "--workers", "0"),
     "tools.size": ("product", ""),
     # what it starts is main.py and save_logits.py; tests/tools/test_study.py runs them

@@ -66,6 +66,7 @@ STORES = {
 PLACES = {
     "STORE": "stores/imagenet",
     "STORE_A": "stores/imagenet",
+    "UNMIXED": "stores/unmixed",
     "STORE_B": "stores/imagenet",
     "MERGED": "merged",
     "ORIGINAL": "original",
@@ -187,6 +188,7 @@ def write_stand_ins(root: Path) -> None:
     (root / "my_package" / "teachers.py").write_text(TEACHERS)
     for name, recipe in STORES.items():
         _write_store(root, name, recipe)
+    _write_store(root, "unmixed", STORES["imagenet"], {"AUG.MIXUP": 0.0, "AUG.CUTMIX": 0.0})
     records = np.array(LogitsStoreReader(root / "stores" / "imagenet").open_epoch(0))
     write_upstream(root / "original", {0: records})
 
@@ -245,7 +247,9 @@ def _write_mobile_sam(path: Path) -> None:
     torch.save({f"image_encoder.{name}": value for name, value in state.items()}, path)
 
 
-def _write_store(root: Path, name: str, recipe: str) -> None:
+def _write_store(
+    root: Path, name: str, recipe: str, others: dict[str, object] | None = None
+) -> None:
     """The store that a student's recipe wants, from a teacher of our own."""
     classes = 21841 if name == "imagenet22k" else 1000
     data = root / ("ImageNet-22k" if classes > 1000 else "ImageNet")
@@ -253,6 +257,7 @@ def _write_store(root: Path, name: str, recipe: str) -> None:
         "MODEL.TYPE": "tests.support.teachers:glance",
         "MODEL.NUM_CLASSES": classes,
         "DISTILL.TEACHER_LOGITS_PATH": root / "stores" / name,
+        **(others or {}),
     }
     words = f"--cfg {root}/configs/{recipe}.yaml --data-path {data} --skip-eval --output".split()
     words += [f"{root}/stores", "--opts"]
