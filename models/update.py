@@ -103,9 +103,19 @@ class EMA:
         self.model = deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         kinds: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-        for pair in zip(self.model.state_dict().values(), model.state_dict().values()):
-            kinds.setdefault(pair[0].dtype, []).append(pair)
-        self._lists = [tuple(map(list, zip(*pairs))) for pairs in kinds.values()]
+        for of in nn.Module.parameters, nn.Module.buffers:
+            for pair in zip(of(self.model), of(model)):
+                kinds.setdefault(pair[0].dtype, []).append(pair)
+        # of each type one tensor, whose parts the average's are, and the model's: all as they lie
+        # in memory
+        self._parts: list[tuple[Tensor, list[Tensor]]] = []
+        for pairs in kinds.values():
+            theirs = [value.detach().as_strided((value.numel(),), (1,)) for _, value in pairs]
+            whole = torch.cat(theirs)
+            parts = whole.split([len(part) for part in theirs])
+            for (mine, _), part in zip(pairs, parts):
+                mine.data = part.as_strided(mine.shape, mine.stride())
+            self._parts.append((whole, theirs))
 
     @torch.no_grad()
     def update(self, updates: int, is_good: Tensor) -> None:
@@ -113,11 +123,8 @@ class EMA:
         larger steps.
         """
         weight = is_good * (1 - min(self.decay, (1 + updates) / (10 + updates)))
-        for mine, theirs in self._lists:
-            if not mine[0].is_floating_point():
-                torch._foreach_copy_(mine, theirs)
-                continue
-            # A kernel takes many tensors if all lists have the same shapes and strides.
-            spread = weight.to(mine[0].dtype).repeat(max(tensor.numel() for tensor in mine))
-            weights = [spread.as_strided(tensor.shape, tensor.stride()) for tensor in mine]
-            torch._foreach_lerp_(mine, theirs, weights)
+        for mine, theirs in self._parts:
+            if mine.is_floating_point():
+                mine.lerp_(torch.cat(theirs), weight.to(mine.dtype))
+            else:
+                torch.cat(theirs, out=mine)

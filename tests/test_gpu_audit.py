@@ -37,7 +37,7 @@ from utils import Distributed, Meters, StopRequest
 WAYS = ("labels", "stored", "online")
 BATCHES = (8, 24)
 # Launches of an update outside the model, however it is supervised.
-BUDGET, BUDGET_WITHOUT_AVERAGE = 105, 96
+BUDGET, BUDGET_WITHOUT_AVERAGE = 80, 74
 STUDENT = ["--cfg", "configs/1k/tiny_vit_5m.yaml", "--opts", *training.OPTS[10:]]
 STUDENT += "MODEL.TINY_VIT.WINDOW_SIZES [2,2,4,2] MODEL.NUM_CLASSES 10 DATA.IMG_SIZE 64".split()
 STUDENT += "AUG.MIXUP_MODE pair2".split()
@@ -61,7 +61,11 @@ def ways(tmp_path_factory) -> dict[str, list[str]]:
     return {
         "labels": [],
         "stored": [*store, "DISTILL.REUSE_EPOCHS", "True"],
-        "online": ["DISTILL.ONLINE", "True", "DISTILL.TEACHER_CFG", str(folder / "teacher.yaml")],
+        "online": [
+            *"DISTILL.LOGITS_TOPK 5 DISTILL.ONLINE True".split(),
+            "DISTILL.TEACHER_CFG",
+            str(folder / "teacher.yaml"),
+        ],
     }
 
 

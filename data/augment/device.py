@@ -95,11 +95,14 @@ class PackedBatch:
 
 def apply_batch(packed: PackedBatch) -> Tensor:
     """The training tensors, float32 [B, 3, S, S], where the packed batch is."""
-    shape = (packed.count, 3, packed.size, packed.size)
-    images = torch.empty(shape, dtype=torch.uint8, device=packed.buffer.device)
-    if not packed.resizes:
+    if packed.resizes:
+        shape = (packed.count, 3, packed.size, packed.size)
+        images = torch.empty(shape, dtype=torch.uint8, device=packed.buffer.device)
+    else:
         pixels = Place(0, torch.uint8, (packed.count, packed.size, packed.size, 3))
-        images.copy_(packed[pixels].permute(0, 3, 1, 2))
+        images = packed[pixels].permute(0, 3, 1, 2)
+    if packed.effects:  # which write to it
+        images = images.contiguous()
     for step in packed.resizes:
         pixels, crops = (packed[place] for place in step.arguments)
         resized = device_effects.resize(pixels, crops, packed.size, step.limits)

@@ -123,10 +123,13 @@ def _linear(a: Tensor, b: Tensor, part: Tensor) -> Tensor:
 
 
 def look_up(image: Tensor, tables: Tensor) -> Tensor:
-    """Each value's entry in its channel's table; tables: [n or 1, 3, 256] of any type."""
+    """Each value's entry in its channel's table, in the image's memory format; tables: [n or 1, 3,
+    256] of any type.
+    """
     first = torch.arange(0, tables.numel(), 256, device=image.device, dtype=torch.int32)
     index = image + first.view(-1, 3, 1, 1)
-    return tables.flatten().index_select(0, index.flatten()).view_as(image)
+    in_memory = index.as_strided((index.numel(),), (1,))
+    return tables.flatten().index_select(0, in_memory).as_strided(index.shape, index.stride())
 
 
 def auto_contrast(image: Tensor) -> Tensor:
