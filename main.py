@@ -389,12 +389,14 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
     """
     folder = run_folder(cfg) / "checkpoints"
     path: Path | str | None = None
-    if cfg.TRAIN.AUTO_RESUME:
-        path = checkpoints.newest_valid(folder, log.warning)
-    path = path or cfg.MODEL.RESUME
     state = None
-    if path:
-        state = checkpoints.load_state(path) | {"read_from": str(path)}
+    if cfg.TRAIN.AUTO_RESUME:
+        path, state = checkpoints.newest_valid(folder, log.warning)
+    if not state and cfg.MODEL.RESUME:
+        path = cfg.MODEL.RESUME
+        state = checkpoints.load_state(path)
+    if state:
+        state["read_from"] = str(path)
         for change in check_continuation(state["config"], cfg, str(path)):
             follows = "; learning rates follow it" if change.key == "TRAIN.EPOCHS" else ""
             log.warning(f"CHANGED SINCE THE CHECKPOINT: {change}{follows}")

@@ -405,8 +405,13 @@ def must_compile(cfg, device: torch.device, updates: int) -> tuple[bool, str]:
 def compile_model(model: nn.Module, world: Distributed, warn: Callable[[str], object]) -> None:
     """Compile a model in place; where its compiler fails, now or later, it runs as it is.
 
-    A failure in a backward pass alone is an error of the run: gradients are half summed by then.
+    The backward pass is compiled with the forward pass: one that failed later, when gradients are
+    half summed, would end the run.
     """
+    from torch._functorch import config as compiling  # seldom needed, and not loaded with torch
+
+    if hasattr(compiling, "force_non_lazy_backward_lowering"):  # not in PyTorch 2.6
+        compiling.force_non_lazy_backward_lowering = True
 
     def give_up(reason: str) -> None:
         model._compiled_call_impl = None

@@ -57,8 +57,8 @@ def check_continuation(before: str, cfg: Config, where: str) -> list[Change]:
     if not refused:
         return [change for change in changes if change.key in WORTH_SAYING]
     way_out = (
-        "start anew with --tag <new name>, take its weights alone with --pretrained, or give the"
-        " old values back"
+        "start anew with --tag <new name>, take its weights alone with --pretrained, give the old"
+        " values back, or move the file away if it is another run's"
     )
     if was != is_now or any(change.key in SPLIT for change in refused):
         way_out += (

@@ -213,8 +213,11 @@ def load_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date.
+def newest_valid(
+    folder: str | Path, log: Callable[[str], None] = print
+) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint (*.pth) of a folder that is furthest by its `step`, then by its date, and what
+    it holds.
 
     Files of names that no training gives are looked at when no other can be used. Damaged ones are
     named and skipped; if all are, or one can't be read for no fault of its own, that is an error:
@@ -236,17 +239,15 @@ def newest_valid(folder: str | Path, log: Callable[[str], None] = print) -> Path
     paths = sorted(Path(folder).glob("*.pth"), key=progress, reverse=True)
     for path in paths:
         try:
-            load_state(path)
+            return path, load_state(path)
         except ValueError as error:
             log(f"skipped: {error}")
-        else:
-            return path
     if paths:
         raise ValueError(
             f"{folder}: none of the checkpoints there can be used: begin another run with --tag, or"
             " move them away with TRAIN.AUTO_RESUME False"
         )
-    return None
+    return None, None
 
 
 def _is_step(step: object) -> bool:

@@ -19,6 +19,8 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 
 import utils
 from configs import load_config
@@ -895,6 +897,26 @@ def test_a_model_that_the_compiler_fails_on_goes_on_uncompiled(monkeypatch):
     assert torch.equal(plain[2].running_mean, model[2].running_mean)  # no batch counts twice
     found, expected = (evaluate(one, batches(images, labels, 8), CPU) for one in (model, plain))
     assert found == expected and len(told) == 1 and len(graphs) == 2
+
+
+@pytest.mark.skipif(
+    not hasattr(functorch_config, "force_non_lazy_backward_lowering"),
+    reason="this PyTorch compiles backward passes when they come",
+)
+def test_a_backward_pass_that_can_not_be_compiled_is_known_before_it_comes(monkeypatch):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no kernel for that")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=no_compiler)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model, images, _ = evaluation()
+    plain, told = deepcopy(model), []
+    utils.compile_model(model, Distributed(), told.append)
+    for one in (plain, model):
+        one(images).sum().backward()
+    assert len(told) == 1 and "no kernel for that" in told[0]
+    assert torch.equal(plain[1].weight.grad, model[1].weight.grad)
+    assert torch.equal(plain[2].running_mean, model[2].running_mean)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

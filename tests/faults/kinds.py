@@ -228,8 +228,8 @@ def make_checkpoints(folder: Path) -> None:
 
 
 def read_newest(folder: Path) -> Any:
-    found = newest_valid(folder, lambda line: None)
-    return found.name, plain(load_state(found))
+    path, state = newest_valid(folder, lambda line: None)
+    return path.name, plain(state)
 
 
 # ---- settings and notes

@@ -306,22 +306,22 @@ def whole_state(step: int) -> dict:
 
 def test_the_newest_valid_checkpoint_is_the_furthest_one_that_is_whole(tmp_path):
     lines: list[str] = []
-    assert newest_valid(tmp_path / "no such folder", lines.append) is None
-    assert newest_valid(tmp_path, lines.append) is None
+    assert newest_valid(tmp_path / "no such folder", lines.append)[0] is None
+    assert newest_valid(tmp_path, lines.append)[0] is None
     # written, so dated, in another order than that of the steps
     for number, step in (("9", 90), ("10", 100), ("2", 20)):
         save_atomic(whole_state(step), tmp_path / f"epoch_{number}.pth")
-    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
+    assert newest_valid(tmp_path, lines.append)[0] == tmp_path / "epoch_10.pth"
     save_atomic(whole_state(100), tmp_path / "a_copy.pth")
     os.utime(tmp_path / "a_copy.pth", (1, 1))
-    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_10.pth"
+    assert newest_valid(tmp_path, lines.append)[0] == tmp_path / "epoch_10.pth"
     (tmp_path / "a_copy.pth").unlink()
     assert lines == []
     whole = (tmp_path / "epoch_10.pth").read_bytes()
     (tmp_path / "epoch_10.pth").write_bytes(whole[:-1])
     (tmp_path / "epoch_11.pth").write_bytes(b"")
     save_atomic({"model": {}}, tmp_path / "best.pth")
-    assert newest_valid(tmp_path, lines.append) == tmp_path / "epoch_9.pth"
+    assert newest_valid(tmp_path, lines.append)[0] == tmp_path / "epoch_9.pth"
     assert {line.split(".pth")[0].split("/")[-1] for line in lines} == {
         "epoch_10",
         "epoch_11",
@@ -341,7 +341,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed(tmp_path):
     content[len(content) // 2] ^= 4
     (tmp_path / "new.pth").write_bytes(content)
     lines: list[str] = []
-    assert newest_valid(tmp_path, lines.append) == tmp_path / "old.pth"
+    assert newest_valid(tmp_path, lines.append)[0] == tmp_path / "old.pth"
     assert len(lines) == 1 and "new.pth" in lines[0] and "checksum" in lines[0]
 
 
@@ -402,7 +402,7 @@ def test_nothing_in_the_folder_blocks_a_good_checkpoint(how, tmp_path):
     for name in ("best", "epoch_0009", "epoch_0001", "foreign"):
         spoil(tmp_path / f"{name}.pth", how)
     lines: list[str] = []
-    assert newest_valid(tmp_path, lines.append) == tmp_path / "last.pth"
+    assert newest_valid(tmp_path, lines.append)[0] == tmp_path / "last.pth"
     assert all(line.startswith("skipped: ") and "\n" not in line for line in lines)
     (tmp_path / "last.pth").unlink()
     with pytest.raises(ValueError, match="none of the checkpoints there can be used"):
@@ -413,9 +413,9 @@ def test_nothing_in_the_folder_blocks_a_good_checkpoint(how, tmp_path):
 def test_checkpoints_of_other_names_come_after_a_trainings_own(tmp_path):
     save_atomic(whole_state(5), tmp_path / "last.pth")
     save_atomic(whole_state(8), tmp_path / "another_run.pth")
-    assert newest_valid(tmp_path, pytest.fail) == tmp_path / "last.pth"
+    assert newest_valid(tmp_path, pytest.fail)[0] == tmp_path / "last.pth"
     (tmp_path / "last.pth").write_bytes(b"")
-    assert newest_valid(tmp_path, lambda line: None) == tmp_path / "another_run.pth"
+    assert newest_valid(tmp_path, lambda line: None)[0] == tmp_path / "another_run.pth"
 
 
 def test_a_checkpoint_can_be_pinned(tmp_path):
