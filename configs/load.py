@@ -20,7 +20,7 @@ from configs.command_line import argument_parser, flag_values
 from configs.config import MAPPING, Config, ConfigError, flatten
 from configs.defaults import REMOVED, get_defaults
 from configs.derived import adopt_timm_input, batch_plan, derive
-from configs.validate import CHOICES, COMBINATIONS, VALUES, faults_of
+from configs.validate import CHOICES, COMBINATIONS, VALUES, judge
 
 Layer = tuple[str, dict[str, Any]]  # where values come from, and they under their dotted keys
 
@@ -83,21 +83,15 @@ def config_from_args(
     if not faults:
         attempt(derive, cfg)
     if not faults:
-        for error in faults_of(cfg, VALUES):
-            note(error)
+        judge(cfg, VALUES, note)
     if not faults:
-        for error in faults_of(cfg, COMBINATIONS):
-            note(error)
+        judge(cfg, COMBINATIONS, note)
         attempt(batch_plan, cfg)
         attempt(check, cfg)
     if not faults:
         attempt(adopt_timm_input, cfg)
     if faults:
-        texts = list(faults.values())
-        if len(texts) > 1:
-            numbered = "; ".join(f"({n}) {text}" for n, text in enumerate(texts, 1))
-            texts = [f"{len(texts)} faults: {numbered}"]
-        raise ConfigError(texts[0], next(iter(faults)))
+        raise ConfigError("; ALSO: ".join(faults.values()), next(iter(faults)))
     cfg.freeze()
     return cfg
 

@@ -106,12 +106,12 @@ NAME_FORMAT = re.compile(r"[^{}]*\{(:\.\d{1,3})?\}[^{}]*")
 Rule = tuple[bool, str, str]  # whether something is wrong, the key to blame, what to do
 
 
-def faults_of(cfg: Config, groups: Iterable[Callable]) -> Iterator[ConfigError]:
-    """What cannot work by some groups of rules: VALUES, or COMBINATIONS of good values."""
+def judge(cfg: Config, groups: Iterable[Callable], note: Callable[[ConfigError], object]) -> None:
+    """Note what cannot work by some groups of rules: VALUES, or COMBINATIONS of good values."""
     for rules in groups:
         for is_wrong, key, what_to_do in rules(cfg):
             if is_wrong:
-                yield ConfigError(f"{key} = {cfg.value(key)!r}: {what_to_do}", key)
+                note(ConfigError(f"{key} = {cfg.value(key)!r}: {what_to_do}", key))
 
 
 def _choices(cfg: Config) -> Iterator[Rule]:
