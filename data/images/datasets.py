@@ -114,12 +114,16 @@ class ListedImages:
 def build_dataset(cfg, split: str) -> ListedImages:
     """The images of a split, "train" or "val".
 
-    DATA.EXCLUDE and DATA.SUBSET apply to training alone, in this order.
+    DATA.EXCLUDE, DATA.HELD_OUT and DATA.SUBSET apply to the training images alone, in this order;
+    what is held out becomes the split "val".
     """
-    name = cfg.DATA.DATASET
-    dataset = _build_users(cfg, split) if ":" in name else DATASETS[name](cfg, split)
-    if split == "train":
-        dataset.listing = subset(exclude(dataset.listing, cfg.DATA.EXCLUDE), cfg.DATA.SUBSET)
+    name, held_out = cfg.DATA.DATASET, cfg.DATA.HELD_OUT
+    source = "train" if held_out else split
+    dataset = _build_users(cfg, source) if ":" in name else DATASETS[name](cfg, source)
+    if source == "train":
+        kept = exclude(dataset.listing, cfg.DATA.EXCLUDE)
+        kept = subset(kept, 1 - held_out, rest=split == "val")
+        dataset.listing = kept if split == "val" else subset(kept, cfg.DATA.SUBSET)
     return dataset
 
 

@@ -170,14 +170,16 @@ def cached_listing(
     return _made_once(root / f"{name}.lock", lambda: _fresh(newest, since), make)
 
 
-def subset(listing: Listing, fraction: float) -> Listing:
-    """The same fraction of every class, at least an image of each, always the same images.
+def subset(listing: Listing, fraction: float, rest: bool = False) -> Listing:
+    """The same fraction of every class, at least an image of each, always the same images; or what
+    that leaves.
 
     Those of a smaller fraction are among those of a larger one.
     """
     if fraction == 1:
         return listing
-    return listing.select(f"subset {fraction!r}", lambda: _rows_of_subset(listing, fraction))
+    name = f"{'all but the ' * rest}subset {fraction!r}"
+    return listing.select(name, lambda: _rows_of_subset(listing, fraction, rest))
 
 
 def exclude(listing: Listing, path: str) -> Listing:
@@ -257,7 +259,7 @@ def subset_ranks(keys: Keys) -> np.ndarray:
     return hashes
 
 
-def _rows_of_subset(listing: Listing, fraction: float) -> np.ndarray:
+def _rows_of_subset(listing: Listing, fraction: float, rest: bool) -> np.ndarray:
     ranks = subset_ranks(listing.keys)
     order = np.lexsort((ranks, listing.labels))
     labels = listing.labels[order]
@@ -265,7 +267,7 @@ def _rows_of_subset(listing: Listing, fraction: float) -> np.ndarray:
     counts = np.diff(starts, append=len(labels))
     wanted = np.floor(counts * fraction + 1e-9).astype(np.int64).clip(1)
     within = np.arange(len(labels)) - np.repeat(starts, counts)
-    return np.sort(order[within < np.repeat(wanted, counts)])
+    return np.sort(order[(within < np.repeat(wanted, counts)) ^ rest])
 
 
 def _rows_without(listing: Listing, keys: Keys, path: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import sys
 from argparse import ArgumentParser
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,8 @@ from tests.docs.twins import (
     write_stand_ins,
 )
 from tests.support.helpers import ROOT, torchrun
+from tools import contract
+from tools.study_runner import PYTHON
 
 # whose commands test_docs.py runs as they are
 DOCUMENTS = [page for page in PAGES if page.name != "CONTRIBUTING.md"]
@@ -208,6 +211,8 @@ def judge(words: list[str]) -> str:
         assert_begins(command)
     elif command.program in FILES:  # test_docs.py runs it
         pass
+    elif command.program == "tools.contract":
+        assert_contracts(command)
     else:
         assert_tool_ran(command)
     return ""
@@ -270,12 +275,8 @@ def assert_trained(cfg, out: str) -> None:
     """A run of one epoch from the right start, with its checkpoints and accuracies."""
     folder = run_folder(cfg)
     assert "finished: 1 epochs" in out and (folder / "config.yaml").is_file()
-    assert (folder / "checkpoints" / "last.pth").is_file()
-    if cfg.DATA.DATASET == "folder":
-        assert "nothing is evaluated" in out
-    else:
-        assert (folder / "checkpoints" / "best.pth").is_file()
-        assert "val_top1" in json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"last.pth", "best.pth"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+    assert "val_top1" in json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     if cfg.MODEL.PRETRAINED:
         assert f"weights of {cfg.MODEL.PRETRAINED}: " in out
     if cfg.DISTILL.ONLINE:
@@ -305,6 +306,20 @@ def assert_tool_ran(command: Command) -> None:
     # tells.
     assert code == (name == "tools.verify_zoo") and said in out, f"{name}\n{out}"
     assert Path(file).exists()
+
+
+def assert_contracts(command: Command) -> None:
+    """A search comes to the first training, by small images and whatever the machine's speed."""
+    args, cfg = contract.parse(command.arguments)
+    args.print, args.candidates = True, 1
+    args.limit = [[size, 1e-9] for size, _ in args.limit]
+    args.factors = [factor for factor in args.factors if factor.startswith("D")]
+    cfg = cfg.replace({"MODEL.NUM_CLASSES": 1000, "DATA.IMG_SIZE": 32, "TEST.BATCH_SIZE": 1})
+    told = io.StringIO()
+    with redirect_stdout(told):
+        assert contract.run((args, cfg), SimpleNamespace(received=None)) == 0
+    (words,) = commands_in(told.getvalue().replace(PYTHON, "python"))
+    assert config_of(parsed(words)).DATA.HELD_OUT == args.held_out
 
 
 class Began(Exception):

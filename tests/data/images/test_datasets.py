@@ -384,6 +384,20 @@ def test_subset_and_exclude_apply_to_training_alone(folder, tmp_path):
     assert contents(built("val", **more)) == contents(built("val", DATA_PATH=folder))
 
 
+def test_what_is_held_out_is_evaluated_on_and_never_trained_on(folder, tmp_path):
+    """With the other selections, and under every fraction of the rest."""
+    more = {"DATA_PATH": folder, "EXCLUDE": write_lines(tmp_path / "out.txt", "cat/0.png")}
+    whole = set(built("train", **more).get_keys())
+    more["HELD_OUT"] = 0.3
+    train, held = built("train", **more), built("val", **more)
+    assert np.bincount(labels_of(held)).tolist() == [1, 2, 2]  # of 3, 4 and 4 images
+    keys = set(train.get_keys())
+    assert keys | set(held.get_keys()) == whole and len(train) + len(held) == len(whole)
+    small = built("train", **more, SUBSET=0.5)
+    assert set(small.get_keys()) < keys and len(small) == 3
+    assert set(built("val", **more, SUBSET=0.5).get_keys()) == set(held.get_keys())
+
+
 # ---- images that can't be read
 
 
