@@ -66,12 +66,11 @@ def training(argv: list[str] | None = None) -> tuple[Config, str]:
 
 def _check_epochs(cfg: Config) -> None:
     """A ValueError where a training wants epochs that its store lacks; rank 0 alone looks."""
-    root = Path(cfg.DISTILL.TEACHER_LOGITS_PATH)
-    is_ours = (root / "manifest.json").is_file()
-    measures = cfg.EVAL_MODE or cfg.THROUGHPUT_MODE
-    reuses = cfg.DISTILL.REUSE_EPOCHS or cfg.DISTILL.REUSE_FIRST
-    if is_main() and is_ours and not (measures or reuses):
-        check_sealed(root, range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS))
+    root, reads_none = cfg.DISTILL.TEACHER_LOGITS_PATH, cfg.EVAL_MODE or cfg.THROUGHPUT_MODE
+    if reads_none or cfg.DISTILL.REUSE_EPOCHS or cfg.DISTILL.REUSE_FIRST or not is_main():
+        return
+    if root and Path(root, "manifest.json").is_file():
+        check_sealed(Path(root), range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS))
 
 
 def saving(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import commands
 from tests.support import saving, training
 from tests.support.helpers import ROOT
 
@@ -48,6 +49,13 @@ def test_a_store_that_is_too_short_is_told_with_what_else_is_wrong(tmp_path, cap
     monkeypatch.setenv("RANK", "1")  # rank 0 alone looks, as its folder is the one that counts
     assert training.run(tmp_path, *wrong, "TRAIN.WARMUP_EPOCHS 4") == 2
     assert capsys.readouterr().err == ""
+
+
+def test_only_a_store_that_is_named_is_looked_at(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text("another program's")
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = commands.training(["--opts", "DATA.DATASET", "shapes"])
+    assert cfg.DISTILL.TEACHER_LOGITS_PATH == ""
 
 
 def test_a_part_that_a_store_of_pairs_was_saved_for_trains_from_it(tmp_path, capsys):
