@@ -196,7 +196,8 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
     if cfg.TRAIN.COMPILE == "True":
         utils.compile_model(teacher.model, world, log.warning)
         # now, because the manifest says whether it could be compiled
-        teacher(torch.zeros(run.rows, 3, *[cfg.DATA.IMG_SIZE] * 2, device=world.device))
+        with awaited("the compiler", log.info):
+            teacher(torch.zeros(run.rows, 3, *[cfg.DATA.IMG_SIZE] * 2, device=world.device))
     return run
 
 

@@ -1,9 +1,12 @@
 """Logits stores from outside: what one holds, whether it is whole, converting and merging them."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from data.store.format import (
 from data.store.keys import Keys
 from data.store.original import UpstreamStoreReader
 from data.store.parts import part_files, read_blocks
+from data.store.published import fetch_store
 from data.store.reader import LogitsStoreReader
 from data.store.writer import LogitsStoreWriter
 from logger import progress
@@ -35,6 +39,26 @@ from logger import progress
 BATCH_RECORDS = 1 << 14
 COPIED_BYTES = 1 << 23  # at once
 SAMPLED_RECORDS = 100_000
+CARD = """---
+tags: [knowledge-distillation, teacher-logits]
+---
+# What {teacher} said
+
+Of each image and epoch: the seed of its augmentation, and the teacher's most probable classes.
+No images; their names are in keys.txt.
+
+```
+{info}```
+
+Fetched and verified, it teaches students on the images that it was written for; that they are
+these is checked before the first batch:
+
+```
+python -m tools.logits fetch hf-hub:USER/REPOSITORY STORE
+python -m tools.logits verify STORE
+python main.py --cfg RECIPE --data-path IMAGES --opts DISTILL.TEACHER_LOGITS_PATH STORE
+```
+"""
 NAME_BYTES = 16  # of an original's key and its end of line: n00007846_10001
 
 
@@ -91,6 +115,17 @@ def parser() -> argparse.ArgumentParser:
     add = command("merge", merge, text)
     add("target", type=Path, help="folder to merge into; made if it is not there")
     add("sources", type=Path, nargs="+", help="stores to copy from")
+
+    text = "write README.md into a store, for a data set of the Hugging Face Hub"
+    add = command("card", card, text)
+    add("store", type=Path, help="folder of the store, which can then be uploaded as it is")
+
+    text = "fetch a published store, or what is missing of it, and check each epoch"
+    add = command("fetch", fetch, text)
+    add("source", help="hf-hub:user/repository[@revision], or the link of a folder that has it")
+    add("target", type=Path, help="folder of the store; made if it is not there")
+    text = "the epochs 0 to E - 1 (default: all up to the first that is missing)"
+    add("--epochs", type=int, default=0, metavar="E", help=text)
 
     text = "draw confidence, entropy and the mass outside the top K, to choose K"
     add = command("histogram", histogram, text)
@@ -301,6 +336,27 @@ def merge(args: argparse.Namespace) -> int:
         f"{args.target}: {len(copied)} epochs copied ({ranges(copied)}), sealed now:"
         f" {ranges(target.epochs())}"
     )
+    return 0
+
+
+def card(args: argparse.Namespace) -> int:
+    manifest = LogitsStoreReader(args.store).manifest  # which info tells of, in this layout
+    told = io.StringIO()
+    with redirect_stdout(told):
+        info(args)
+    text = CARD.format(
+        teacher=manifest["teacher"].get("name", "a teacher"),
+        info=told.getvalue().replace(str(args.store), "the store"),
+    )
+    write_atomic(args.store / "README.md", text.encode())
+    print(f"{args.store / 'README.md'}: written")
+    return 0
+
+
+def fetch(args: argparse.Namespace) -> int:
+    fetched = fetch_store(args.source, args.target, args.epochs, partial(progress, unit="MB"))
+    sealed = ranges(LogitsStoreReader(args.target).epochs())
+    print(f"{args.target}: {len(fetched)} epochs fetched ({ranges(fetched)}), sealed now: {sealed}")
     return 0
 
 

@@ -33,6 +33,7 @@ from utils import Exit, StopRequest, run_program
 
 # What a study may say, and what holds where it does not.
 STUDY = {
+    "base": "",
     "question": "",
     "opts": {},
     "values": {},
@@ -77,10 +78,10 @@ def plan(args: argparse.Namespace, study: dict[str, Any]) -> list[Step]:
             if same != row:
                 raise ValueError(f"{where}: repeats {same}: leave one of the two out")
             for seed in seeds:
-                name = re.sub(r"[^\w.=+-]+", "-", row)
+                name = name_of(row)
                 opts = study["opts"] | entry.get("opts", {}) | changes
                 if seed is not None:
-                    name, opts = f"{name}-seed{seed}", opts | {"SEED": seed}
+                    name, opts = name_of(row, seed), opts | {"SEED": seed}
                 if name in steps:
                     raise ValueError(f"{where}: {name} stands there already: name it otherwise")
                 try:
@@ -108,8 +109,10 @@ def step_of(
         opts["DISTILL.TEACHER_LOGITS_PATH"] = output / name
     needs = []
     for key in filter(entry.__contains__, SOURCES):
-        check_known(key, [entry[key]], earlier)
-        need = earlier[entry[key]]
+        own = name_of(entry[key], seed)  # of a variant, the one with the same seed
+        source = own if own in earlier else name_of(entry[key])
+        check_known(key, [source], earlier)
+        need = earlier[source]
         needs.append(need)
         opts |= zip(SOURCES[key], (need.result, True, run_folder(need.cfg) / "config.yaml"))
     words = ["--cfg", entry[kind], "--output", str(output), "--tag", name]
@@ -119,6 +122,12 @@ def step_of(
     args.cfg = str(ROOT / args.cfg)
     cfg = config_from_args(args, 1, {"DISTILL.SAVE_TEACHER_LOGITS": kind != "train"})
     return Step(name, row, kind, [*PROGRAMS[kind].split(), *words], cfg, entry, needs, seed)
+
+
+def name_of(row: str, seed: int | None = None) -> str:
+    """The name of a command: of a run's folder and log."""
+    name = re.sub(r"[^\w.=+-]+", "-", row)
+    return name if seed is None else f"{name}-seed{seed}"
 
 
 def expanded(
@@ -150,6 +159,9 @@ def read_study(file: Path) -> dict[str, Any]:
     """A study's file with what it leaves out; a ValueError if it has not the form of one."""
     study = load_yaml(read_text(file), str(file))
     check_known(str(file), study, STUDY)
+    if study.get("base"):
+        base = read_study(file.parent / study["base"])
+        study = base | study | {"values": base["values"] | study.get("values", {})}
     for key, default in STUDY.items():
         if type(study.setdefault(key, default)) is not type(default):
             raise ValueError(f"{file}: {key}: expected a {type(default).__name__}")

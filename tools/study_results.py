@@ -128,5 +128,6 @@ def drawn(study: dict[str, Any], steps: Sequence[Step], metric: str) -> Figure:
     axis.set(xlabel=study["x"], ylabel=metric)
     axis.set_title(study["question"], fontsize=10, wrap=True)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    if lines:
+        axis.legend(frameon=False)
     return figure

@@ -29,6 +29,7 @@ from models.pretrained import ZOO_NAMES, zoo_url
 from models.tiny_vit import VARIANTS as OFFICIAL
 from models.tiny_vit import TinyViT
 from tests.support.helpers import ROOT
+from tests.support.images import encoded, write_parquet, write_tar
 from tests.support.saving import write_upstream
 
 # Each official variant in small; as among the official ones, a larger image has larger windows and
@@ -78,6 +79,9 @@ PLACES = {
     "FOLDER": "output/TinyViT-21M-1k/default",
     "/data/ImageNet": "./ImageNet",
     "/shared/output": "./shared/output",
+    "/shared/teacher_logits": "./shared/teacher_logits",
+    "$first": "0",
+    "$last": "1",
 }
 TEACHERS = """from tests.support.teachers import Glance
 
@@ -111,7 +115,8 @@ def config_of(command: Command):
     """The configuration of a command, as it stands in the documents or as a twin."""
     # programs have flags of their own
     known, _ = argument_parser("").parse_known_args(command.arguments)
-    return config_from_args(known, command.world)
+    is_saving = command.program == "save_logits.py"
+    return config_from_args(known, command.world, {"DISTILL.SAVE_TEACHER_LOGITS": is_saving})
 
 
 def twin(command: Command) -> Command:
@@ -181,6 +186,8 @@ def write_stand_ins(root: Path) -> None:
     _write_pictures(root / "cifar10", ["airplane", "bird", "cat"], "jpg")
     _write_pictures(root / "flowers", ["daisy", "rose"], "jpg")
     shutil.copy(root / "flowers" / "train" / "daisy" / "0.jpg", root / "photo.jpg")
+    _write_albums(root / "photos")
+    _write_tars_and_parquet(root)
     _write_zips(root / "ImageNet-22k")
     _write_weights(root / "checkpoints")
     _write_mobile_sam(root / "mobile_sam.pt")
@@ -200,6 +207,34 @@ def _write_pictures(root: Path, classes: Sequence[str], suffix: str) -> None:
             (root / split / name).mkdir(parents=True)
             for index in range(count):
                 _picture(label, index).save(root / split / name / f"{index}.{suffix}", "JPEG")
+
+
+def _write_albums(root: Path) -> None:
+    """Photos without labels."""
+    for album in range(len(WNIDS)):
+        (root / str(album)).mkdir(parents=True)
+        for index in range(TRAIN):
+            _picture(album, index).save(root / str(album) / f"{index}.jpg")
+
+
+def _write_tars_and_parquet(root: Path) -> None:
+    """ImageNet as webdataset's shards, as Hugging Face's parquet and as a tar for each split."""
+    wnids = imagenet_wnids(1000)
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        images = {
+            f"{wnid}_{index}_{wnid}": (wnids.index(wnid), encoded(_picture(label, index), "JPEG"))
+            for label, wnid in enumerate(WNIDS)
+            for index in range(count)
+        }
+        shard = {f"{name}.cls": str(label).encode() for name, (label, _) in images.items()}
+        shard |= {f"{name}.jpg": data for name, (_, data) in images.items()}
+        write_tar(root / "shards" / f"{split}-0000.tar", shard)
+        labels, data = zip(*images.values())
+        paths = [f"{name}.JPEG" for name in images]
+        long_name = "validation" if split == "val" else split
+        write_parquet(root / f"imagenet-1k/data/{long_name}-0.parquet", paths, data, labels)
+        members = {f"{path.partition('_')[0]}/{path}": part for path, part in zip(paths, data)}
+        write_tar(root / f"ImageNet-{split}.tar", members)
 
 
 def _write_zips(root: Path) -> None:

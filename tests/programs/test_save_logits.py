@@ -20,9 +20,11 @@ from data.build import open_run, resolve
 from data.images import shapes
 from data.store import LogitsStoreReader
 from models.build import build_model
+from models.class_map import imagenet_wnids
 from models.distill import encode
 from models.teacher import Teacher
 from save_logits import Tally, main
+from tests.support import training
 from tests.support.helpers import torchrun
 from tests.support.jobs import words
 from tests.support.saving import IMAGES, command, finish, run, sealed_bytes, write_upstream
@@ -513,6 +515,31 @@ def test_a_part_of_the_classes(store, tmp_path, four, capsys):
     (tmp_path / "classes").write_text("2\n7\n5\n")
     assert run(store, *opts, "TRAIN.EPOCHS 2") == 2
     assert "teacher.classes_sha256 is" in capsys.readouterr().err
+
+
+def test_a_part_of_the_classes_by_names_numbers_the_data_too(tmp_path, capsys):
+    """The file of DISTILL.CLASS_SUBSET is what DATA.CLASS_LIST must be, as the refusal says."""
+    names = [imagenet_wnids(1000)[number] for number in (700, 5, 999)]
+    (tmp_path / "classes").write_text("\n".join(names) + "\n")
+    for split in ("train", "val"):
+        for number, name in enumerate(names):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(4):
+                picture = shapes.draw("train", number, i, 40)
+                picture.save(tmp_path / "images" / split / name / f"{split}{i}.png")
+    data = ["DATA.DATASET imagenet DATA.DATA_PATH", tmp_path / "images"]
+    cut = ["MODEL.NUM_CLASSES 1000 DISTILL.CLASS_SUBSET", tmp_path / "classes"]
+    store = tmp_path / "store"
+    assert run(store, *data, *cut, "DATA.CLASS_LIST imagenet1k") == 2
+    shown = capsys.readouterr().err
+    assert "3 classes are fewer than the 1000 of the data" in shown
+    assert "give a file of these 3 names alone, as that of DISTILL.CLASS_SUBSET is" in shown
+    listed = ["DATA.CLASS_LIST", tmp_path / "classes"]
+    assert run(store, *data, *cut, *listed, "DATA.BATCH_SIZE 4", flags=()) == 0
+    assert "of 12 validation images" in capsys.readouterr().out
+    student = ["DISTILL.TEACHER_LOGITS_PATH", store, "TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0"]
+    assert training.run(tmp_path, *data, *listed, *student, "DATA.BATCH_SIZE 4") == 0
+    assert "val_top1" in training.metrics(tmp_path)[-1]
 
 
 def test_bfloat16_is_declined_aloud(store, capsys):

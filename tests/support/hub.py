@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
         self.asked: list[tuple[str, str]] = []  # (path, range) of each GET
+        self.ranges = True  # whether it knows them
         self.most = 1 << 40  # bytes of an answer, after which the connection ends
 
     @property
@@ -42,7 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository, _, rest = self.path.partition("/resolve/")
         path = self.server.root / repository.strip("/") / rest.partition("/")[2]
         data = path.read_bytes() if path.is_file() else None
-        wanted = self.headers.get("Range")
+        wanted = self.headers.get("Range") if self.server.ranges else None
         start = int(wanted.removeprefix("bytes=").partition("-")[0]) if wanted else 0
         status = 404 if data is None else 200
         if data is not None and wanted:

@@ -1,6 +1,7 @@
 """Small image files and data sets for tests."""
 
 import io
+import json
 import multiprocessing
 import tarfile
 import zipfile
@@ -58,6 +59,26 @@ def write_tar(path: Path, members: Mapping[str, bytes | None], **options) -> Pat
             info.type = tarfile.DIRTYPE if data is None else tarfile.REGTYPE
             info.size = len(data or b"")
             tar.addfile(info, io.BytesIO(data or b""))
+    return path
+
+
+def write_parquet(path: Path, paths, images, labels=None, names=None, **columns) -> Path:
+    """A file as Hugging Face writes it, two rows a group."""
+    import pyarrow
+    from pyarrow import parquet
+
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    values = [{"bytes": data, "path": path} for data, path in zip(images, paths)]
+    table = {"image": pyarrow.array(values, kind), **columns}
+    features = {"image": {"_type": "Image"}}
+    if labels is not None:
+        table["label"] = pyarrow.array(labels, pyarrow.int64())
+    if names:
+        features["label"] = {"names": names, "_type": "ClassLabel"}
+    told = json.dumps({"info": {"features": features}})
+    table = pyarrow.table(table).replace_schema_metadata({"huggingface": told})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=2)
     return path
 
 

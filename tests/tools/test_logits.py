@@ -64,7 +64,9 @@ def test_as_a_command(root, tmp_path):
     assert re.fullmatch("error: .*correct the path\n", nothing.stderr)
 
 
-@pytest.mark.parametrize("command", "info verify estimate convert merge histogram suspects".split())
+@pytest.mark.parametrize(
+    "command", "info verify estimate convert merge card fetch histogram suspects".split()
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -30,6 +31,8 @@ from tools import demo, study, study_runner
 from tools.study_runner import Runner, Step
 
 SHIPPED = sorted((ROOT / "tools" / "studies").glob("*.yaml"))
+# Others are one of these in larger.
+QUICK = [file for file in SHIPPED if "\nbase: " not in file.read_text()]
 STUDY = """
 question: Does it run?
 opts: {TRAIN.EPOCHS: 2, TRAIN.WARMUP_EPOCHS: 0, TEST.EVERY: 1, DATA.NUM_WORKERS: 0}
@@ -54,9 +57,14 @@ table: [val_loss, bytes, teacher_passes]
 """
 
 # the lines of a quick study's picture
+IMAGENET = [
+    kind + name for kind in ("", "transfer of ", "head on ") for name in ("labels", "test_resnet")
+]
 DRAWN = {
     "deit_cifar10": ["none", "soft", "hard", "token, soft", "token, hard", "CNN"],
     "demo": ["scratch", "distilled"],
+    "imagenet_10pct": IMAGENET,
+    "label_free": ["from scratch", "pretrained without labels"],
     "science": ["labels", "stored"],
     "topk": ["labels", "T = 2"],
     "views": ["labels", "stored, alpha 0.5", "online, alpha 0.5"],
@@ -423,7 +431,80 @@ def keep_figure(savefig, figures: list):
     return save
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def folders(root: Path) -> list[str]:
+    """Options by which a study finds real files: a teacher's and a student's, and of the latter
+    only pictures without classes.
+    """
+    for split, count in (("train", 60), ("val", 5)):
+        for label, colour in enumerate(("red", "green", "blue")):
+            (root / "labelled" / split / colour).mkdir(parents=True)
+            for number in range(count):
+                image = Image.effect_noise((48, 48), 20 + number).convert("RGB")
+                image.putpixel((label, label), (255, 0, 0))
+                image.save(root / "labelled" / split / colour / f"{number}.png")
+    (root / "photos").mkdir()
+    for path in (root / "labelled" / "train").glob("*/*.png"):
+        shutil.copy(path, root / "photos" / f"{path.parent.name}{path.name}")
+    words = ["labelled", root / "labelled", "unlabelled", root / "photos"]
+    words += ["unlabelled_kind", "folder"]
+    for name in ("teacher", "save_logits", "student"):
+        recipe = ROOT / "configs" / "shapes" / f"{name}.yaml"
+        text = f"BASE: [{recipe}]\nDATA: {{DATASET: cifar10, SUBSET: 1.0}}\n"
+        (root / f"{name}.yaml").write_text(text)
+        words += [name.removesuffix("_logits"), root / f"{name}.yaml"]
+    return [*map(str, words), "DATA.INDEX_DIR", str(root / "index")]
+
+
+def test_pictures_without_labels_come_before_few_labels(tmp_path):
+    """Each student starts with the weights that learnt from a store of a folder without classes."""
+    opts = folders(tmp_path)
+    output = tmp_path / "out"
+    call = [ROOT / "tools/studies/label_free.yaml", "--quick", "--output", output, "--opts", *opts]
+    with forking():
+        status, out, err = called(*call, "few", 0.4)
+    assert status == 0, err
+    folder = next(output.glob("*/pretraining"))
+    assert load_config(["--cfg", str(folder / "config.yaml")]).DATA.DATASET == "folder"
+    log = (output / "logs" / "0.4-of-the-labels-pretrained-seed0.log").read_text()
+    assert f"weights of {folder / 'checkpoints' / 'last.pth'}: " in log
+    assert "180 images" in (output / "logs" / "logits.log").read_text()
+
+
+def test_a_variant_goes_on_with_another_of_the_same_seed(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("""
+base: small.yaml
+values: {images: 64}
+variants:
+  first, of all: {train: configs/shapes/student.yaml}
+  then: {train: configs/shapes/student.yaml, start: "first, of all"}
+""")
+    (tmp_path / "small.yaml").write_text(STUDY)
+    _, settings, steps = study.parse([str(file), "--output", str(tmp_path)])
+    starts = {step.name: step.cfg.MODEL.PRETRAINED for step in steps[-2:]}
+    tag = "shapes-student/first-of-all-seed{}/checkpoints/last.pth"
+    assert starts == {f"then-seed{seed}": str(tmp_path / tag.format(seed)) for seed in (0, 1)}
+    assert [step.name for step in steps[:2]] == ["teacher", "logits"]  # of the base
+    assert steps[0].cfg.DATA.SHAPES.TRAIN_IMAGES == 64 and settings["seeds"] == [0, 1]
+
+
+def test_a_study_in_larger(tmp_path):
+    """It is the one that it names as its base, but for its values."""
+    small, large = (ROOT / f"tools/studies/imagenet_{share}pct.yaml" for share in (10, 30))
+    steps, others = (study.parse([str(f), "--output", str(tmp_path)])[2] for f in (small, large))
+    assert [step.name for step in steps] == [step.name for step in others]
+    for step, other in zip(steps, others):
+        is_transfer = step.name.startswith(("transfer", "head"))
+        shares = [1.0, 1.0] if is_transfer else [0.1, 0.3]
+        assert [step.cfg.DATA.SUBSET, other.cfg.DATA.SUBSET] == shares
+        if step.kind == "train":
+            assert [step.cfg.MODEL.NAME, other.cfg.MODEL.NAME] == [
+                "TinyViT-5M-1k",
+                "TinyViT-11M-1k",
+            ]
+
+
+@pytest.mark.parametrize("file", QUICK, ids=lambda file: file.stem)
 def test_a_shipped_study_runs_quick(file, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", keep_figure(Figure.savefig, figures))
@@ -431,7 +512,12 @@ def test_a_shipped_study_runs_quick(file, tmp_path, monkeypatch):
         if file.stem == "demo":
             status = demo.main(["--quick", "--output", str(tmp_path), "--jobs", "2"])
         else:
-            status, _, err = called(file, "--quick", "--output", tmp_path, "--jobs", 2)
+            call = [file, "--quick", "--output", tmp_path, "--jobs", 2]
+            if file.stem.startswith("imagenet"):
+                weights = timm.create_model("test_resnet", num_classes=10).state_dict()
+                torch.save(weights, tmp_path / "weights.pth")
+                call += ["--opts", "weights", tmp_path / "weights.pth"]
+            status, _, err = called(*call)
             assert not err
     results = json.loads((tmp_path / "results.json").read_text())
     assert status == 0 and started and not results["failed"]

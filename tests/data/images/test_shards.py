@@ -1,6 +1,5 @@
 """Images in webdataset's tars and in parquet are those of class folders, under the same keys."""
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from data.images.shards import key_of
 from tests.data.test_one_store_serves import unresolved
 from tests.docs.documents import marked
 from tests.support.helpers import ROOT
-from tests.support.images import built, encoded, picture, write_files, write_tar
+from tests.support.images import built, encoded, picture, write_files, write_parquet, write_tar
 from tests.support.saving import run, sealed_bytes
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -48,25 +47,6 @@ def write_shards(root: Path, split: str, images: Mapping[str, bytes], labels=Tru
         if members:
             write_tar(root / f"imagenet-{split}-{number:04d}.tar", members)
     return root
-
-
-def write_parquet(path: Path, paths, images, labels=None, names=None, **columns) -> Path:
-    """A file as Hugging Face writes it, two rows a group."""
-    from pyarrow import parquet
-
-    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    values = [{"bytes": data, "path": path} for data, path in zip(images, paths)]
-    table = {"image": pyarrow.array(values, kind), **columns}
-    features = {"image": {"_type": "Image"}}
-    if labels is not None:
-        table["label"] = pyarrow.array(labels, pyarrow.int64())
-    if names:
-        features["label"] = {"names": names, "_type": "ClassLabel"}
-    told = json.dumps({"info": {"features": features}})
-    table = pyarrow.table(table).replace_schema_metadata({"huggingface": told})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(table, path, row_group_size=2)
-    return path
 
 
 def write_imagenet_parquet(root: Path) -> Path:
