@@ -89,7 +89,7 @@ def _fetch(url: str, path: Path, shown: Shown) -> None:
         offset = file.tell()
         try:
             with _opened(url, offset) as response:
-                if response.status == 200:  # all of it, also where the rest was asked for
+                if response.status != 206:  # all of it, also where the rest was asked for
                     file.truncate(offset := 0)
                 size = int(response.headers["Content-Length"])
                 blocks = iter(lambda: response.read(COPIED_BYTES), b"")
@@ -110,10 +110,10 @@ def _opened(url: str, offset: int = 0) -> HTTPResponse:
     wanted = {"Range": f"bytes={offset}-"} if offset else {}
     try:
         return urlopen(Request(url, headers=wanted), timeout=TIMEOUT)
-    except HTTPError as error:
-        if error.code == 416:
-            raise
-        kind = FileNotFoundError if error.code == 404 else OSError
-        raise kind(f"{url} can't be fetched ({error}): correct the name") from None
     except (OSError, ValueError, HTTPException) as error:
-        raise StoreError(f"{url} can't be fetched ({error})") from None
+        code, reason = getattr(error, "code", 0), getattr(error, "reason", None)
+        if code == 416:
+            raise
+        is_missing = code == 404 or isinstance(reason, FileNotFoundError)  # the latter of file:
+        kind = FileNotFoundError if is_missing else OSError
+        raise kind(f"{url} can't be fetched ({error})") from None

@@ -196,6 +196,9 @@ def write_stand_ins(root: Path) -> None:
     for name, recipe in STORES.items():
         _write_store(root, name, recipe)
     _write_store(root, "unmixed", STORES["imagenet"], {"AUG.MIXUP": 0.0, "AUG.CUTMIX": 0.0})
+    published = root / "datasets" / "USER" / "REPOSITORY" / "resolve"
+    published.mkdir(parents=True)
+    (published / "main").symlink_to(root / "stores" / "imagenet")
     records = np.array(LogitsStoreReader(root / "stores" / "imagenet").open_epoch(0))
     write_upstream(root / "original", {0: records})
 
