@@ -104,7 +104,7 @@ def note_fault(log: logging.Logger, text: str) -> None:
 
 
 @contextmanager
-def no_trace_if_refused(folder: Path, name: str = "tinyvit") -> Iterator[None]:
+def no_trace_if_refused(folder: Path) -> Iterator[None]:
     """A run that is refused while nothing but logs is in its folder takes its own, new one away."""
     try:
         yield
@@ -112,7 +112,7 @@ def no_trace_if_refused(folder: Path, name: str = "tinyvit") -> Iterator[None]:
         files = list(folder.iterdir()) if folder.is_dir() else []
         if all(path.name.startswith("log_rank") for path in files):
             with suppress(OSError):  # not empty, or (Windows) in use
-                for handler in logging.getLogger(name).handlers:
+                for handler in logging.getLogger("tinyvit").handlers:
                     if isinstance(handler, _File) and handler.is_new:
                         os.remove(handler.baseFilename)
                 folder.rmdir()

@@ -629,7 +629,7 @@ def open_validation(
 
 def describe_data(loader: EpochLoader, taught_by: str, log: Logger) -> None:
     """Log what is learnt from."""
-    log.debug(f"each image: {loader.dataset.decoder}")
+    log.debug(f"each image: {loader.dataset.decoder}, by {loader.dataset.executor}")
     skipped = loader.sampler.skipped
     images = f"{len(loader.dataset) - skipped:,} images"
     if skipped:
@@ -637,8 +637,7 @@ def describe_data(loader: EpochLoader, taught_by: str, log: Logger) -> None:
             f" ({skipped:,} of the store's are skipped in epoch 0: they or their partner are not in"
             " the data)"
         )
-    place = ", augmented on the device" if loader.dataset.executor == "device" else ""
-    log.info(f"data: {images}; {taught_by}; {loader.num_workers} loader processes{place}")
+    log.info(f"data: {images}; {taught_by}; {loader.num_workers} loader processes")
 
 
 def describe(run: Training) -> None:
@@ -650,12 +649,15 @@ def describe(run: Training) -> None:
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(cfg), encoding="utf-8")
     peak, total = run.scheduler.schedule.peak_and_sum()
+    numbered = cfg.TRAIN.EPOCHS // cfg.SAVE_FREQ
+    files = min(numbered, cfg.TRAIN.KEEP_CHECKPOINTS or numbered) + 2  # last.pth and best.pth
+    numbers = count_parameters(run.model) * (4 if run.ema else 3)  # the optimizer has two each
     log.info(
         f"training: {cfg.TRAIN.EPOCHS} epochs of {run.loader.count() // plan.accumulation:,}"
         f" updates of {plan.per_update} images ({world.world_size} processes x {plan.accumulation}"
         f" passes x {plan.per_process}); rates up to {peak:.3g} (TRAIN.BASE_LR"
         f" {cfg.TRAIN.BASE_LR:g} x {plan.per_update} / 512), {total:.2g} in all; checkpoints of"
-        f" {size_text(checkpoint_bytes(run))} at most"
+        f" about {size_text(files * numbers * 4)} at most"
     )
     if cfg.TRAIN.OPTIMIZER.NAME == "adamw" and total < LEAST_SUM:
         log.warning(
@@ -676,19 +678,6 @@ def describe(run: Training) -> None:
             "images are mixed within a pass: another number of processes will mix others"
             " (AUG.MIXUP_MODE pair2 avoids that)"
         )
-
-
-def checkpoint_bytes(run: Training) -> int:
-    """The most that a run's checkpoints take: the numbered ones, last.pth and best.pth."""
-    train = run.cfg.TRAIN
-    weights = sum(tensor.nbytes for tensor in run.model.state_dict().values())
-    groups = run.optimizer.param_groups
-    trained = sum(weight.nbytes for group in groups for weight in group["params"])
-    moments = 2 if train.OPTIMIZER.NAME == "adamw" else 1
-    numbered = train.EPOCHS // run.cfg.SAVE_FREQ
-    if train.KEEP_CHECKPOINTS:
-        numbered = min(numbered, train.KEEP_CHECKPOINTS)
-    return (weights * (2 if run.ema else 1) + trained * moments) * (numbered + 2)
 
 
 def run_training(cfg: CfgNode, world: Distributed, stop: StopRequest) -> nn.Module:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from commands import from_environment, one_line, tell
-from logger import awaited, note_fault, progress
+from logger import note_fault, progress
 
 # How long processes wait for each other: in an exchange of tensors, and of objects, where one may
 # be listing millions of files or computing the rest of an epoch alone.
@@ -639,8 +639,7 @@ def open_loader(data, world: Distributed, log: logging.Logger, batch_size: int, 
     """The training batches of this process (data.build.EpochLoader) from a data.build.RunData: with
     the executor that all processes can use, and epochs that one process of each machine verifies.
     """
-    with awaited("the proof of equal pixels", log.info):
-        executor = world.everywhere(lambda: data.choose_executor(world.device, log.warning))
+    executor = world.everywhere(lambda: data.choose_executor(world.device, log.warning))
     shown = partial(progress, unit="blocks", log=log.info, enabled=world.is_main)
 
     def verify(epoch: int) -> None:

@@ -127,7 +127,7 @@ def test_checkpoints_take_what_the_start_says(opts, tmp_path, capsys):
     assert run(tmp_path, SHORT, "TRAIN.EPOCHS 4", opts) == 0
     found = {path.stat().st_ino: path for path in checkpoint(tmp_path).parent.iterdir()}
     size = sum(path.stat().st_size for path in found.values())
-    text = re.search(r"checkpoints of ([\d.]+) (kB|MB) at most", capsys.readouterr().out)
+    text = re.search(r"checkpoints of about ([\d.]+) (kB|MB) at most", capsys.readouterr().out)
     most = float(text[1]) * {"kB": 1e3, "MB": 1e6}[text[2]]
     names = {path.name for path in checkpoint(tmp_path).parent.iterdir()}
     if opts:
@@ -214,7 +214,7 @@ def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
         "each image: 40 px: RandomResizedCrop(",
         "data: 43 images; no teacher, labels alone; 0 loader processes",
         "training: 2 epochs of 5 updates of 8 images (1 processes x 1 passes x 8); rates up to",
-        " (TRAIN.BASE_LR 0.1 x 8 / 512), 0.005 in all; checkpoints of ",
+        " (TRAIN.BASE_LR 0.1 x 8 / 512), 0.005 in all; checkpoints of about ",
         "epoch 1/2, update 2/5: norm ",
         " images/s, data wait ",
         " GB, ",
