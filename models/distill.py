@@ -43,7 +43,8 @@ def densify(indices: Tensor, probs: Tensor, num_classes: int, subtract: bool = F
     """The whole target [B, C] that K stored probabilities stand for, in float32; `subtract` as of
     `_split`.
     """
-    probs, rest = _split(probs.float(), num_classes, subtract)
+    probs, left = _split(probs, num_classes, subtract, torch.float32)
+    rest = left / max(num_classes - probs.shape[-1], 1)
     return rest.expand(-1, num_classes).scatter(-1, indices.long(), probs)
 
 
@@ -106,8 +107,7 @@ class DistillLoss:
         if self.hard:
             teacher = kl = functional.nll_loss(log_probs, indices[:, 0].long())
         else:
-            teacher, entropy = _sparse_loss(log_probs, indices, probs, self.subtract)
-            kl = teacher.detach() - entropy
+            teacher, kl = _sparse_loss(log_probs, indices, probs, self.subtract)
         if temperature != 1:
             teacher, kl = temperature**2 * teacher, temperature**2 * kl
         if self.alpha == 1:
@@ -135,38 +135,45 @@ class DistillLoss:
         return _at_least_float32(answer[0]), _at_least_float32(answer[1])
 
 
-def _split(probs: Tensor, num_classes: int, subtract: bool) -> tuple[Tensor, Tensor]:
-    """Stored probabilities, and what each other class gets [B, 1], so that all sum to 1.
+def _split(
+    probs: Tensor, num_classes: int, subtract: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Stored probabilities, and what they leave to all other classes [B, 1], which sum to 1.
 
     Float16 may have rounded a row's sum up beyond 1: it is scaled back; or, with `subtract`, the
     other classes get what is below 0. Where all classes are kept (K = C) no other one is left: they
     sum to what float16 has made of 1, and only what exceeds it is scaled back.
     """
-    total = probs.sum(-1, keepdim=True)
-    others = num_classes - probs.shape[-1]
-    if others > 0 and subtract:
-        return probs, (1 - total) / others
+    total = probs.sum(-1, keepdim=True, dtype=dtype)
+    if subtract and num_classes > probs.shape[-1]:
+        return probs.to(dtype), 1 - total
     scale = total.clamp(min=1)
-    rest = (scale - total) / others if others > 0 else torch.zeros_like(total)
-    return probs / scale, rest
+    left = scale - total if num_classes > probs.shape[-1] else torch.zeros_like(total)
+    return probs / scale, left
 
 
 def _sparse_loss(
     log_probs: Tensor, indices: Tensor, probs: Tensor, subtract: bool
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of a student's log probabilities [B, C] with K stored probabilities, and the
-    entropy of these: means over the batch.
+    same without the entropy of these: means over the batch.
     """
-    num_classes = log_probs.shape[-1]
-    probs, rest = _split(probs.to(log_probs.dtype), num_classes, subtract)
-    kept = ((rest - probs) * log_probs.gather(-1, indices.long())).sum(-1, keepdim=True)
-    loss = torch.addcmul(kept, rest, log_probs.sum(-1, keepdim=True), value=-1).mean()
-    entropy = torch.special.entr(probs).sum(-1, keepdim=True)
-    others = num_classes - probs.shape[-1]
-    if others > 0:
-        rest = rest.clamp(min=0) if subtract else rest
-        entropy = entropy.add(torch.special.entr(rest), alpha=others)
-    return loss, entropy.mean()
+    count, num_classes = log_probs.shape
+    k = probs.shape[-1]
+    probs, left = _split(probs, num_classes, subtract, log_probs.dtype)
+    rest = left / max(num_classes - k, 1)
+    # of the columns, and of the sum over all classes
+    weights = rest.new_empty(count, k + 1)
+    torch.sub(rest, probs, out=weights[:, :k])
+    torch.neg(rest, out=weights[:, k:])
+    answers = log_probs.gather(-1, indices.long()), log_probs.sum(-1, keepdim=True)
+    loss = torch.dot(weights.view(-1), torch.cat(answers, -1).view(-1)) / count
+    if subtract:
+        left, rest = left.clamp(min=0), rest.clamp(min=0)
+    known = torch.empty_like(weights)  # less the entropy
+    torch.xlogy(probs, probs, out=known[:, :k])
+    torch.xlogy(left, rest, out=known[:, k:])
+    return loss, torch.add(loss.detach(), known.sum(), alpha=1 / count)
 
 
 def _label_loss(log_probs: Tensor, targets: Tensor) -> Tensor:
