@@ -42,7 +42,7 @@ from tools.plot import COLOURS
 from tools.study import step_of
 from tools.study_results import measure
 from tools.study_runner import PYTHON, ROOT, Runner, Step
-from utils import Exit, Stopped, StopRequest, run_program
+from utils import Exit, StopRequest, run_program
 
 # Contraction factors: channels and blocks of stages, windows of the last three, expansion of MBConv
 # and of MLP, channels of a head.
@@ -147,8 +147,8 @@ def choices(numbers: Numbers, factor: str, reach: int) -> list[float]:
 def contracted(
     best: Numbers, factors: Sequence[str], reach: int, singly: bool, rng: random.Random
 ) -> set[Numbers]:
-    """The architectures around the best one: all or, where these are too many to count, the
-    smallest and a draw.
+    """The architectures around the best one, which is among them: all or, where these are too many
+    to count, the smallest and a draw.
     """
     options = [choices(best, factor, reach if factor in factors else 0) for factor in FACTORS]
     if singly:
@@ -162,7 +162,7 @@ def contracted(
         for _ in range(TRIED):
             share = rng.random()  # few factors as often as many: hardly any combination has few
             found.add(tuple(rng.choice(v) if rng.random() < share else v[0] for v in options))
-    return found - {best}
+    return found
 
 
 class Search:
@@ -176,9 +176,8 @@ class Search:
         self.candidates: list[Candidate] = []
         self.device = utils.choose_device(cfg.DEVICE)
         self.batch = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
-        name = f"{platform.machine()} with {torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
+        cpu = f"{platform.machine()} with {torch.get_num_threads()} threads"
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu
         self.place = f"{name}, {self.batch} images of {cfg.DATA.IMG_SIZE} px, {cfg.AMP_DTYPE}"
 
     def around(self, best: Numbers, number: int) -> list[tuple[int, Numbers]]:
@@ -189,10 +188,9 @@ class Search:
         sizes = sorted(((parameters_of(n, self.cfg), n) for n in found), reverse=True)
         fitting = [(size, numbers) for size, numbers in sizes if size <= most]
         if not fitting:
-            least = min(sizes, default=(parameters_of(best, self.cfg),))[0]
             raise ValueError(
                 f"--limit {most:,.0f}: round {number} has no candidate, --factors and --reach"
-                f" leave {least:,} parameters: raise the limit, or give more of these"
+                f" leave {sizes[-1][0]:,} parameters: raise the limit, or give more of these"
             )
         return [found for found in fitting if name_of(found[1]) not in args.leave_out]
 
@@ -236,8 +234,6 @@ class Search:
         with torch.inference_mode(), utils.autocast(self.device, dtype):
             for _ in range(TURNS):
                 for name, model in built.items():
-                    if self.stop.received:
-                        raise Stopped("the same call goes on")
                     seconds[name] += utils.time_calls(partial(model, images), self.device, calls=3)
         return {name: len(images) / median(times) for name, times in seconds.items()}
 
@@ -322,7 +318,8 @@ class Search:
             f"{winner.parameters:,} parameters, {winner.images_per_second:,} images/s,"
             f" {winner.val_top1:.2f}% of what was held out after {args.epochs} epochs."
         )
-        content = yaml.safe_dump(recipe | keys_of(winner.numbers), sort_keys=False)
+        recipe |= keys_of(winner.numbers)
+        content = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None)
         path.write_text(f"# python main.py --cfg {path}\n# {text}\n{content}", "utf-8")
         tell(f"round {winner.round}: {path}: {text}")
 
@@ -330,8 +327,8 @@ class Search:
 def drawn(candidates: Sequence[Candidate]) -> Figure:
     """Accuracy against parameters and against speed; a line leads from winner to winner."""
     groups = {"winners": [found for found in candidates if found.is_winner]}
-    for number, some in groupby(candidates, lambda found: found.round):
-        groups[f"round {number}"] = list(some)
+    rounds = groupby(candidates, lambda found: found.round)
+    groups |= {f"round {number}": list(some) for number, some in rounds}
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, column in zip(axes, ("parameters", "images_per_second")):
@@ -379,8 +376,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     cfg = load_config(["--cfg", str(args.cfg), "--opts", *args.opts])
     numbers = numbers_of(cfg)
     for word in args.factors:
-        some = [factor for factor in FACTORS if factor.startswith(word)]
-        if all(choices(numbers, factor, args.reach)[1:] == [] for factor in some):
+        some = (choices(numbers, name, args.reach) for name in FACTORS if name.startswith(word))
+        if not any(values[1:] for values in some):
             raise ValueError(
                 f"--factors {word}: {name_of(numbers)} has nothing to contract there; there are"
                 f" {' '.join(FACTORS)}, and D, N, W for all stages"

@@ -85,7 +85,7 @@ def test_the_family_is_found_by_single_steps_too():
     rounds = 0
     while best != goal:
         around = contracted(best, FACTORS, 1, True, random.Random(0))
-        assert len(around) == len(FACTORS)
+        assert len(around - {best}) == len(FACTORS)
         best = min(around, key=lambda found: sum(abs(a - b) for a, b in zip(found, goal)))
         rounds += 1
     assert rounds == 1 + 2 + 4 + 4  # heads fewer in the four stages
@@ -100,7 +100,7 @@ def test_each_factor_changes_its_own_part_of_the_model(tmp_path):
     )
     deeper = (*seed[:4], 2, 2, 3, 2, *seed[8:])
     for factor in FACTORS:
-        (numbers,) = contracted(deeper, [factor], 1, False, random.Random(0))
+        (numbers,) = contracted(deeper, [factor], 1, False, random.Random(0)) - {deeper}
         names.add(name_of(numbers))
         before, after = keys_of(deeper), keys_of(numbers)
         changed = {key.split(".")[-1] for key in before if before[key] != after[key]}
@@ -141,7 +141,7 @@ def test_too_many_candidates_are_drawn_the_same_each_time():
     found = contracted(seed, FACTORS, 4, False, random.Random("0 1"))
     assert found == contracted(seed, FACTORS, 4, False, random.Random("0 1"))
     assert found != contracted(seed, FACTORS, 4, False, random.Random("0 2"))
-    assert len(found) > contract.TRIED / 2 and seed not in found
+    assert len(found) > contract.TRIED / 2
     assert (32, 64, 256, 448, 1, 1, 2, 1, 3, 10, 3, 2.0, 2.0, 32) in found
     counts = [sum(a != b for a, b in zip(seed, numbers)) for numbers in found]
     assert all(counts.count(n) > 40 for n in range(1, 12))
