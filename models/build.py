@@ -15,7 +15,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from models.clip_vit import clip_vit_large14_224
-from models.hub import timm_name
+from models.hub import nearest_variant, timm_name
 from models.pretrained import (
     CLIP_VARIANT,
     HUB,
@@ -29,9 +29,7 @@ from models.pretrained import (
     read_state_dict,
     zoo_url,
 )
-from models.tiny_vit import VARIANTS, TinyViT, count_multiply_adds
-
-_WINDOWS = (7, 7, 14, 7)  # of the variants that do not say otherwise
+from models.tiny_vit import TinyViT, count_multiply_adds
 
 
 def build_model(
@@ -252,21 +250,12 @@ def _zoo_variant(cfg: CfgNode) -> str:
     """The official variant that a configuration's shape is, or may start from by resizing its
     windows.
     """
-    dims = tuple(cfg.MODEL.TINY_VIT.EMBED_DIMS)
-    heads = tuple(cfg.MODEL.TINY_VIT.NUM_HEADS)
-    windows = tuple(cfg.MODEL.TINY_VIT.WINDOW_SIZES)
-    fitting = [
-        name
-        for name, shape in VARIANTS.items()
-        if shape["embed_dims"] == dims and shape["num_heads"] == heads
-    ]
-    if not fitting:
+    shape = cfg.MODEL.TINY_VIT
+    variant = nearest_variant({name.lower(): value for name, value in shape.items()})
+    if not variant:
         raise ValueError(
             f"MODEL.PRETRAINED = {cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED!r}: the model zoo has no"
-            f" TinyViT of EMBED_DIMS {list(dims)} and NUM_HEADS {list(heads)}; take a recipe of"
-            " configs/, or give a file"
+            f" TinyViT of EMBED_DIMS {list(shape.EMBED_DIMS)} and NUM_HEADS"
+            f" {list(shape.NUM_HEADS)}; take a recipe of configs/, or give a file"
         )
-    for name in fitting:
-        if VARIANTS[name].get("window_sizes", _WINDOWS) == windows:
-            return name
-    return fitting[0]
+    return variant

@@ -23,7 +23,7 @@ from models.tiny_vit import VARIANTS, TinyViT
 # pixels a point of the third stage's map stands for, which official models cover with one window
 STRIDE = 16
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_WINDOWS = (7, 7, 14, 7)
+_WINDOWS = (7, 7, 14, 7)  # of the variants that do not say otherwise
 
 
 def load_tiny_vit(source: str | Path, **overrides: Any) -> TinyViT:
@@ -77,15 +77,24 @@ def timm_arguments(model: TinyViT) -> dict[str, Any]:
     """What timm.create_model builds a model of the same shape from."""
     settings = tiny_vit_settings(model.state_dict(), "the model")
     del settings["img_size"]  # which timm's takes from each image
-    variant = "5m"
-    for name, shape in VARIANTS.items():
-        windows = shape.get("window_sizes", _WINDOWS)
-        if (*shape["embed_dims"], *windows[1:]) == (
-            *settings["embed_dims"],
-            *settings["window_sizes"][1:],
-        ):
-            variant = name
-    return {"model_name": timm_name(variant), **settings}
+    return {"model_name": timm_name(nearest_variant(settings) or "5m"), **settings}
+
+
+def nearest_variant(settings: Mapping[str, Any]) -> str:
+    """The official variant that a TinyViT of these settings is, or may start from by resizing its
+    windows; "" where there is none.
+    """
+    windows = tuple(settings["window_sizes"])[1:]
+    differs = {
+        name: tuple(shape.get("window_sizes", _WINDOWS))[1:] != windows
+        for name, shape in VARIANTS.items()
+        if _dims_and_heads(shape) == _dims_and_heads(settings)
+    }
+    return min(differs, key=differs.get, default="")
+
+
+def _dims_and_heads(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    return (*settings["embed_dims"], *settings["num_heads"][1:])  # the first stage has no heads
 
 
 def timm_name(variant: str) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,13 +88,13 @@ def export(args: argparse.Namespace) -> int:
     """Write the file under another name, compare, and give it its own."""
     check_request(args)
     output, form = args.output, args.format
-    model, cfg, _ = load_model(args.checkpoint)
+    model, cfg, names = load_model(args.checkpoint)
     if args.ema:
         averaged = read_state_dict(args.checkpoint, ema=True)
         load_weights(model, averaged, exact=True, log=lambda text: None)
     if form in ("timm", "hub") and not isinstance(model, TinyViT):
         raise ValueError(f"--format {form} is for TinyViT, and this is a {type(model).__name__}")
-    loader, labels = open_images(cfg, num_outputs(model), args.images, args.count)
+    loader, labels = open_images(cfg, num_outputs(model), names, args.images, args.count)
     notes = read_notes(args.checkpoint)
     # nobody else has the folders of this machine
     notes["config"] = re.sub(r"(?m)^( *\w+: )/.*/", r"\1", notes.get("config", ""))
@@ -110,7 +110,7 @@ def export(args: argparse.Namespace) -> int:
             reason = one_line(error)[:300]
             raise ValueError(f"{args.checkpoint} can't be written as {form}: {reason}") from error
         difference, figures = compare(model, answer, loader, labels)
-        limit = args.tolerance or TOLERANCES[args.precision]
+        limit = TOLERANCES[args.precision] if args.tolerance is None else args.tolerance
         is_same = difference <= limit
         verdict = "written" if is_same else "NOT WRITTEN, it differs"
         print(f"{output} ({args.precision}): {figures}; tolerance {limit:g}: {verdict}")
@@ -132,12 +132,8 @@ def check_request(args: argparse.Namespace) -> None:
     needed = "safetensors" if form == "timm" else form
     if needed is None or needed not in ("hub", FORMATS.get(output.suffix)):
         raise ValueError(f"{output}: {form or 'no format'} has another suffix, see --help")
-    if output.exists() and output.is_dir() != (form == "hub"):
-        raise ValueError(f"{output}: is something else already, choose another name")
     if args.precision == "int8" and form != "onnx":
         raise ValueError(f"--precision int8 is for onnx, not for {form}")
-    if args.count < 1:
-        raise ValueError(f"--count {args.count}: 1 is the least")
     if form != "onnx":
         return
     if lacking := " ".join(name for name in EXTRAS if find_spec(name) is None):
@@ -150,25 +146,32 @@ def check_request(args: argparse.Namespace) -> None:
 
 
 def open_images(
-    cfg: CfgNode, outputs: int, folder: Path | None, count: int
+    cfg: CfgNode, outputs: int, names: Sequence[str], folder: Path | None, count: int
 ) -> tuple[DataLoader, LabelMap | None]:
-    """Batches of (images, labels), and which output each label is; None without labels."""
-    if folder:
-        is_labelled = folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
-        names = IMAGENETS.get(outputs, "") if is_labelled else ""
-        kind = "imagenet" if is_labelled else "folder"
-        own = {"DATA.DATASET": kind, "DATA.VAL_PATH": str(folder), "DATA.CLASS_LIST": names}
-        cfg = cfg.replace({**own, "DATA.DATA_PATH": ""})
-    try:
-        if ":" in cfg.DATA.DATASET:
-            raise ValueError(f"{cfg.DATA.DATASET} is code, which no checkpoint may start")
-        images = open_run(cfg, outputs).images
-    except ValueError as error:
-        raise ValueError(f"no images to compare on: {error}; or name a folder: --images") from None
+    """Batches of (images, labels), and which output each label is; None without labels. `names`
+    are the model's classes, if it names them.
+    """
+    with TemporaryDirectory() as place:
+        if folder:
+            own = {"DATA.DATASET": "folder", "DATA.CLASS_LIST": "", "DATA.DATA_PATH": ""}
+            if folder.is_dir() and any(path.is_dir() for path in folder.iterdir()):
+                own["DATA.DATASET"] = "imagenet"
+                own["DATA.CLASS_LIST"] = IMAGENETS.get(outputs, "")
+                if names:
+                    listed = Path(place, "classes.txt")
+                    listed.write_text("\n".join(names), encoding="utf-8")
+                    own["DATA.CLASS_LIST"] = str(listed)
+            cfg = cfg.replace({**own, "DATA.VAL_PATH": str(folder)})
+        try:
+            if ":" in cfg.DATA.DATASET:
+                raise ValueError(f"{cfg.DATA.DATASET} is code, which no checkpoint may start")
+            images = open_run(cfg, outputs).images
+        except ValueError as error:
+            raise ValueError(f"no images to compare on: {error}; name a folder: --images") from None
     labels, reason = find_label_map(outputs, images.num_classes)
-    if images.num_classes and labels is None:
+    if folder and images.num_classes and labels is None:
         raise ValueError(f"{folder}: {reason}")
-    count = min(count, len(images))
+    count = max(1, min(count, len(images)))
     places = [(0, i * len(images) // count) for i in range(count)]
     dataset = TransformedDataset(images, eval_transform(cfg))
     return DataLoader(dataset, BATCH, sampler=places), labels
@@ -190,7 +193,7 @@ def compare(
     ]
     before, after, given = map(torch.cat, zip(*rows))
     largest = before.abs().max().item()
-    difference = (after - before).abs().max().item() / largest
+    difference = (after - before).abs().max().item() / (largest or 1)
     same = (after.argmax(1) == before.argmax(1)).sum().item()
     figures = (
         f"{len(before)} images, largest difference {difference:.2g} of the largest output"

@@ -306,7 +306,7 @@ def _write_store(
 
 def shrink_the_world(patch: pytest.MonkeyPatch) -> None:
     """The official models small, and timm's weights from no hub."""
-    for module in ("models.build", "models.tiny_vit"):
+    for module in ("models.hub", "models.tiny_vit"):
         patch.setattr(f"{module}.VARIANTS", VARIANTS)
     patch.setattr("models.build.clip_vit_large14_224", partial(clip_vit_large14_224, **CLIP))
     patch.setattr("timm.models._builder.load_pretrained", _random_weights)
