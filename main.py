@@ -9,10 +9,11 @@ SIGUSR1, Ctrl-C) with its state saved; 130 a second Ctrl-C.
 
 import sys
 
-import commands
+from configs import commands
+from data.store.reader import check_sealed
 
 if __name__ == "__main__":  # before anything slow: --help, and what is wrong with a command line
-    SETTINGS = commands.answered(commands.training)
+    SETTINGS = commands.answered(lambda: commands.training(None, check_sealed))
 
 import math
 import statistics
@@ -793,7 +794,7 @@ def run(settings: tuple[CfgNode, str], stop: StopRequest) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    return run_program(partial(commands.training, argv), run)
+    return run_program(partial(commands.training, argv, check_sealed), run)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import sys
 
-import commands
+from configs import commands
 
 if __name__ == "__main__":  # before anything slow: --help, and what is wrong with a command line
-    SETTINGS = commands.answered(commands.saving)
+    SETTINGS = commands.answered(lambda: commands.saving(None))
 
 import argparse
 import platform

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from commands import from_environment, one_line, tell
+from configs.commands import from_environment, one_line, tell
 from logger import note_fault, progress
 
 # How long processes wait for each other: in an exchange of tensors, and of objects, where one may

@@ -16,12 +16,11 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-import commands
 import data.replay
 import main
 import save_logits
 import utils
-from configs import dump, load_config
+from configs import commands, dump, load_config
 from data.augment.pairs import PairMix
 from data.replay import on_device
 from logger import create_logger

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from commands import one_line
+from configs.commands import one_line
 from data.augment.decoder import eval_transform, mean_and_std
 from data.build import TransformedDataset, open_run
 from logger import progress

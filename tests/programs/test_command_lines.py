@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-import commands
+from configs import commands
+from data.store.reader import check_sealed
 from tests.support import saving, training
 from tests.support.helpers import ROOT
 
@@ -54,7 +55,7 @@ def test_a_store_that_is_too_short_is_told_with_what_else_is_wrong(tmp_path, cap
 def test_only_a_store_that_is_named_is_looked_at(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text("another program's")
     monkeypatch.chdir(tmp_path)
-    cfg, _ = commands.training(["--opts", "DATA.DATASET", "shapes"])
+    cfg, _ = commands.training(["--opts", "DATA.DATASET", "shapes"], check_sealed)
     assert cfg.DISTILL.TEACHER_LOGITS_PATH == ""
 
 

@@ -4,13 +4,17 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from configs import Config, argument_parser, config_from_args
-from data.store.reader import check_sealed
+from configs.command_line import argument_parser
+from configs.config import Config
+from configs.load import config_from_args
 
 Settings = TypeVar("Settings")
+# A ValueError unless a store's folder holds these epochs.
+CheckSealed = Callable[[Path, range], None]
 
 
 def answered(load: Callable[[], Settings]) -> Settings:
@@ -38,7 +42,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def training(argv: list[str] | None = None) -> tuple[Config, str]:
+def training(argv: list[str] | None, check_sealed: CheckSealed) -> tuple[Config, str]:
     """main.py: the configuration, and where to write the weights when done."""
     parser = argument_parser(
         "Train a student: from labels, from a teacher's stored logits, or with the teacher in the"
@@ -54,7 +58,8 @@ def training(argv: list[str] | None = None) -> tuple[Config, str]:
         help="with --eval: write each class's accuracy",
     )
     args = parser.parse_args(argv)
-    cfg = config_from_args(args, from_environment("WORLD_SIZE", 1), check=_check_epochs)
+    check = partial(_check_epochs, check_sealed)
+    cfg = config_from_args(args, from_environment("WORLD_SIZE", 1), check=check)
     for option, path in (
         ("--save-model", args.save_model),
         ("TEST.PER_CLASS_CSV", cfg.TEST.PER_CLASS_CSV),
@@ -64,7 +69,7 @@ def training(argv: list[str] | None = None) -> tuple[Config, str]:
     return cfg, args.save_model
 
 
-def _check_epochs(cfg: Config) -> None:
+def _check_epochs(check_sealed: CheckSealed, cfg: Config) -> None:
     """A ValueError where a training wants epochs that its store lacks; rank 0 alone looks."""
     root, reads_none = cfg.DISTILL.TEACHER_LOGITS_PATH, cfg.EVAL_MODE or cfg.THROUGHPUT_MODE
     if reads_none or cfg.DISTILL.REUSE_EPOCHS or cfg.DISTILL.REUSE_FIRST or not is_main():
@@ -73,7 +78,7 @@ def _check_epochs(cfg: Config) -> None:
         check_sealed(Path(root), range(cfg.TRAIN.START_EPOCH, cfg.TRAIN.EPOCHS))
 
 
-def saving(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+def saving(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """save_logits.py: its flags, and the configuration."""
     parser = argument_parser("Save a teacher's answers to a logits store, or check them.")
     add = parser.add_argument
