@@ -4,9 +4,10 @@ and what leaving out its list does for a student.
     python -m benchmarks.suspects --data-path ./cifar10 --output output/suspects
 
 Half of CIFAR-10's training images teach a timm model; of the others, which that teacher never sees,
-5% get another class. Students of the same kind learn from these labels, without the suspects, and
-from the true labels. The data are links below OUTPUT; the trainings are a study, which goes on
-where it was interrupted. The report goes to stdout as JSON."""
+5% get another class. Students of the same kind learn from these labels, without the suspects or
+without as many of the first of them as are wrong, and from the true labels. The data are links
+below OUTPUT; the trainings are a study, which goes on where it was interrupted. The report goes to
+stdout as JSON."""
 
 import argparse
 import json
@@ -62,14 +63,14 @@ def link(path: Path, target: Path) -> None:
 
 
 def described(output: Path, model: str, weights: str, has_list: bool) -> dict[str, Any]:
-    """The study; the student without suspects comes when there is a list of them."""
+    """The study; students without suspects come when there is a list of them."""
     start = {"MODEL.PRETRAINED": weights} if weights else {}
     data = {name: {"DATA.DATA_PATH": str(output / name)} for name in HALVES}
     variants = {name: {"train": STUDENT, "opts": {**start, **data[name]}} for name in HALVES[1:]}
-    if has_list:
-        exclude = {"DATA.EXCLUDE": str(output / "suspects.txt")}
-        opts = {**start, **data["planted"], **exclude}
-        variants["planted, without suspects"] = {"train": STUDENT, "opts": opts}
+    for name, file in (("all suspects", "suspects.txt"), ("the first", "first.txt")):
+        if has_list:
+            opts = {**start, **data["planted"], "DATA.EXCLUDE": str(output / file)}
+            variants[f"planted, without {name}"] = {"train": STUDENT, "opts": opts}
     return {
         "question": "What do wrong labels cost, and what does leaving out the suspects bring back?",
         "opts": {"MODEL.TYPE": "timm", "MODEL.NAME": model, **UNMIXED},
@@ -127,7 +128,9 @@ def main() -> int:
             if not status and not has_list:
                 words = ["suspects", str(output / "logits"), "--cfg", SAVE, "-o", str(found)]
                 words += ["--data-path", str(output / "planted"), "--opts", "MODEL.TYPE", "timm"]
-                status = logits.main([*words, "MODEL.NAME", args.model])
+                status = logits.main([*words, "MODEL.NAME", args.model, *args.opts])
+                lines = found.read_text().splitlines(True)
+                (output / "first.txt").write_text("".join(lines[: len(wrong)]))
             if status:
                 return status
     rows = json.loads((output / "results.json").read_text())["rows"]
