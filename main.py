@@ -20,7 +20,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from logging import Logger, getLogger
@@ -75,7 +75,7 @@ from models.build import (
 from models.class_map import LabelMap, find_label_map
 from models.distill import DistillLoss, label_cross_entropy
 from models.param_groups import build_optimizer, load_optimizer
-from models.pretrained import load_weights, read_state_dict, save_weights
+from models.pretrained import load_weights, read_notes, read_state_dict, save_weights
 from models.teacher import Teacher
 from models.update import (
     EMA,
@@ -632,7 +632,8 @@ def describe_data(loader: EpochLoader, taught_by: str, log: Logger) -> None:
     """Log what is learnt from."""
     log.debug(f"each image: {loader.dataset.decoder}, by {loader.dataset.executor}")
     skipped = loader.sampler.skipped
-    images = f"{len(loader.dataset) - skipped:,} images"
+    classes = loader.dataset.dataset.num_classes
+    images = f"{len(loader.dataset) - skipped:,} images of {classes:,} classes"
     if skipped:
         images += (
             f" ({skipped:,} of the store's are skipped in epoch 0: they or their partner are not in"
@@ -662,7 +663,7 @@ def describe(run: Training) -> None:
     )
     if cfg.TRAIN.OPTIMIZER.NAME == "adamw" and total < LEAST_SUM:
         log.warning(
-            f"LITTLE WILL BE LEARNT: AdamW moves a weight by at most about the sum of the rates,"
+            f"LITTLE MAY BE LEARNT: AdamW moves a weight by at most about the sum of the rates,"
             f" which is {total:.2g}: raise TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}, which is scaled by"
             f" {plan.per_update} images an update / 512, or TRAIN.EPOCHS"
         )
@@ -722,6 +723,13 @@ def evaluate_weights(cfg: CfgNode, world: Distributed) -> nn.Module:
     if not name and ":" not in cfg.MODEL.TYPE:
         raise ValueError("--eval measures weights: name them with --resume or --pretrained")
     model = build_teacher(cfg, log=log.info).to(world.device)
+    with suppress(ValueError, OSError, LookupError, TypeError):  # none of our trainings'
+        size = yaml.safe_load(read_notes(name)["config"])["DATA"]["IMG_SIZE"]
+        if size != cfg.DATA.IMG_SIZE:
+            log.warning(
+                f"{name} was trained at {size} px and is measured at {cfg.DATA.IMG_SIZE}:"
+                f" DATA.IMG_SIZE {size} measures it as it was"
+            )
     separate_heads(model)
     data = world.main_first(lambda: open_run(cfg, num_outputs(model)))
     validate = open_validation(data, world, log, numbers_own=False)

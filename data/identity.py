@@ -101,14 +101,17 @@ def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any
     draws_alike = (own_size <= SMALL) == (identity["image_size"] <= SMALL)
     if cfg.DISTILL.OTHER_SIZE and "DATA.IMG_SIZE" in cfg.EXPLICIT and draws_alike:
         stored["DATA.IMG_SIZE"] = own_size
+    differing = []
     for key, theirs in stored.items():
         mine = cfg.value(key)
         means_any = (key == "MODEL.NUM_CLASSES" and mine == 0) or (key == "AUG.FILL" and mine == [])
         if key in cfg.EXPLICIT and not means_any and _plain(mine) != _plain(theirs):
-            raise IdentityError(
+            differing.append(
                 f"{key} = {mine!r}, but the store {root} was written with {theirs!r}:"
                 f" {_way_out(key, theirs)}"
             )
+    if differing:
+        raise IdentityError("; ALSO: ".join(differing))
     topk, k = cfg.DISTILL.LOGITS_TOPK, identity["k"]
     if topk > k:
         raise IdentityError(

@@ -52,6 +52,12 @@ def find_split(cfg, split: str) -> Path:
     if path is None:
         packed = sorted(path.name for path in root.glob(f"{split}.t*z*") if path.is_file())
         hint = f"; unpack {packed[0]}, from which single images can't be read" if packed else ""
+        folders = sum(entry.is_dir() for entry in root.iterdir())
+        if folders and not packed and not has_splits(root):
+            hint = (
+                f"; if its {folders} folders are classes, they must be split between train/ and"
+                " val/, as docs/RECIPES.md does"
+            )
         other = ", or set DATA.VAL_PATH" if split == "val" else ""
         raise ValueError(
             f"{root}: has neither {split}/ nor {split}.tar{hint}: correct --data-path{other}"

@@ -301,6 +301,11 @@ def test_an_explicit_value_that_differs(store, opts, message):
     assert f"{key} = {message.format(store=store)}" in str(refused.value)
 
 
+def test_all_values_that_differ_are_told_at_once(store):
+    with pytest.raises(ValueError, match=r"^AUG.REPROB = .*; ALSO: AUG.MIXUP = 0.0, but"):
+        student(store, "AUG.MIXUP 0.0 AUG.REPROB 0.5")
+
+
 def test_values_that_are_equal_or_allowed_to_differ(store):
     cfg = student(
         store, "AUG.REPROB 0.25 AUG.SCALE", (0.08, 1), "DATA.IMG_SIZE 56 DISTILL.OTHER_SIZE True"

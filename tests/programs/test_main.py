@@ -114,7 +114,7 @@ def test_rates_that_move_nothing_are_told(tmp_path, capsys):
     assert run(tmp_path, SHORT, "TRAIN.BASE_LR 0.01 TRAIN.MIN_LR 0.0 TRAIN.WARMUP_LR 0.0") == 0
     out = capsys.readouterr().out
     assert "rates up to 0.000156 (TRAIN.BASE_LR 0.01 x 8 / 512)" in out
-    (line,) = (line for line in out.splitlines() if "LITTLE WILL BE LEARNT" in line)
+    (line,) = (line for line in out.splitlines() if "LITTLE MAY BE LEARNT" in line)
     total = float(line.partition("which is ")[2].partition(":")[0])
     moved = sum(entry["lr"] for entry in updates(tmp_path))
     assert total == pytest.approx(moved, rel=0.5) and "raise TRAIN.BASE_LR 0.01" in line
@@ -212,7 +212,7 @@ def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
         "code ",
         "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
         "each image: 40 px: RandomResizedCrop(",
-        "data: 43 images; no teacher, labels alone; 0 loader processes",
+        "data: 43 images of 10 classes; no teacher, labels alone; 0 loader processes",
         "training: 2 epochs of 5 updates of 8 images (1 processes x 1 passes x 8); rates up to",
         " (TRAIN.BASE_LR 0.1 x 8 / 512), 0.005 in all; checkpoints of about ",
         "epoch 1/2, update 2/5: norm ",
@@ -1021,6 +1021,14 @@ def test_an_online_teacher_of_another_size_is_refused(tmp_path, capsys):
 
 
 # ---- evaluation and throughput
+
+
+def test_evaluation_at_another_size_than_training_is_told(trained, tmp_path, capsys):
+    saved = checkpoint(trained)
+    assert run(tmp_path, *TINY_MODEL, "DATA.IMG_SIZE 64", flags=["--eval --resume", saved]) == 0
+    assert f"{saved} was trained at 40 px and is measured at 64: " in capsys.readouterr().out
+    assert run(tmp_path, *TINY_MODEL, flags=["--eval --resume", saved]) == 0
+    assert "was trained at" not in capsys.readouterr().out
 
 
 def test_evaluation_finds_what_training_printed_and_each_class_by_itself(trained, tmp_path, capsys):

@@ -115,7 +115,8 @@ def test_one_tar_is_read_by_evaluation_but_not_for_both_splits(folder, tmp_path)
         ("train", {}, "DATA.DATA_PATH is empty: say where imagenet lies with --data-path"),
         ("train", {"DATA_PATH": "none"}, "none: no such file or folder; correct --data-path"),
         ("val", {"VAL_PATH": "none"}, "DATA.VAL_PATH = .*none: no such file or folder"),
-        ("train", {"DATA_PATH": "."}, "has neither train/ nor train.tar: correct --data-path$"),
+        ("train", {"DATA_PATH": "flat"}, "has neither train/ nor train.tar: correct --data-path$"),
+        ("train", {"DATA_PATH": "own"}, "if its 2 folders are classes, they must be split between"),
         ("val", {"DATA_PATH": "."}, r"unpack val.tar.gz, .*, or set DATA.VAL_PATH$"),
         ("val", {"VAL_PATH": "flat"}, r"flat: no images .*: expected .*/<class>/\*.JPEG"),
     ],
@@ -123,6 +124,7 @@ def test_one_tar_is_read_by_evaluation_but_not_for_both_splits(folder, tmp_path)
 def test_a_split_that_is_not_there_is_named(tmp_path, split, options, message):
     (tmp_path / "val.tar.gz").write_bytes(b"")
     write_files(tmp_path / "flat", ["1.png", "2.png"])
+    write_files(tmp_path / "own", ["cat/1.png", "dog/1.png"])
     with pytest.raises(ValueError, match=message):
         built(split, **{key: tmp_path / name for key, name in options.items()})
 
