@@ -194,8 +194,8 @@ def forward(run: Training, batch: Batch, index: int) -> dict[str, Tensor]:
     learns_labels = not cfg.DISTILL.ENABLED or cfg.DISTILL.ALPHA < 1
     known = labels if learns_labels else None
     images, targets = run.mix(batch.image, known, seeds, mixes)  # [B, 3, H, W], [B, C]
-    is_last = cfg.TRAIN.CHANNELS_LAST
-    memory_format = torch.channels_last if is_last else torch.contiguous_format
+    channels_last = cfg.TRAIN.CHANNELS_LAST
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     images = images.contiguous(memory_format=memory_format)
     with utils.autocast(device, run.dtype):
         logits = run.network(images)  # [B, C], or a pair of them where there are two heads
