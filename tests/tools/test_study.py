@@ -60,8 +60,9 @@ table: [val_loss, bytes, teacher_passes]
 IMAGENET = [
     kind + name for kind in ("", "transfer of ", "head on ") for name in ("labels", "test_resnet")
 ]
+TOKENS = ("soft", "soft, online", "hard")
 DRAWN = {
-    "deit_cifar10": ["none", "soft", "hard", "token, soft", "token, hard", "CNN"],
+    "deit_cifar10": ["none", "soft", "hard", *("token, " + kind for kind in TOKENS), "CNN"],
     "demo": ["scratch", "distilled"],
     "imagenet_10pct": IMAGENET,
     "label_free": ["from scratch", "pretrained without labels"],
