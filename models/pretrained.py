@@ -430,9 +430,11 @@ def read_file(source: str | Path) -> tuple[object, Path, str]:
     if (path / WEIGHTS_FILE).is_file():
         path = path / WEIGHTS_FILE
     if path.is_dir():
-        raise ValueError(
-            f"{path}: is a folder, name a checkpoint in it, such as {path / 'best.pth'}"
-        )
+        found = [*path.glob("*.pth"), *path.glob("checkpoints/*.pth")]
+        if not found:
+            raise ValueError(f"{path}: is a folder without checkpoints (*.pth): name a file")
+        named = max(found, key=lambda file: (file.stem == "best", file.stem))
+        raise ValueError(f"{path}: is a folder, name a checkpoint in it, such as {named}")
     if not path.is_file():
         raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
     load = _load_safetensors if path.suffix == ".safetensors" else _load_plain

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -112,10 +113,12 @@ def draw(
     heads: Sequence[int],
     points: Sequence[tuple[float, float]],
 ) -> Figure:
-    """A row for each block and point: the windows, the mean over all heads, each head."""
+    """A row for each block and point: the windows, the mean over all heads, each head; colours go
+    from 0 to a tile's maximum.
+    """
     rows = [(name, point) for name in found for point in points or [None]]
     columns = 2 + (len(heads) or max(each.probs.shape[1] for each in found.values()))
-    figure = Figure((2.0 * columns, 2.25 * len(rows)), layout="constrained")
+    figure = Figure((2.0 * columns + 0.6, 2.25 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for axis in grid.flat:
         axis.axis("off")
@@ -139,13 +142,16 @@ def draw(
         for axis, (title, values) in zip(others, tiles.items()):
             most, lost = values.max(), 1 - values.sum() / asked.sum().item()
             axis.imshow(picture.convert("L"), cmap="gray", extent=extent)
-            axis.imshow(values, cmap="inferno", alpha=0.85 * values / most, extent=extent)
-            text = f"{title}: max {most:.0%}" if point else f"{title}: max {most:.1f}"
+            shade = {"cmap": "inferno", "vmin": 0, "alpha": 0.85 * values / most}
+            axis.imshow(values, extent=extent, **shade)
+            text = f"{title}: max {most:.2%}" if point else f"{title}: max {most:.3g}"
             if lost >= 0.005:
                 text += f", padding {lost:.0%}"
             axis.set_title(text, fontsize=8)
             if point:
                 axis.plot(column + 0.5, row + 0.5, "+", color="cyan", markersize=7)
+    bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=grid[0], aspect=15, pad=0.01)
+    bar.set_ticks([0, 1], labels=["0", "max"], fontsize=8)
     return figure
 
 

@@ -68,6 +68,13 @@ class Run:
                 continue  # cut short: the run still writes
         if not lines:
             raise ValueError(f"{path}: holds no metrics yet")
+        for metric in LOSSES.values():
+            means = [line for line in lines if line.get(f"train_{metric}") is not None]
+            if sum(metric in line for line in lines) < len(means):  # a short run's epochs tell more
+                for line in lines:
+                    line.pop(metric, None)
+                for line in means:
+                    line[metric] = line[f"train_{metric}"]
         return cls(str(path.parent.resolve()), [*speeds(path.with_name("log_rank0.txt")), *lines])
 
     def has(self, metric: str) -> bool:

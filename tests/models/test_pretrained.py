@@ -396,6 +396,19 @@ def test_a_missing_file(tmp_path):
         read_state_dict(tmp_path / "nowhere.pth")
 
 
+def test_a_runs_folder_is_answered_with_its_checkpoint(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="is a folder without checkpoints"):
+        read_state_dict(folder.parent)
+    for name in ("epoch_0002", "last", "best"):  # each is a better answer than those before
+        (folder / f"{name}.pth").touch()
+        for place in (folder, folder.parent):
+            with pytest.raises(ValueError, match="name a checkpoint in it, such as") as fault:
+                read_state_dict(place)
+            assert str(fault.value).endswith(f" {folder / name}.pth")
+
+
 @pytest.mark.parametrize("name", VARIANTS.values())
 def test_names_convert_to_timms_and_back(goldens, name):
     case = json.loads((goldens / "model.json").read_text())[name]

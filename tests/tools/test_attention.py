@@ -140,7 +140,20 @@ def test_a_grid_is_drawn(words, blocks, size, place, capsys):
     assert capsys.readouterr().out == f"out.png: blocks {blocks}\n"
     columns, rows = size
     width, height = Image.open("out.png").size
-    assert width == 220 * columns and height == round(247.5 * rows)
+    assert width == 220 * columns + 66 and height == round(247.5 * rows)
+
+
+def test_captions_and_colours_tell_small_shares_apart(model, image):
+    """Colours begin at nothing, so that nearly even attention does not look like the opposite."""
+    found = {"1.0": attentions(model, image)["1.0"]}  # 12 points a side, 4 a window
+    picture = Image.new("RGB", (96, 96))
+    for points, form in (([], "{:.3g}"), ([(0.5, 0.5)], "{:.2%}")):
+        _, mean, *_, scale = draw(picture, found, [], points).axes
+        drawn = mean.images[1]
+        most = drawn.get_array().max()
+        assert mean.get_title() == f"mean: max {form.format(most)}"
+        assert (drawn.norm.vmin, drawn.norm.vmax) == (0, most)
+        assert [text.get_text() for text in scale.get_yticklabels()] == ["0", "max"]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,18 @@ def test_plot_shows_a_run_of_one_point(tmp_path):
         assert line.get_marker() == "o" and len(line.get_xdata()) == 1
 
 
+@pytest.mark.parametrize("printed", [0, 1])
+def test_plot_takes_losses_of_short_runs_from_their_epochs(printed, tmp_path):
+    """Which have few updates between lines of the log, or none."""
+    folder = metrics(tmp_path / "x" / "y", 3)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    kept = [*lines[: 2 * printed : 2], *lines[1::2]]
+    (folder / "metrics.jsonl").write_text("\n".join(kept))
+    (line,) = axes_of(plotted(folder))["training loss"].lines
+    assert line.get_xdata().tolist() == [1, 2, 3] and line.get_ydata().tolist() == [3, 1.5, 1]
+    assert line.get_marker() == "."
+
+
 def test_plot_shows_speed_and_more_and_smooths(tmp_path, capsys):
     folder = metrics(tmp_path / "x" / "y", 3)
     told: list[str] = []
