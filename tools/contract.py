@@ -21,8 +21,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby, product
-from math import prod
+from itertools import groupby, islice, product
+from math import gcd, prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ import utils
 from configs import Config, load_config
 from data.build import resolve
 from data.store.files import sole_user, write_atomic
+from data.store.format import counted
 from models.build import build_model, count_parameters
 from models.tiny_vit import Block, MBConv, PatchEmbed, PatchMerging
 from tools.plot import COLOURS
@@ -79,12 +80,19 @@ class Candidate:
 def numbers_of(cfg: Config) -> Numbers:
     """The contraction factors of a TinyViT."""
     shape = cfg.MODEL.TINY_VIT
-    head_dims = [dim // heads for dim, heads in zip(shape.EMBED_DIMS, shape.NUM_HEADS)][1:]
-    if cfg.MODEL.TYPE != "tiny_vit" or len({*head_dims}) > 1:
+    (_, *dims), (first, *heads) = shape.EMBED_DIMS, shape.NUM_HEADS
+    head_dims = [dim // count for dim, count in zip(dims, heads)]
+    if cfg.MODEL.TYPE != "tiny_vit":
+        raise ValueError(f"MODEL.TYPE = {cfg.MODEL.TYPE}: contraction starts from a tiny_vit")
+    if len({*head_dims}) > 1:
+        fitting = (
+            channels for channels in range(max(head_dims), 0, -1) if not gcd(*dims) % channels
+        )
+        told = [f"{[first, *(dim // some for dim in dims)]}" for some in islice(fitting, 3)]
         raise ValueError(
-            f"MODEL.TYPE = {cfg.MODEL.TYPE}, MODEL.TINY_VIT.NUM_HEADS = {shape.NUM_HEADS}:"
-            " contraction starts from a tiny_vit whose heads have as many channels in each of the"
-            f" stages 1 to 3, not {', '.join(map(str, head_dims))}: set other NUM_HEADS"
+            f"MODEL.TINY_VIT.NUM_HEADS = {shape.NUM_HEADS}: contraction starts from heads of as"
+            f" many channels in each of the stages 1 to 3, not {', '.join(map(str, head_dims))}:"
+            f" set {' or '.join(told)}"
         )
     ratios = shape.MBCONV_EXPAND_RATIO, shape.MLP_RATIO
     return *shape.EMBED_DIMS, *shape.DEPTHS, *shape.WINDOW_SIZES[1:], *ratios, head_dims[0]
@@ -176,9 +184,11 @@ class Search:
         self.candidates: list[Candidate] = []
         self.device = utils.choose_device(cfg.DEVICE)
         self.batch = cfg.TEST.BATCH_SIZE or cfg.DATA.BATCH_SIZE
-        cpu = f"{platform.machine()} with {torch.get_num_threads()} threads"
+        cpu = f"{platform.machine()} with {counted(torch.get_num_threads(), 'thread')}"
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu
-        self.place = f"{name}, {self.batch} images of {cfg.DATA.IMG_SIZE} px, {cfg.AMP_DTYPE}"
+        images = f"{counted(self.batch, 'image')} of {cfg.DATA.IMG_SIZE} px"
+        self.dtype = utils.amp_dtype(cfg, self.device)
+        self.place = f"{name}, {images}, {utils.precision(self.dtype)}"
 
     def around(self, best: Numbers, number: int) -> list[tuple[int, Numbers]]:
         """(parameters, architecture) of what a round may come to from `best`, largest first."""
@@ -213,7 +223,7 @@ class Search:
                     f"{path}: measured on {known['measured on']}, this is {self.place}: go on"
                     " there, or give another --output"
                 )
-            tell(f"measuring {len(new)} models on {self.place}")
+            tell(f"measuring {counted(len(new), 'model')} on {self.place}")
             fresh = self._measured(new | {seed: self.seed})
             # As if the machine were always in the mood in which it met the seed first.
             mood = known.get(seed, fresh[seed]) / fresh[seed]
@@ -229,9 +239,8 @@ class Search:
             built[name] = model.eval().to(self.device)
         size = self.cfg.DATA.IMG_SIZE
         images = torch.randn(self.batch, 3, size, size, device=self.device)
-        dtype = utils.amp_dtype(self.cfg, self.device)
         seconds: dict[str, list[float]] = {name: [] for name in built}
-        with torch.inference_mode(), utils.autocast(self.device, dtype):
+        with torch.inference_mode(), utils.autocast(self.device, self.dtype):
             for _ in range(TURNS):
                 for name, model in built.items():
                     seconds[name] += utils.time_calls(partial(model, images), self.device, calls=3)
@@ -316,7 +325,8 @@ class Search:
         recipe = {"BASE": [os.path.relpath(args.cfg, args.output)], "MODEL.NAME": winner.name}
         text = (
             f"{winner.parameters:,} parameters, {winner.images_per_second:,} images/s,"
-            f" {winner.val_top1:.2f}% of what was held out after {args.epochs} epochs."
+            f" {winner.val_top1:.2f}% of what was held out after"
+            f" {counted(args.epochs, 'epoch')}."
         )
         recipe |= keys_of(winner.numbers)
         content = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None)

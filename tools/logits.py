@@ -16,6 +16,7 @@ from tqdm import tqdm
 from data.store.files import StoreError, atomic_file, lock_holder, sole_user, write_atomic
 from data.store.format import (
     block_digests,
+    counted,
     data_path,
     disk_need,
     encoded,
@@ -162,7 +163,7 @@ def info(args: argparse.Namespace) -> int:
     size = epoch_bytes(len(reader), reader.k, reader.num_classes)
     print(
         f"{args.store}: format {manifest['format']}, top-{reader.k} of"
-        f" {reader.num_classes:,} classes, {len(reader):,} images"
+        f" {reader.num_classes:,} classes, {counted(len(reader), 'image')}"
     )
     print(
         f"  {reader.dtype.itemsize} bytes a record, {size_text(size)} an epoch,"
@@ -175,7 +176,9 @@ def info(args: argparse.Namespace) -> int:
     _print_tree(tree, "  ")
     print(f"  sealed epochs: {ranges(epochs)}")
     for epoch in epochs:
-        accuracy = [f"{name} {value}" for name, value in reader.seal(epoch)["teacher"].items()]
+        accuracy = [
+            f"{name} {round(value, 2)}" for name, value in reader.seal(epoch)["teacher"].items()
+        ]
         if accuracy:
             print(f"    epoch {epoch}: teacher {', '.join(accuracy)}")
     for epoch in _unfinished(args.store):
@@ -189,7 +192,7 @@ def verify(args: argparse.Namespace) -> int:
     faults = []
     lacking = set(range(args.epochs)) - set(epochs)
     if lacking:
-        faults.append(f"{args.store}: epochs {ranges(lacking)} are missing")
+        faults.append(f"{args.store}: missing epochs: {ranges(lacking)}")
     try:
         len(reader.keys)  # checks them
     except StoreError as error:
@@ -205,8 +208,8 @@ def verify(args: argparse.Namespace) -> int:
     for fault in faults:
         print(fault)
     print(
-        f"{args.store}: {len(epochs)} sealed epochs ({ranges(epochs)}), unfinished:"
-        f" {ranges(_unfinished(args.store))}: {len(faults)} faults"
+        f"{args.store}: {counted(len(epochs), 'sealed epoch')} ({ranges(epochs)}), unfinished:"
+        f" {ranges(_unfinished(args.store))}: {counted(len(faults), 'fault')}"
     )
     return 1 if faults else 0
 
@@ -220,12 +223,12 @@ def estimate(args: argparse.Namespace) -> int:
     record = record_dtype(args.topk, args.classes).itemsize
     size = epoch_bytes(args.images, args.topk, args.classes)
     print(
-        f"{args.images:,} images, top-{args.topk} of {args.classes:,} classes: {record} bytes a"
-        " record"
+        f"{counted(args.images, 'image')}, top-{args.topk} of {args.classes:,} classes: {record}"
+        " bytes a record"
     )
     rows = {
         "an epoch": size,
-        f"{args.epochs} epochs": size * args.epochs,
+        counted(args.epochs, "epoch"): size * args.epochs,
         "most while writing": disk_need(args.images, args.topk, args.classes, args.epochs),
     }
     for name, total in rows.items():
@@ -306,7 +309,8 @@ def convert(args: argparse.Namespace) -> int:
                 writer.append(positions, records[positions])
                 bar.update(len(positions))
             writer.seal(epoch)
-    print(f"{args.target}: {len(epochs)} epochs of {len(keys):,} images (epochs {ranges(epochs)})")
+    made = f"{counted(len(epochs), 'epoch')} ({ranges(epochs)}) of {counted(len(keys), 'image')}"
+    print(f"{args.target}: {made}")
     return 0
 
 
@@ -333,7 +337,7 @@ def merge(args: argparse.Namespace) -> int:
         for epoch in copied:
             _copy_epoch(origin[epoch], target, epoch, bar.update)
     print(
-        f"{args.target}: {len(copied)} epochs copied ({ranges(copied)}), sealed now:"
+        f"{args.target}: {counted(len(copied), 'epoch')} copied ({ranges(copied)}), sealed now:"
         f" {ranges(target.epochs())}"
     )
     return 0
@@ -356,7 +360,8 @@ def card(args: argparse.Namespace) -> int:
 def fetch(args: argparse.Namespace) -> int:
     fetched = fetch_store(args.source, args.target, args.epochs, partial(progress, unit="MB"))
     sealed = ranges(LogitsStoreReader(args.target).epochs())
-    print(f"{args.target}: {len(fetched)} epochs fetched ({ranges(fetched)}), sealed now: {sealed}")
+    arrived = f"{counted(len(fetched), 'epoch')} fetched ({ranges(fetched)})"
+    print(f"{args.target}: {arrived}, sealed now: {sealed}")
     return 0
 
 
@@ -476,8 +481,8 @@ def _print_unfinished(reader: LogitsStoreReader, epoch: int) -> None:
     holder = lock_holder(lock_path(reader.root, epoch))
     at_work = f", {holder} holds its lock" if holder else ""
     print(
-        f"  unfinished epoch {epoch}: {is_there.mean():.1%} of the images in {len(parts)}"
-        f" parts{at_work}"
+        f"  unfinished epoch {epoch}: {is_there.mean():.1%} of the images in"
+        f" {counted(len(parts), 'part')}{at_work}"
     )
 
 
@@ -500,7 +505,9 @@ def _info_original(root: Path) -> int:
             if redundant
             else ""
         )
-        print(f"  epoch {epoch}: {sum(sizes):,} records of {len(sizes)} ranks{left_over}")
+        print(
+            f"  epoch {epoch}: {sum(sizes):,} records of {counted(len(sizes), 'rank')}{left_over}"
+        )
     return 0
 
 

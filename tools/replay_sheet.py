@@ -5,7 +5,7 @@ python -m tools.replay_sheet --cfg configs/1k_distill/tiny_vit_5m_1k_distill.yam
 """
 
 import argparse
-import textwrap
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from configs import load_config
 from data.augment import AugmentDecoder
 from data.augment.rng import sample_seed
 from data.images.reading import read_rgb
+from data.store.format import counted
 
 COLUMNS = 4
 MOST = 400  # seeds on one sheet
@@ -68,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = images or [landscape()]
         tiles = tiles_of(decoder, images, seeds_of(args.seeds, args.pairs), args.pairs)
         title = ", ".join(Path(name).name for name in args.image) or "a drawn picture"
-        draw(tiles, f"{title}: {decoder}", args.output)
+        recipe = re.sub(r"(\.\d{4})\d+", r"\1", str(decoder))
+        draw(tiles, f"{title}: {recipe}", args.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{args.output}: {len(tiles)} tiles")
+    print(f"{args.output}: {counted(len(tiles), 'tile')}")
 
 
 def tiles_of(
@@ -128,17 +130,25 @@ def visible(decoder: AugmentDecoder, tensor: Tensor) -> Image.Image:
 
 def draw(tiles: Sequence[Tile], title: str, path: str, row_height: float = 4.3) -> None:
     """Write the tiles as a picture, in rows that are as high as their longest text."""
-    rows = -(-len(tiles) // COLUMNS)
-    figure = Figure(figsize=(3.0 * COLUMNS, row_height * rows + 0.8), layout="constrained")
-    heading = [textwrap.fill(op, 150) for op in title.split("; ")]
-    figure.suptitle("\n".join(heading), fontsize=9)
+    columns = min(len(tiles), COLUMNS)
+    rows = -(-len(tiles) // columns)
+    figure = Figure(figsize=(3.0 * columns, row_height * rows + 0.8), layout="constrained")
+    figure.suptitle(folded(title.split("; "), 37 * columns), fontsize=9, parse_math=False)
     for number, tile in enumerate(tiles, start=1):
-        axes = figure.add_subplot(rows, COLUMNS, number, xticks=[], yticks=[], anchor="N")
+        axes = figure.add_subplot(rows, columns, number, xticks=[], yticks=[], anchor="N")
         axes.imshow(tile.picture)
-        axes.set_title(tile.title, fontsize=10, fontweight="bold")
-        lines = [textwrap.fill(word, 36, subsequent_indent="  ") for word in tile.words]
-        axes.set_xlabel("\n".join(lines), fontsize=8, loc="left")
+        title = folded([tile.title], 30)
+        axes.set_title(title, fontsize=10, fontweight="bold", parse_math=False)
+        axes.set_xlabel(folded(tile.words, 40), fontsize=8, loc="left", parse_math=False)
     figure.savefig(path, dpi=90)
+
+
+def folded(texts: Sequence[str], width: int) -> str:
+    """Lines of texts; what is too long goes on in the next, after a space or a part of a name."""
+    part = re.compile(rf".{{1,{width}}}(?:$|(?<=[ /_-]))|.{{{width}}}")
+    # no font has the bytes of a name that is no text
+    shown = (text.encode(errors="backslashreplace").decode() for text in texts)
+    return "\n".join("\n  ".join(part.findall(text)) for text in shown)
 
 
 def seeds_of(text: str | None, pairs: bool) -> list[int]:

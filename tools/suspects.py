@@ -11,6 +11,7 @@ import torch
 from configs import load_config
 from data.build import open_run
 from data.store.files import StoreError, write_atomic
+from data.store.format import counted
 from logger import progress
 from models.class_map import find_label_map
 from tools.replay_sheet import Tile, draw
@@ -44,29 +45,40 @@ def suspects(args: argparse.Namespace) -> int:
     labels = np.where(indices < 0, -1, labels[indices])  # by position
     positions = positions[labels >= 0]
     belief, times = answers(store, positions, labels[positions], outside)
-    found = np.flatnonzero(2 * times > len(store.epochs()))
+    epochs = len(store.epochs())
+    found = np.flatnonzero(2 * times > epochs)
     found = found[np.argsort(belief[found], kind="stable")]
+    among = f"in the first {outside}" if outside > 1 else "first"
     keys = images.get_keys()
     names = [keys[indices[position]] for position in positions[found]]
     write_atomic(args.output, "".join(f"{n}\n" for n in names).encode(errors="surrogateescape"))
     print(
-        f"{args.output}: {len(found):,} of {len(positions):,} images, the least believed first:"
-        f" their label is not among the teacher's first {outside} in most of"
-        f" {len(store.epochs())} epochs"
+        f"{args.output}: {len(found):,} of {counted(len(positions), 'image')}, the least believed"
+        f" first: their label is not {among} of the teacher's classes in most of"
+        f" {counted(epochs, 'epoch')}"
     )
     if len(found):
-        first = positions[found[:SHOWN]]
+        shown = found[:SHOWN]
         classes = dict(zip(label_map.outputs.tolist(), images.class_names))
         tiles = []
-        for position, mean in zip(first, mean_answers(store, first)):
-            best, given = mean.argmax(), labels[position]
-            told = [f"teacher: {classes.get(best, best)}, {mean[best]:.3f}"]
-            told.append(str(keys[indices[position]]))
-            title = f"given: {classes[given]}, {belief[positions == position][0]:.3f}"
-            tiles.append(Tile(images[int(indices[position])][0], title, told))
+        for place, (first, mean) in zip(shown, first_answers(store, positions[shown])):
+            position = positions[place]
+            index, given = int(indices[position]), labels[position]
+            first[given] = -1  # suspected, so it is first in half of the epochs at most
+            best = (first + mean).argmax()
+            told = [
+                f"{among} in {epochs - times[place]} of {epochs}, {belief[place]:.3f}",
+                f"teacher: {classes.get(best, best)}",
+                f"first in {first[best]:.0f} of {epochs}, {mean[best]:.3f}",
+                str(keys[index]),
+            ]
+            tiles.append(Tile(images[index][0], f"given: {classes[given]}", told))
         sheet = args.output.with_suffix(".png")
-        draw(tiles, f"{args.store}: the least believed labels, mean probabilities", str(sheet), 3.5)
-        print(f"{sheet}: the first {len(tiles)}. Look at them, then train with DATA.EXCLUDE")
+        heading = f"{args.store.resolve().name}: the least believed labels"
+        heading += f"; in how many of {counted(epochs, 'epoch')}, mean probability"
+        draw(tiles, heading, str(sheet), 4.0)
+        told = f"{counted(len(tiles), 'image')} from its start. Look at it, then train with"
+        print(f"{sheet}: {told} DATA.EXCLUDE {args.output}")
     return 0
 
 
@@ -94,10 +106,15 @@ def answers(
     return belief, times
 
 
-def mean_answers(store: Any, positions: np.ndarray) -> np.ndarray:
-    """The mean of the stored probabilities of a few images [n, classes], without the rest."""
-    sums = np.zeros((len(positions), store.num_classes))
-    for epoch in store.epochs():
+def first_answers(store: Any, positions: np.ndarray) -> np.ndarray:
+    """Of a few images, for each class, in how many epochs it is the teacher's first and the mean of
+    its stored probabilities [n, 2, classes].
+    """
+    found = np.zeros((len(positions), 2, store.num_classes))
+    epochs, images = store.epochs(), np.arange(len(positions))
+    for epoch in epochs:
         rows = store.open_epoch(epoch)[positions]
-        np.add.at(sums, (np.arange(len(rows))[:, None], rows["index"].astype(int)), rows["prob"])
-    return sums / len(store.epochs())
+        indices, probs = rows["index"].astype(int), rows["prob"].astype(np.float64)
+        found[images, 0, indices[:, 0]] += 1
+        np.add.at(found, (images[:, None], 1, indices), probs / len(epochs))
+    return found

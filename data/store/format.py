@@ -79,10 +79,15 @@ def disk_need(num_images: int, k: int, num_classes: int, epochs: int) -> int:
 
 def size_text(size: int) -> str:
     """A number of bytes for people."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
-    return f"{size / 1e3:.2f} kB"
+    return counted(size, "byte")
+
+
+def counted(number: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def impossible(records: np.ndarray, num_classes: int, name: Callable[[int], object]) -> str:

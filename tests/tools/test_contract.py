@@ -317,7 +317,14 @@ def cfg_of():
         ),
         ("--limit 4e5 1 --factors D5", "--factors D5: D32-64-96-128"),
         ("--limit 4e5 1 --reach 0", "--factors and --reach leave 5"),
-        ("--limit 4e5 1 --opts SEED 1", "stages 1 to 3, not 32, 24, 32: set other NUM_HEADS"),
+        (
+            "--limit 4e5 1 --opts SEED 1",
+            "stages 1 to 3, not 32, 24, 32: set [1, 2, 3, 4] or [1, 4, 6, 8] or [1, 8, 12, 16]",
+        ),
+        (
+            "--limit 4e5 1 --opts MODEL.TYPE timm MODEL.NAME resnet18",
+            "= timm: contraction starts from a tiny_vit",
+        ),
         (
             "--limit 4e5 1 --cfg configs/shapes/student.yaml --factors E",
             "--factors E: D16-32-48-64",

@@ -102,7 +102,7 @@ def test_info(root, run):
     with LogitsStoreWriter(root, manifest(), KEYS) as writer:
         writer.begin_epoch(2)
         writer.append(EVERYONE[:30], records_of(2, EVERYONE[:30]))
-    unfinished = "unfinished epoch 2: 10.0% of the images in 1 parts"
+    unfinished = "unfinished epoch 2: 10.0% of the images in 1 part"
     assert run("info", root)[1].rstrip().endswith(unfinished)
     command, pipe = [sys.executable, "-c", HOLD, str(root / "epoch_0002.lock")], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as holder:
@@ -126,7 +126,7 @@ def test_verify_names_every_damage(root, run):
     (root / "epoch_0009.parts").mkdir()
     code, text = run("verify", root, "--epochs", 6)
     told = [
-        "epochs 4-5 are missing",
+        "missing epochs: 4-5",
         "keys.txt: is not the file",
         r"epoch_0001.npy: block 0 is damaged \(records 0 to 300\): delete epoch_0001.npy and .json",
         "epoch_0002.npy: truncated",
@@ -143,6 +143,8 @@ def test_estimate(run):
     assert code == 0 and "44 bytes a record" in text and more.startswith(text)
     numbers = [int(found.replace(",", "")) for found in re.findall(r"([\d,]+) bytes \(", more)]
     assert numbers == [44_000, 132_000, 132_000 + 52_000, 1000 * (44 + 16) * 3]
+    one = run(*"estimate --images 1 --topk 1 --classes 9 --epochs 1".split())[1]
+    assert "1 image, top-1 of 9" in one and "1 epoch: " in one and "8 bytes (8 bytes)" in one
     code, text = run(*"estimate --images 5 --topk 11 --classes 10 --epochs 1".split())
     assert code == 2 and "K at most C" in text
 
@@ -283,7 +285,7 @@ def originals(folder: Path, k: int) -> dict[str, tuple]:
 def test_converting_with_the_data_set(goldens, root, recipe, run):
     source, data = goldens / "train" / "store", goldens / "train" / "data"
     command = ("convert", source, root, "--cfg", recipe, "--data-path", data, "--teacher", "golden")
-    assert run(*command) == (0, f"{root}: 2 epochs of 200 images (epochs 0-1)\n")
+    assert run(*command) == (0, f"{root}: 2 epochs (0-1) of 200 images\n")
     reader = LogitsStoreReader(root)
     images = (data / "train").rglob("*.jpg")
     assert list(reader.keys) == sorted(

@@ -9,7 +9,7 @@ from configs import load_config
 from data.augment import AugmentDecoder
 from data.augment.pillow import to_float
 from tools import replay_sheet
-from tools.replay_sheet import landscape, seeds_of, tiles_of, visible
+from tools.replay_sheet import Tile, draw, folded, landscape, seeds_of, tiles_of, visible
 
 
 def decoder(*opts: str) -> AugmentDecoder:
@@ -59,6 +59,26 @@ def test_the_program_writes_a_sheet(arguments, tmp_path, capsys):
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 800 and np.asarray(sheet).std() > 10
     assert "sheet.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, (270, 432)), (3, (810, 432)), (5, (1080, 792))])
+def test_a_sheet_is_as_large_as_its_tiles(count, size, tmp_path):
+    """Whatever their names hold: signs of formulas, bytes that are no text."""
+    tile = Tile(picture(40, 30), "a$b", ["class$1/$2.jpg", "\udcff.png"])
+    draw([tile] * count, "few", str(tmp_path / "sheet.png"), 4.0)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == size
+
+
+def test_long_names_are_cut_between_their_parts():
+    names = ["n02037110/ILSVRC2012_val_00029089.JPEG", "2021_summer/IMG_20210304_123456_HDR.jpeg"]
+    assert folded(names, 24).split("\n") == [
+        "n02037110/ILSVRC2012_",
+        "  val_00029089.JPEG",
+        "2021_summer/IMG_",
+        "  20210304_123456_HDR.jpeg",
+    ]
+    assert folded(["x" * 50, "", "\udcff"], 24) == f"{'x' * 24}\n  {'x' * 24}\n  xx\n\n\\udcff"
 
 
 @pytest.mark.parametrize(

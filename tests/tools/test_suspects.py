@@ -13,6 +13,7 @@ from data.build import open_run
 from data.store import LogitsStoreReader
 from tests.support.jobs import words
 from tests.support.saving import IMAGES, OPTS, run
+from tools import suspects
 from tools.logits import main
 
 K, CLASSES, EPOCHS = 3, 10, 3
@@ -71,6 +72,38 @@ def test_the_list_is_ranked_as_stated(store, labels, flags, outside, tmp_path, c
     assert f"{len(expected)} of {IMAGES} images" in out
     picture = Image.open(tmp_path / "list.png")
     assert picture.width > 900 and picture.height > 300
+
+
+@pytest.mark.parametrize("outside", [1, 2])
+def test_captions_tell_what_the_list_goes_by(store, labels, outside, tmp_path, monkeypatch, capsys):
+    """Of the label and of the class that stands against it: in how many epochs, and the mean."""
+    shown = []
+    monkeypatch.setattr(suspects, "draw", lambda tiles, *_: shown.extend(tiles))
+    flags = ("--outside", outside, "-o", tmp_path / "list.txt")
+    assert called(capsys, store, *flags, *DATA)[0] == 0
+    reader, names = LogitsStoreReader(store), open_run(load_config(DATA)).images.class_names
+    expected = naive(store, labels, outside)[: len(shown)]
+    assert len(shown) == 24
+    for position, tile in zip(expected, shown):
+        records = [reader.open_epoch(epoch)[position] for epoch in range(EPOCHS)]
+        ranked = [record["index"].tolist() for record in records]
+        believed = sum(labels[position] in classes[:outside] for classes in ranked)
+        assert believed < 2  # of 3: so it is listed
+        among = "first" if outside == 1 else "in the first 2"
+        told, teacher, against, key = tile.words
+        assert tile.title == f"given: {names[labels[position]]}" and key == reader.keys[position]
+        assert told.startswith(f"{among} in {believed} of 3, ")
+        other = names.index(teacher.removeprefix("teacher: "))
+        firsts = [classes[0] for classes in ranked if classes[0] != labels[position]]
+        most = max(firsts.count(name) for name in firsts)
+        mean = sum(
+            float(prob) / EPOCHS
+            for record in records
+            for index, prob in zip(record["index"], record["prob"])
+            if index == other
+        )
+        assert firsts.count(other) == most and other != labels[position]
+        assert against == f"first in {most} of 3, {mean:.3f}"
 
 
 def test_training_takes_the_list(store, tmp_path, capsys):
