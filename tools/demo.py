@@ -132,11 +132,8 @@ def confusion(weights: Path) -> tuple[np.ndarray, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command, which takes the flags of a study; returns its exit status."""
-    words = [
-        str(ROOT / "tools" / "studies" / "demo.yaml"),
-        *(sys.argv[1:] if argv is None else argv),
-    ]
-    return run_program(partial(study.parse, words), run)
+    file = str(ROOT / "tools" / "studies" / "demo.yaml")
+    return run_program(partial(study.parse, argv, "demo", str(__doc__), file), run)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from yacs.config import CfgNode
 from configs.commands import one_line
 from data.augment.decoder import eval_transform, mean_and_std
 from data.build import TransformedDataset, open_run
+from data.store.format import counted
 from logger import progress
 from models.build import count_parameters, num_outputs
 from models.class_map import LabelMap, find_label_map
@@ -196,8 +197,8 @@ def compare(
     difference = (after - before).abs().max().item() / (largest or 1)
     same = (after.argmax(1) == before.argmax(1)).sum().item()
     figures = (
-        f"{len(before)} images, largest difference {difference:.2g} of the largest output"
-        f" {largest:.3g}, same class first in {same}"
+        f"{counted(len(before), 'image')}, largest difference {difference:.2g} of the largest"
+        f" output {largest:.3g}, same class first in {same}"
     )
     if labels is not None:
         targets = labels.known(given)
@@ -280,6 +281,7 @@ def card(model: TinyViT, cfg: CfgNode, notes: dict[str, Any], figures: str) -> s
     """The README.md of a repository on the Hub."""
     mean, std = mean_and_std(cfg)
     progress, sources = (json.dumps(notes.get(key, {})) for key in ("progress", "sources"))
+    progress = re.sub(r"(\.\d\d)\d+", r"\1", progress)
     return f"""---
 library_name: timm
 pipeline_tag: image-classification

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="e.g. 0-15 or 3,5,9 (default 0-15; with --pairs, the first eight seeds of a run)",
     )
     add("--pairs", action="store_true", help="mix neighbours of the list, as in distillation")
-    add("-o", "--output", default="replay_sheet.png", metavar="FILE", help="%(default)s")
+    help = "the picture (default %(default)s)"
+    add("-o", "--output", default="replay_sheet.png", metavar="FILE", help=help)
     args = parser.parse_args(argv)
     words = ["--cfg", args.cfg] if args.cfg else []
     words += ["--opts", *args.opts]

@@ -1,9 +1,8 @@
 """How much code there is: tokens (without comments and docstrings), wide lines, comments, by
 folder.
-
-python -m tools.size [FOLDER]
 """
 
+import argparse
 import ast
 import io
 import sys
@@ -35,8 +34,10 @@ def measure(text: str) -> Counter:
 
 def main(argv: list[str] | None = None) -> int:
     """Print a row for each folder, and one for the product."""
-    argv = sys.argv[1:] if argv is None else argv
-    root = Path(argv[0]) if argv else Path(__file__).resolve().parents[1]
+    parser = argparse.ArgumentParser(prog="python -m tools.size", description=__doc__)
+    default = Path(__file__).resolve().parents[1]
+    parser.add_argument("folder", nargs="?", type=Path, default=default, help="(the repository)")
+    root = parser.parse_args(argv).folder
     sizes: dict[str, Counter] = {}
     for path in sorted(root.rglob("*.py")):
         *folders, _ = path.relative_to(root).parts

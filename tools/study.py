@@ -171,12 +171,19 @@ def read_study(file: Path) -> dict[str, Any]:
     return study
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any], list[Step]]:
-    """The command line, the study that it means, and the study's commands."""
-    description = str(__doc__).partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m tools.study", description=description)
+def parse(
+    argv: Sequence[str] | None, program: str = "study", about: str = str(__doc__), file: str = ""
+) -> tuple[argparse.Namespace, dict[str, Any], list[Step]]:
+    """The command line of a program that runs a study, or one study, the study that it means, and
+    the study's commands.
+    """
+    description = about.partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m tools.{program}", description=description)
     add = parser.add_argument
-    add("file", type=Path, help="the study (YAML); tools/studies has some")
+    if file:
+        parser.set_defaults(file=Path(file))
+    else:
+        add("file", type=Path, help="the study (YAML); tools/studies has some")
     add("-o", "--output", type=Path, help="the folder for everything (output/NAME)")
     add("--data-path", help="the data set, for all commands")
     help = "KEY VALUE pairs: options for all commands, or values of the study"
@@ -188,6 +195,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
     args = parser.parse_args(argv)
     if len(args.opts) % 2:
         raise ValueError(f"--opts: expected KEY VALUE pairs, got {' '.join(args.opts)}")
+    if not (args.file.exists() or (ROOT / args.file).exists()):
+        shipped = {path.stem: path for path in ROOT.glob("tools/studies/*.yaml")}
+        near = difflib.get_close_matches(args.file.stem, shipped, n=1)
+        paths = [os.path.relpath(shipped[name]) for name in near or sorted(shipped)]
+        raise ValueError(f"{args.file}: no such file; did you mean {' or '.join(paths)}?")
     study, name = read_study(args.file), args.file.stem
     args.seeds = args.seeds or study["seeds"]
     args.changes = {}
@@ -196,6 +208,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any
         args.seeds, name = args.seeds[:1], f"{name}-quick"
         study["question"] = f"{QUICK} {study['question']}"
     args.changes |= zip(args.opts[::2], map(yaml.safe_load, args.opts[1::2]))
+    if study["values"]:  # which are no keys of a configuration: these have capital letters
+        check_known(f"{args.file}: --opts", filter(str.islower, args.changes), study["values"])
     if args.data_path:
         args.changes["DATA.DATA_PATH"] = os.path.abspath(args.data_path)
     args.output = Path(args.output or Path("output", name)).absolute()

@@ -51,7 +51,7 @@ def trained(tmp_path_factory, root):
     averaged = {name: value + 0 for name, value in model.state_dict().items()}
     averaged["head.bias"] = averaged["head.bias"] + 1
     path = tmp_path_factory.mktemp("trained") / "best.pth"
-    notes = {"config": dump(cfg), "class_names": NAMES, "progress": {"best": 43.2, "epoch": 3}}
+    notes = {"config": dump(cfg), "class_names": NAMES, "progress": {"best": 43.219876, "epoch": 3}}
     notes["sources"] = {"images": 20, "keys_sha256": "ab" * 32, "teacher": {"name": "large"}}
     torch.save({"model": model.state_dict(), "model_ema": averaged, **notes}, path)
     return path, model, cfg
@@ -148,7 +148,13 @@ def test_a_folder_for_the_hub_has_a_card(trained, tmp_path):
     ):
         assert off(model(images(2)), trained[1](images(2))) < 1e-4
     card = (tmp_path / "birds" / "README.md").read_text()
-    for text in ('"best": 43.2', '"name": "large"', "abab", "MEAN_AND_STD_TYPE: half", "20 images"):
+    for text in (
+        '"best": 43.21,',
+        '"name": "large"',
+        "abab",
+        "MEAN_AND_STD_TYPE: half",
+        "20 images",
+    ):
         assert text in card
     assert "/home/someone" not in card and (tmp_path / "birds" / ".git").exists()
 

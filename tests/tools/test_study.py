@@ -5,6 +5,7 @@ that say what the runs' own files say.
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -364,7 +365,15 @@ def test_a_column_that_nothing_has_is_an_error(killed):
 
 
 def test_missing_files_and_odd_options_are_told_in_one_line(tmp_path):
-    assert called(tmp_path / "no.yaml")[2] == f"error: {tmp_path}/no.yaml: no such file\n"
+    for name, near in (("sciense", "science"), ("topk.yml", "topk")):
+        place = os.path.relpath(ROOT / "tools" / "studies" / f"{near}.yaml")
+        error = called(tmp_path / name)[2]
+        assert error == f"error: {tmp_path}/{name}: no such file; did you mean {place}?\n"
+    assert called(tmp_path / "0.yaml")[2].count("/studies/") == len(SHIPPED)
+    shipped = ROOT / "tools" / "studies" / "views.yaml"
+    assert (
+        "--opts: lenth is unknown; did you mean length?" in called(shipped, "--opts", "lenth", 2)[2]
+    )
     assert "expected KEY VALUE pairs" in called(SHIPPED[0], "--opts", "SEED")[2]
 
 

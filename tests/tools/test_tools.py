@@ -365,6 +365,9 @@ def test_code_is_counted_without_docstrings_and_comments(tmp_path, capsys):
     for folder in ("data", "tests/data", ".venv"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.py").write_text(text)
+    with pytest.raises(SystemExit):
+        size.main(["--help"])
+    assert "folder" in capsys.readouterr().out
     assert size.main([str(tmp_path)]) == 0
     _, *rows = capsys.readouterr().out.splitlines()
     row = "3 3 1 1 ".split()
