@@ -178,7 +178,8 @@ def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
     assert len(lines) == 12
     shown = (
         r"epoch \d: .*\d/6 \[.*batches/s, \d+ images(, top1 \S+%, top5 \S+%)?, stored mass \S+%, of"
-        r" one image \S+%; rank 0: \d\.\d+ kB, [\d,]+ images/s, all epochs done in (\S+|unknown)\]$"
+        r" one image \S+%; rank 0: (\d\.\d+ kB|\d+ bytes), [\d,]+ images/s, all epochs done in"
+        r" (\S+|unknown)\]$"
     )
     assert all(re.search(shown, line) for line in lines), lines[0]
 
