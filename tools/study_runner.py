@@ -81,6 +81,8 @@ class Runner:
     """Runs steps; each has a log, which also says how its command ended."""
 
     def __init__(self, steps: Sequence[Step], output: Path, jobs: int, stop: StopRequest) -> None:
+        if jobs < 1:
+            raise ValueError(f"--jobs {jobs}: give 1 or more")
         self.steps, self.output = steps, output
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}  # and why
@@ -141,6 +143,7 @@ class Runner:
             size = log.tell()
             # One thread beside one loader process: more wait for each other on two cores.
             env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+            env["LOCAL_WORLD_SIZE"] = str(self._most)  # the loaders' processes share the cores
             taken = [job.device for job in self._jobs]
             device = min(self._devices, key=taken.count)
             if len(self._devices) > 1:

@@ -66,7 +66,7 @@ DRAWN = {
     "deit_cifar10": ["none", "soft", "hard", *("token, " + kind for kind in TOKENS), "CNN"],
     "demo": ["scratch", "distilled"],
     "imagenet_10pct": IMAGENET,
-    "label_free": ["from scratch", "pretrained without labels"],
+    "label_free": ["the teacher's answers alone", "from scratch", "pretrained without labels"],
     "science": ["labels", "stored"],
     "topk": ["labels", "T = 2"],
     "views": ["labels", "stored, alpha 0.5", "online, alpha 0.5"],
@@ -241,18 +241,21 @@ while len(list(Path({0!r}).glob("*.here"))) < 3: time.sleep(0.01)
 
 
 def test_each_job_has_a_gpu_of_its_own(tmp_path, monkeypatch):
-    """Of those that the study may use; two at a time, and each stays until the other has begun."""
+    """Of those that the study may use, and a share of the cores; each stays until the other has
+    begun.
+    """
     code = """
 import os, sys, time; from pathlib import Path
 folder, name = Path({0!r}), {1!r}
-(folder / name).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+names = "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"
+(folder / name).write_text(" of ".join(map(os.environ.get, names)))
 while len(list(folder.glob("?.gpu"))) < 2: time.sleep(0.01)
 """
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5,GPU-7")
     steps = [step(n, code.format(str(tmp_path), f"{n}.gpu"), tmp_path) for n in "ab"]
     Runner(steps, tmp_path, 2, SimpleNamespace(received=None)).run()
-    assert [(tmp_path / f"{n}.gpu").read_text() for n in "ab"] == ["GPU-5", "GPU-7"]
+    assert [(tmp_path / f"{n}.gpu").read_text() for n in "ab"] == ["GPU-5 of 2", "GPU-7 of 2"]
 
 
 def test_a_run_that_a_killed_study_has_left_is_waited_for(tmp_path):
@@ -377,6 +380,27 @@ def test_missing_files_and_odd_options_are_told_in_one_line(tmp_path):
     assert "expected KEY VALUE pairs" in called(SHIPPED[0], "--opts", "SEED")[2]
 
 
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_less_than_one_job_is_an_error(jobs, tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(STUDY)
+    status, out, err = called(file, "--jobs", jobs, "--output", tmp_path / "out")
+    assert (status, out, err) == (2, "", f"error: --jobs {jobs}: give 1 or more\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("imagenet_30pct", "imagenet, cifar100"), ("label_free", "labelled, unlabelled")],
+)
+@pytest.mark.parametrize("option", [("--data-path", "X"), ("--opts", "DATA.DATA_PATH", "X")])
+def test_one_data_set_is_not_taken_for_two(name, values, option):
+    """Entries with a DATA.DATA_PATH of their own would all get the same."""
+    file = ROOT / "tools" / "studies" / f"{name}.yaml"
+    status, out, err = called(file, "--print", *option)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"error: {file}: ") and f"set {values} in place of --data-path" in err
+
+
 def test_printed_commands_come_after_those_they_need(tmp_path):
     """With their data, their options and one seed each, as a shell reads them."""
     file = tmp_path / "x.yaml"
@@ -473,11 +497,14 @@ def test_pictures_without_labels_come_before_few_labels(tmp_path):
     with forking():
         status, out, err = called(*call, "few", 0.4)
     assert status == 0, err
-    folder = next(output.glob("*/pretraining"))
+    folder = next(output.glob("*/pretraining-seed0"))
     assert load_config(["--cfg", str(folder / "config.yaml")]).DATA.DATASET == "folder"
     log = (output / "logs" / "0.4-of-the-labels-pretrained-seed0.log").read_text()
     assert f"weights of {folder / 'checkpoints' / 'last.pth'}: " in log
     assert "180 images" in (output / "logs" / "logits.log").read_text()
+    for step in study.parse([str(call[0])])[2]:
+        if step.row.endswith(", pretrained"):
+            assert f"/pretraining-seed{step.seed}/" in step.cfg.MODEL.PRETRAINED
 
 
 def test_a_variant_goes_on_with_another_of_the_same_seed(tmp_path):
