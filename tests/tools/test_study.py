@@ -24,10 +24,14 @@ import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from configs import load_config, run_folder
+from data.store import LogitsStoreReader
+from models.checkpoints import load_state
 from tests.support.helpers import ROOT, quick_context
 from tests.support.jobs import _run_program
+from tests.support.real import packaged_weights, unpack
 from tools import demo, study, study_runner
 from tools.study_runner import Runner, Step
 
@@ -523,6 +527,85 @@ variants:
     assert starts == {f"then-seed{seed}": str(tmp_path / tag.format(seed)) for seed in (0, 1)}
     assert [step.name for step in steps[:2]] == ["teacher", "logits"]  # of the base
     assert steps[0].cfg.DATA.SHAPES.TRAIN_IMAGES == 64 and settings["seeds"] == [0, 1]
+
+
+def imagenet_and_cifar(shared_data: Path, folder: Path) -> dict[str, list[str]]:
+    """Real images below imagenet/ and cifar10/; keys of ImageNet's training images by class.
+
+    Of classes with at least four images one is for validation; all others are empty.
+    """
+    unpack(shared_data / "imagenet_val_sample.tar", folder)
+    unpack(shared_data / "cifar10.tar.gz", folder, r"/00[01]\d\.jpg$")
+    keys = {}
+    for name in ImageNetInfo("imagenet-1k").label_names():
+        images = sorted((folder / "imagenet_val_sample" / name).glob("*.JPEG"))
+        images = images if len(images) >= 4 else []
+        for split, some in (("val", images[:1]), ("train", images[1:])):
+            (folder / "imagenet" / split / name).mkdir(parents=True)
+            for image in some:
+                image.rename(folder / "imagenet" / split / name / image.name)
+        keys[name] = [f"{name}/{image.name}" for image in images[1:]]
+    return keys
+
+
+def backbone(step: Step) -> dict[str, torch.Tensor]:
+    """The last weights of a run, without the head."""
+    weights = load_state(step.result)["model"]
+    return {name: value for name, value in weights.items() if not name.startswith("head.")}
+
+
+@pytest.mark.proof
+def test_real_images_and_a_real_teacher(shared_data, tmp_path):
+    """The study of ImageNet's subsets in small: the numbers of images, what a real teacher says of
+    them, and the weights that transfers begin with.
+    """
+    weights = packaged_weights("lite0", "tf_efficientnet_lite0", tmp_path)
+    keys = imagenet_and_cifar(shared_data, tmp_path)
+    recipe = tmp_path / "student.yaml"
+    recipe.write_text(f"""
+BASE: [{ROOT}/configs/1k/tiny_vit_5m.yaml]
+DATA: {{IMG_SIZE: 48}}
+TRAIN: {{WARMUP_EPOCHS: 0, BASE_LR: 0.01}}
+MODEL: {{TINY_VIT: {{DEPTHS: [1, 1, 1, 1], NUM_HEADS: [1, 1, 2, 2], EMBED_DIMS: [16, 32, 48, 64]}}}}
+""")
+    opts = f"""imagenet {tmp_path}/imagenet cifar100 {tmp_path}/cifar10 transfer cifar10 share 0.5
+        student {recipe} teacher tf_efficientnet_lite0 weights {weights} epochs 3 stored 2
+        transfer_epochs 1 DISTILL.OTHER_SIZE True DATA.INDEX_DIR {tmp_path}/index
+        AUG.AUTO_AUGMENT none AUG.REPROB 0.0 AUG.MIXUP 0.0 AUG.CUTMIX 0.0 DATA.NUM_WORKERS 0
+        DATA.BATCH_SIZE 16""".split()
+    file, output = ROOT / "tools/studies/imagenet_10pct.yaml", tmp_path / "out"
+    call = [file, "--output", output, "--opts", *opts, "AUG.SCALE", "[0.7, 1.0]"]
+    with forking():
+        status, _, err = called(*call)
+    assert (status, err) == (0, "")
+
+    store = LogitsStoreReader(output / "tf_efficientnet_lite0")
+    counts = [max(1, len(names) // 2) for names in keys.values() if names]
+    chosen = list(store.keys)
+    assert len(chosen) == len({*chosen}) == sum(counts) > 80 and store.epochs() == [0, 1]
+    assert {*chosen} <= {key for names in keys.values() for key in names}
+    labels = [[*keys].index(key.partition("/")[0]) for key in chosen]  # ImageNet's ids
+    for epoch in store.epochs():
+        right = (store.open_epoch(epoch)["index"][:, 0] == labels).mean()
+        assert 100 * right == pytest.approx(store.seal(epoch)["teacher"]["top1"])
+        assert right > 0.7
+
+    rows = {row["run"]: row for row in json.loads((output / "results.json").read_text())["rows"]}
+    kinds = [f"tf_efficientnet_lite0, alpha {alpha}" for alpha in (0.5, 1.0)]
+    kinds.insert(0, "labels")
+    assert [*rows] == [start + kind for start in ("", "transfer of ", "head on ") for kind in kinds]
+    for name, row in rows.items():
+        passes = 2 * len(chosen) if name in kinds[1:] else 0  # two epochs serve three
+        assert row["teacher_passes"] == passes and row["bytes"] == (passes * 44 or None)
+    steps = {step.row: step for step in study.parse([*map(str, call)])[2]}
+    for kind in kinds:
+        first, moved, same = steps[kind], steps[f"transfer of {kind}"], steps[f"head on {kind}"]
+        begun = backbone(first)
+        for step in (moved, same):
+            log = (output / "logs" / f"{step.name}.log").read_text()
+            assert f"weights of {first.result}: " in log and "data: 200 images" in log
+            equal = [torch.equal(value, begun[name]) for name, value in backbone(step).items()]
+            assert all(equal) if step is same else not all(equal)
 
 
 def test_a_study_in_larger(tmp_path):
