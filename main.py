@@ -75,7 +75,13 @@ from models.build import (
 from models.class_map import LabelMap, find_label_map
 from models.distill import DistillLoss, label_cross_entropy
 from models.param_groups import build_optimizer, load_optimizer
-from models.pretrained import load_weights, read_notes, read_state_dict, save_weights
+from models.pretrained import (
+    LoadReport,
+    load_weights,
+    read_notes,
+    read_state_dict,
+    save_weights,
+)
 from models.teacher import Teacher
 from models.update import (
     EMA,
@@ -131,6 +137,7 @@ class Training:
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast; None is float32
     is_compiled: bool
+    has_new_part: bool  # weights, if only of a head, that no file gave
     progress: Progress
     sources: dict[str, Any]  # which images and which teacher it learns from
     meters: Meters
@@ -436,31 +443,33 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     cfg = data.cfg
     log.debug(f"resolved configuration:\n{dump(cfg)}")  # for the log's file alone
     log.debug(f"what differs from the defaults: {choices_in_words(cfg)}")
-    in_the_loop = f"the teacher {teacher.name} runs in the loop" if teacher else ""
+    in_the_loop = ""
+    if teacher:
+        in_the_loop = f"top-{cfg.DISTILL.LOGITS_TOPK} of the teacher {teacher.name} in the loop"
     taught_by = world.on_main(data.check_store) or in_the_loop or "no teacher, labels alone"
     plan = batch_plan(cfg)
     loader = utils.open_loader(data, world, log, plan.per_process, step_images=plan.per_update)
-    describe_data(loader, taught_by, log)
     steps = loader.count() // plan.accumulation  # updates of an epoch
     labels = labels_of_training(data, world)
     validate = open_validation(data, world, log, not cfg.DISTILL.ENABLED, stop)
+    describe_data(loader, taught_by, data.validation if validate else None, log)
     mix_type = PairMix if cfg.AUG.MIXUP_MODE == "pair2" else BatchMix
 
     sources = world.on_main(data.sources)
     if teacher:
         sources["teacher"] = world.on_main(teacher.identity)
     state = world.on_main(lambda: find_state(cfg, log, sources))
-    model, weights = build_student(cfg, world, log, start=state is None)
+    model, report = build_student(cfg, world, log, start=state is None)
     optimizer = build_optimizer(cfg, model)
     dtype = utils.amp_dtype(cfg, world.device)
     is_compiled, reason = utils.must_compile(cfg, world.device, steps * cfg.TRAIN.EPOCHS)
     runs = "compiled" if is_compiled else "uncompiled"
-    log.debug(f"the model runs {runs} ({reason})")
+    log.debug(f"the model runs {runs} (TRAIN.COMPILE {reason})")
     log.info(
         f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters"
         f" ({count_parameters(model, trainable=True):,} train),"
         f" {multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes,"
-        f" {runs}{weights}"
+        f" {runs}" + (f"; {report.brief()}" if report else "")
     )
     run = Training(
         cfg=cfg,
@@ -483,6 +492,7 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
         scaler=utils.grad_scaler(world.device, dtype),
         dtype=dtype,
         is_compiled=is_compiled,
+        has_new_part=state is None and (report is None or bool(report.zeroed)),
         progress=Progress(cfg.TRAIN.START_EPOCH, update=cfg.TRAIN.START_EPOCH * steps),
         sources=sources,
         meters=Meters(world),
@@ -502,22 +512,17 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
 
 def build_student(
     cfg: CfgNode, world: Distributed, log: Logger, start: bool
-) -> tuple[nn.Module, str]:
+) -> tuple[nn.Module, LoadReport | None]:
     """The model on its device, with MODEL.PRETRAINED if it is to `start` from there; how that
     fitted.
     """
     utils.seed_everything(cfg.SEED)
-    model, fitted = build_model(cfg, load=False, log=log.debug).to(world.device), ""
+    model, fitted = build_model(cfg, load=False, log=log.debug).to(world.device), None
     if cfg.TRAIN.CHANNELS_LAST and cfg.MODEL.TYPE != "tiny_vit":  # which does so by itself
         model = model.to(memory_format=torch.channels_last)
     if start and cfg.MODEL.PRETRAINED:
-
-        def load() -> str:
-            report = load_named_weights(model, cfg, cfg.MODEL.PRETRAINED, log=log.debug)
-            loaded, *others = str(report).splitlines()
-            return ",".join([f"; {loaded}", *(line.partition(":")[0][1:] for line in others)])
-
-        fitted = world.on_main(load)
+        name = cfg.MODEL.PRETRAINED
+        fitted = world.on_main(lambda: load_named_weights(model, cfg, name, log=log.debug))
         world.broadcast_tensors(model.state_dict().values())
     if not cfg.TRAIN.SYNC_BN:
         return model, fitted
@@ -628,17 +633,27 @@ def open_validation(
     return validate
 
 
-def describe_data(loader: EpochLoader, taught_by: str, log: Logger) -> None:
-    """Log what is learnt from."""
-    log.debug(f"each image: {loader.dataset.decoder}, by {loader.dataset.executor}")
-    skipped = loader.sampler.skipped
-    classes = loader.dataset.dataset.num_classes
-    images = f"{len(loader.dataset) - skipped:,} images of {classes:,} classes"
+def describe_data(loader: EpochLoader, taught_by: str, validation: Any, log: Logger) -> None:
+    """Log what is learnt from, and the images on which that is evaluated, if there are any."""
+    replay, skipped = loader.dataset, loader.sampler.skipped
+    log.debug(f"each image: {replay.decoder}, by {replay.executor}")
+    trained = replay.dataset.classes_present()
+    classes = len(trained) or replay.dataset.num_classes
+    images = f"{len(replay) - skipped:,} images of {classes:,} classes"
     if skipped:
         images += (
             f" ({skipped:,} of the store's are skipped in epoch 0: they or their partner are not in"
             " the data)"
         )
+    if validation is not None:
+        seen = validation.classes_present()
+        images += f", {len(validation):,}{f' of {len(seen):,}' if seen else ''} to validate"
+        unseen = sorted(set(trained) - set(seen))
+        if validation.class_names == replay.dataset.class_names and seen and unseen:
+            more = f" and {len(unseen) - 5:,} more" if len(unseen) > 5 else ""
+            log.warning(f"classes without validation images: {', '.join(unseen[:5])}{more}")
+    if replay.store and replay.topk < replay.store.k:
+        taught_by += f"; its top-{replay.topk} are read"
     log.info(f"data: {images}; {taught_by}; {loader.num_workers} loader processes")
 
 
@@ -654,14 +669,17 @@ def describe(run: Training) -> None:
     numbered = cfg.TRAIN.EPOCHS // cfg.SAVE_FREQ
     files = min(numbered, cfg.TRAIN.KEEP_CHECKPOINTS or numbered) + 2  # last.pth and best.pth
     numbers = count_parameters(run.model) * (4 if run.ema else 3)  # the optimizer has two each
+    less = ""
+    if "DATA.BATCH_SIZE" in cfg.EXPLICIT and plan.per_process < cfg.DATA.BATCH_SIZE:
+        less = f", as TRAIN.GLOBAL_BATCH wins over DATA.BATCH_SIZE {cfg.DATA.BATCH_SIZE}"
     log.info(
         f"training: {cfg.TRAIN.EPOCHS} epochs of {run.loader.count() // plan.accumulation:,}"
         f" updates of {plan.per_update} images ({world.world_size} processes x {plan.accumulation}"
-        f" passes x {plan.per_process}); rates up to {peak:.3g} (TRAIN.BASE_LR"
+        f" passes x {plan.per_process}{less}); rates up to {peak:.3g} (TRAIN.BASE_LR"
         f" {cfg.TRAIN.BASE_LR:g} x {plan.per_update} / 512), {total:.2g} in all; checkpoints of"
         f" about {size_text(files * numbers * 4)} at most"
     )
-    if cfg.TRAIN.OPTIMIZER.NAME == "adamw" and total < LEAST_SUM:
+    if run.has_new_part and cfg.TRAIN.OPTIMIZER.NAME == "adamw" and total < LEAST_SUM:
         log.warning(
             f"LITTLE MAY BE LEARNT: AdamW moves a weight by at most about the sum of the rates,"
             f" which is {total:.2g}: raise TRAIN.BASE_LR {cfg.TRAIN.BASE_LR:g}, which is scaled by"

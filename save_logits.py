@@ -41,14 +41,15 @@ import utils
 from configs import run_folder
 from data.augment.decoder import mean_and_std
 from data.augment.rng import generator, run_seed, sample_seed
-from data.build import EpochLoader, RunData, open_run
+from data.build import EpochLoader, RunData, loader_processes, open_run
 from data.identity import CHOICE_KEYS, check_proof, identity_of, proof_of
 from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
-from data.store.format import pack_records, ranges, size_text
+from data.store.format import counted, epochs_text, pack_records, ranges, size_text
 from data.store.keys import Keys
 from logger import awaited, create_logger, no_trace_if_refused, progress
 from models.agreement import Agreement, compare
+from models.build import count_parameters
 from models.class_map import LabelMap
 from models.distill import encode
 from models.teacher import Teacher
@@ -181,7 +182,15 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
     log = world.everywhere(lambda: create_logger(run_folder(cfg), world.rank))
     utils.seed_everything(cfg.SEED)  # of what a user's function draws
     written = world.on_main(lambda: teacher_of_store(cfg.DISTILL.TEACHER_LOGITS_PATH))
-    teacher = world.main_first(lambda: Teacher.from_config(cfg, world.device, log.info, written))
+    machine = f"{world.world_size} x {world.device.type}, torch {torch.__version__}"
+    log.info(f"run {run_folder(cfg)}: {machine}")
+    teacher = world.main_first(lambda: Teacher.from_config(cfg, world.device, log.debug, written))
+    weights = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
+    log.info(
+        f"teacher {teacher.name}: {count_parameters(teacher):,} parameters,"
+        f" {teacher.num_classes:,} classes, {teacher.precision}"
+        + (f"; weights of {weights}" if weights else "")
+    )
     if cfg.AMP_DTYPE == "bf16":
         log.warning(
             "AMP_DTYPE bf16 is too coarse for stored probabilities: the teacher runs in"
@@ -193,6 +202,12 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
     if labels is not None:
         labels = labels.to(world.device)
     run = Run(data.cfg, world, stop, log, data, teacher, labels)
+    classes = len(data.images.classes_present())
+    log.info(
+        f"data: {counted(len(data.images), 'image')}"
+        + (f" of {classes:,} classes" if classes else "")
+        + f"; {loader_processes(cfg)} loader processes"
+    )
     if cfg.TRAIN.COMPILE == "True":
         utils.compile_model(teacher.model, world, log.warning)
         # now, because the manifest says whether it could be compiled
@@ -220,12 +235,13 @@ def save(run: Run, skip_eval: bool) -> int:
         world.on_main(lambda: writer.clean_up(wanted))
         pending = world.on_main(lambda: [e for e in wanted if not writer.is_sealed(e)])
         if not pending:
-            log.info(f"{root}: epochs {ranges(wanted)} are complete, nothing is left to do")
+            log.info(f"{root}: {epochs_text(wanted, are=True)} complete, nothing is left to do")
             return Exit.DONE
         world.on_main(lambda: writer.check_disk(pending))
+        size = size_text(len(pending) * len(writer) * writer.dtype.itemsize)
         log.info(
-            f"{root}: epochs {ranges(pending)} of {len(writer):,} images, top-{writer.k} of"
-            f" {writer.num_classes:,} classes"
+            f"store {root}: {epochs_text(pending)} of {counted(len(writer), 'image')},"
+            f" top-{writer.k} of {writer.num_classes:,} classes, {size}"
         )
         if skip_eval:
             log.info("the teacher is not evaluated (--skip-eval)")
@@ -246,7 +262,7 @@ def save(run: Run, skip_eval: bool) -> int:
             total = Tally(*map(sum, sums), min(least), max(enough))
             log.info(f"epoch {epoch}: {total}; {pace}")
             world.on_main(partial(writer.seal, epoch, teacher=total.accuracy()))
-    log.info(f"{root}: epochs {ranges(wanted)} are sealed")
+    log.info(f"{root}: {epochs_text(wanted, are=True)} sealed")
     return Exit.DONE
 
 
@@ -476,7 +492,7 @@ def check(run: Run, exact: bool, percent: float | None) -> int:
         total.merge(found)
         left_out += unknown
     share = "" if percent is None else f"{percent:g}% of the batches of "
-    log.info(f"checked {share}epochs {ranges(epochs)}: {total}")
+    log.info(f"checked {share}{epochs_text(epochs)}: {total}")
     if left_out:
         log.info(
             f"left out: {left_out} images whose partner's seed the original did not keep (the last"

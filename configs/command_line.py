@@ -1,6 +1,7 @@
 """The flags that every program understands."""
 
 import argparse
+from collections.abc import Container
 from typing import Any
 
 # (flag, also a short one, and what follows it, key that it sets, type, what it is)
@@ -8,7 +9,12 @@ VALUES = (
     ("--batch-size N", "DATA.BATCH_SIZE", int, "images per process and forward pass"),
     ("--data-path PATH", "DATA.DATA_PATH", str, "the data set"),
     ("--pretrained WEIGHTS", "MODEL.PRETRAINED", str, "weights to start from: path, URL, zoo name"),
-    ("--resume CHECKPOINT", "MODEL.RESUME", str, "checkpoint to continue from, or to evaluate"),
+    (
+        "--resume CHECKPOINT",
+        "MODEL.RESUME",
+        str,
+        "checkpoint to continue from, to evaluate, or of the teacher",
+    ),
     ("--accumulation-steps N", "TRAIN.ACCUMULATION_STEPS", int, "forward passes per update"),
     ("-o --output FOLDER", "OUTPUT", str, "runs go to FOLDER/MODEL.NAME/TAG"),
     ("--tag NAME", "TAG", str, "name of this run"),
@@ -26,10 +32,13 @@ SWITCHES = (
 )
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
+def argument_parser(
+    description: str, without_effect: Container[str] = ()
+) -> argparse.ArgumentParser:
     """A parser of the flags that all programs share; programs add their own.
 
-    A flag whose `dest` is a dotted key sets that key; one that is absent sets nothing.
+    The help leaves out what sets a key `without_effect`. A flag whose `dest` is a dotted key sets
+    that key; one that is absent sets nothing.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument(
@@ -53,7 +62,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
             dest=key,
             type=kind,
             default=argparse.SUPPRESS,
-            help=f"{text} ({key})",
+            help=argparse.SUPPRESS if key in without_effect else f"{text} ({key})",
         )
     for flags, key, value, text in SWITCHES:
         parser.add_argument(
@@ -62,7 +71,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
             action="store_const",
             const=value,
             default=argparse.SUPPRESS,
-            help=f"{text} ({key} {value})",
+            help=argparse.SUPPRESS if key in without_effect else f"{text} ({key} {value})",
         )
     parser.add_argument(
         "--local_rank",

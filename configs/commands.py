@@ -16,6 +16,12 @@ Settings = TypeVar("Settings")
 # A ValueError unless a store's folder holds these epochs.
 CheckSealed = Callable[[Path, range], None]
 
+# What the flags set that save_logits.py accepts, as the original did, and does without.
+OF_TRAINING = (
+    *("EVAL_MODE", "THROUGHPUT_MODE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT"),
+    *("TRAIN.SYNC_BN", "USE_WANDB"),
+)
+
 
 def answered(load: Callable[[], Settings]) -> Settings:
     """What `load` reads from the command line; a fault of the user's ends the program."""
@@ -80,7 +86,8 @@ def _check_epochs(check_sealed: CheckSealed, cfg: Config) -> None:
 
 def saving(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """save_logits.py: its flags, and the configuration."""
-    parser = argument_parser("Save a teacher's answers to a logits store, or check them.")
+    text = "Save a teacher's answers to a logits store, or check them."
+    parser = argument_parser(text, without_effect=OF_TRAINING)
     add = parser.add_argument
     add("--check-saved-logits", action="store_true", help="compare the store with its teacher now")
     add("--exact", action="store_true", help="with the check: every bit must be equal")

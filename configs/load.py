@@ -193,7 +193,11 @@ def read_text(path: Path, named_by: str = "") -> str:
         with open(path if path.exists() else ROOT / path, encoding="utf-8") as file:
             return file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{named_by}") from None
+        known = [str(file.relative_to(ROOT)) for file in ROOT.glob("*/*/*.yaml")]
+        known += map(str, path.parent.glob("*.yaml"))
+        near = difflib.get_close_matches(str(path), known, n=1)
+        advice = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such file{named_by}{advice}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read ({error}){named_by}") from None
 

@@ -30,7 +30,7 @@ from data.images.datasets import build_dataset
 from data.replay import Batch, ReplayDataset
 from data.sampler import EpochBatches, EpochSampler, Wanted
 from data.store.files import StoreError
-from data.store.format import ranges
+from data.store.format import epochs_text
 from data.store.keys import map_positions
 from data.store.original import UpstreamStoreReader
 from data.store.reader import LogitsStoreReader
@@ -214,7 +214,7 @@ class RunData:
             check_proof(proof, self.images, decoder, str(store.root), self.index_of)
         return (
             f"store {store.root}: top-{store.k} of {store.num_classes} classes, {len(store):,}"
-            f" images, epochs {ranges(store.epochs())}"
+            f" images, {epochs_text(store.epochs())}"
         )
 
     def sources(self) -> dict[str, Any]:
@@ -468,14 +468,17 @@ def _resolved_values(cfg, images, store, num_outputs: int) -> dict[str, Any]:
     classes = values["MODEL.NUM_CLASSES"]
     data = cfg.DATA.DATA_PATH or cfg.DATA.DATASET
     if classes < 1:
+        way_out = "learn from a teacher (DISTILL.TEACHER_LOGITS_PATH), or name labelled data"
+        if ":" in cfg.DATA.DATASET:
+            way_out = "set MODEL.NUM_CLASSES"
         raise ValueError(
-            f"DATA.DATASET = {cfg.DATA.DATASET}: no labels tell the number of classes: set"
-            " MODEL.NUM_CLASSES"
+            f"DATA.DATASET = {cfg.DATA.DATASET}: no labels tell the number of classes: {way_out}"
         )
     if classes < images.num_classes:
-        way_out = (
-            "set MODEL.NUM_CLASSES, or give the data that these weights or this store belong to"
-        )
+        way_out = f"set MODEL.NUM_CLASSES {images.num_classes} or more, or leave it out"
+        if classes != cfg.MODEL.NUM_CLASSES and (num_outputs or store is not None):
+            whose = "the given weights" if store is None else f"the store {store.root}"
+            way_out = f"they are those of {whose}: give the data that belongs to them"
         if cfg.DATA.CLASS_LIST:
             way_out = (
                 f"of them DATA.CLASS_LIST {cfg.DATA.CLASS_LIST} names more: give a file of these"

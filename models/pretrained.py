@@ -7,6 +7,7 @@ No file can run code: only tensors, plain containers and the configuration node 
 files hold are accepted. Checksums are tested where a file has such; `FILE@sha256=...` asks for one.
 """
 
+import difflib
 import errno
 import http.client
 import json
@@ -94,6 +95,11 @@ class LoadReport:
         lines = [f"weights of {self.source}: {self.loaded} tensors loaded"]
         lines += [f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
         return "\n".join(lines)
+
+    def brief(self) -> str:
+        """The report on one line, without the names of tensors."""
+        loaded, *others = str(self).splitlines()
+        return ",".join([loaded, *(line.partition(":")[0][1:] for line in others)])
 
 
 def read_state_dict(
@@ -185,10 +191,11 @@ def load_weights(
         shown = "; ".join(misfits[:6])
         if len(misfits) > 6:
             shown += f"; and {len(misfits) - 6} more"
-        raise ValueError(
-            f"{label} does not fit {type(model).__name__}: {shown}. Check that the model's"
-            " configuration is the weights' own"
+        reason = _another_kind(targets, state, label) or (
+            f"{shown}. Check that the model's configuration, MODEL.NUM_CLASSES as well, is the"
+            " weights' own"
         )
+        raise ValueError(f"{label} does not fit {type(model).__name__}: {reason}")
 
     model.load_state_dict(fitting, strict=False)
     loaded = len(fitting) - len(adapted) - len(zeroed)
@@ -391,6 +398,24 @@ def _in_naming_of(targets: Mapping[str, torch.Tensor], state: StateDict) -> Stat
     return state
 
 
+def _another_kind(targets: Mapping[str, torch.Tensor], state: StateDict, label: str) -> str:
+    """Why weights are of a TinyViT where the model is none, or the other way; "" if neither."""
+    from timm import is_model  # slow to import
+
+    stem = "patch_embed.seq.0.c.weight"
+    if stem in state and stem not in targets:
+        return "it holds a TinyViT: take a recipe of MODEL.TYPE tiny_vit"
+    if stem in targets and stem not in state:
+        name = next(
+            filter(is_model, re.findall(r"\w+", label.rpartition("/")[2])), "to what timm calls it"
+        )
+        return (
+            f"it holds no TinyViT (the first tensor is {next(iter(state), None)}): for the weights"
+            f" of a timm model set MODEL.TYPE timm MODEL.NAME {name}"
+        )
+    return ""
+
+
 def _is_22k_head_for_1k(value: torch.Tensor | None, target: torch.Tensor) -> bool:
     given = None if value is None else value.shape
     return given == (21841, *target.shape[1:]) and len(target) == 1000
@@ -436,7 +461,13 @@ def read_file(source: str | Path) -> tuple[object, Path, str]:
         named = max(found, key=lambda file: (file.stem == "best", file.stem))
         raise ValueError(f"{path}: is a folder, name a checkpoint in it, such as {named}")
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()})")
+        known = [*ZOO_NAMES, *map(str, path.parent.glob("*"))]
+        near = difflib.get_close_matches(str(path), known, n=1)
+        hint = ""
+        if near:
+            kind = " (of MODEL.TYPE tiny_vit)" * (near[0] in ZOO_NAMES)
+            hint = f"; did you mean {near[0]}{kind}?"
+        raise ValueError(f"{path}: there is no such checkpoint file (looked in {Path.cwd()}){hint}")
     load = _load_safetensors if path.suffix == ".safetensors" else _load_plain
     try:
         content, is_tested = load(path)

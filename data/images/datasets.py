@@ -82,6 +82,12 @@ class ListedImages:
         """The names of the classes, by label."""
         return self.listing.class_names
 
+    def classes_present(self) -> list[str]:
+        """The names of the classes that have images, as far as the listing knows labels."""
+        labels, names = self.listing.labels, self.class_names
+        counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
+        return [name for name, count in zip(names, counts) if count]
+
     def _sample(self, position: int) -> tuple[Image.Image, int]:
         return self.open_image(position), self.listing.label(position)
 
@@ -222,7 +228,8 @@ def _build_imagenet22k(cfg, split: str) -> ListedImages:
     if not names.is_file():
         raise ValueError(
             f"{names}: no such file: imagenet22k needs this list of image names (one a line, like"
-            " n00007846_10001) beside its zip files; correct --data-path"
+            f" n00007846_10001) beside its zip files{layout.looks_like(root, 'imagenet22k')};"
+            " correct --data-path"
         )
     class_lists = _given_class_lists(cfg)
     name_format = cfg.DATA.FNAME_FORMAT
@@ -337,7 +344,8 @@ def _cifar(cfg, root: Path, split: str):
     except (RuntimeError, OSError) as error:
         download = "" if cfg.DATA.DOWNLOAD else ", or set DATA.DOWNLOAD True to fetch it"
         raise ValueError(
-            f"{root}: {cfg.DATA.DATASET} is not there, or damaged ({error}): give its folder with"
+            f"{root}: {cfg.DATA.DATASET} is not there, or damaged ({error})"
+            f"{layout.looks_like(root, cfg.DATA.DATASET)}: give its folder with"
             f" --data-path{download}"
         ) from None
 

@@ -8,11 +8,20 @@ from functools import cache
 from pathlib import Path
 
 from data.images.listing import read_names
+from data.images.reading import IMAGE_SUFFIXES
 
 NAME_LIST = "in22k_image_names.txt"
 # DATA.CLASS_LIST -> timm's name
 CLASS_SETS = {"imagenet1k": "imagenet-1k", "imagenet22k": "imagenet-22k"}
 NUM_CLASSES_22K = 21841
+SIGNS = {  # what lies in a folder of each DATA.DATASET
+    "imagenet": ["train", "train.tar"],
+    "imagenet22k": [NAME_LIST],
+    "cifar10": ["cifar-10-batches-py"],
+    "cifar100": ["cifar-100-python"],
+    "parquet": ["*.parquet", "data/*.parquet"],
+    "webdataset": ["*.tar"],
+}
 
 
 def data_path(cfg) -> Path:
@@ -58,11 +67,23 @@ def find_split(cfg, split: str) -> Path:
                 f"; if its {folders} folders are classes, they must be split between train/ and"
                 " val/, as docs/RECIPES.md does"
             )
+        hint = hint or looks_like(root, cfg.DATA.DATASET)
         other = ", or set DATA.VAL_PATH" if split == "val" else ""
         raise ValueError(
             f"{root}: has neither {split}/ nor {split}.tar{hint}: correct --data-path{other}"
         )
     return path
+
+
+def looks_like(root: Path, wanted: str) -> str:
+    """The DATA.DATASET that a folder where nothing was found for another is of, in words."""
+    for kind, signs in SIGNS.items():
+        if kind != wanted and any(next(root.glob(sign), None) for sign in signs):
+            return f"; what lies there looks like DATA.DATASET {kind}"
+    suffixes = {path.suffix.lower() for path in root.glob("*")}
+    if wanted != "folder" and suffixes & {*IMAGE_SUFFIXES}:
+        return "; for images without labels set DATA.DATASET folder"
+    return ""
 
 
 def training_path(cfg) -> Path | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images import layout
 from data.images.archives import NOWHERE, is_image, tar_members, zip_spans
 from data.images.listing import Scan, reported, stamp
 from data.images.reading import IMAGE_SUFFIXES, warn
@@ -167,8 +168,9 @@ def _announce_links(watched: Sequence[list]) -> None:
 def check_some(path: Path, keys: Sized, expected: str) -> None:
     if not len(keys):
         raise ValueError(
-            f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}): expected {expected}; correct the"
-            " path, or DATA.DATASET, which says how images are laid out"
+            f"{path}: no images ({', '.join(IMAGE_SUFFIXES)}): expected {expected}"
+            f"{layout.looks_like(path, '')}; correct the path, or DATA.DATASET, which says how"
+            " images are laid out"
         )
 
 

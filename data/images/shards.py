@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.images.archives import is_image, tar_members
+from data.images.layout import looks_like
 from data.images.listing import Scan, reported, stamp
 from data.images.reading import CorruptImage
 from data.images.scans import check_some, folder_around, folder_of, labels_of
@@ -41,9 +42,12 @@ def shard_files(root: Path, split: str, suffix: str) -> list[Path]:
     found = sorted(root.rglob(f"*{suffix}"))
     files = [path for path in found if word.search(str(path.relative_to(root)))]
     if not files:
-        there = f"; {found[0]} and {len(found) - 1} others are of no split" if found else ""
+        there = looks_like(root, "")
+        if found:
+            there = f"; {found[0]} and {len(found) - 1} others are of no split"
         raise ValueError(
-            f"{root}: no {suffix} file has {split!r} in its name{there}: correct the path"
+            f"{root}: no {suffix} file has {split!r} in its name{there}: correct the path, or"
+            " DATA.DATASET, which says how images are laid out"
         )
     return files
 

@@ -255,6 +255,14 @@ def ranges(numbers: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts) or "none"
 
 
+def epochs_text(numbers: Iterable[int], are: bool = False) -> str:
+    """{0, 1, 2} as "epochs 0-2" or "epochs 0-2 are", {5} as "epoch 5" or "epoch 5 is"."""
+    text = ranges(numbers)
+    if text.isdigit():
+        return f"epoch {text}" + " is" * are
+    return f"epochs {text}" + " are" * are
+
+
 def _changed(stored: Mapping, given: Mapping) -> list:
     """The keys of both under which they hold different values."""
     return sorted(key for key in stored.keys() & given.keys() if stored[key] != given[key])

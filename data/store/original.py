@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.store.files import StoreError
-from data.store.format import SEAL_RECORDS, Records, impossible, ranges, record_dtype
+from data.store.format import SEAL_RECORDS, Records, epochs_text, impossible, ranges, record_dtype
 from data.store.keys import Keys, default_cache, load_array, locate, save_array
 
 MOST_CLASSES = 1 << 15  # int16 can't name more
@@ -159,7 +159,7 @@ class UpstreamStoreReader:
         found = set(self.epochs())
         if wanted - found:
             raise StoreError(
-                f"{self.root}: epochs {ranges(wanted - found)} with top-{self.k} are missing"
+                f"{self.root}: {epochs_text(wanted - found, are=True)} missing with top-{self.k}"
                 f" (there: {ranges(found)}): copy them there, set DISTILL.REUSE_EPOCHS True, or"
                 " train fewer epochs"
             )

@@ -24,6 +24,7 @@ from data.store.format import (
     again,
     data_path,
     decoded,
+    epochs_text,
     identity_digest,
     impossible,
     num_blocks,
@@ -217,6 +218,6 @@ def check_sealed(root: Path, wanted: Iterable[int]) -> None:
     missing = set(wanted) - sealed
     if missing:
         raise StoreError(
-            f"{root}: epochs {ranges(missing)} are missing (sealed: {ranges(sealed)}): save them"
+            f"{root}: {epochs_text(missing, are=True)} missing (sealed: {ranges(sealed)}): save"
             " with save_logits.py, set DISTILL.REUSE_EPOCHS True, or train fewer epochs"
         )

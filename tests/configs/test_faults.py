@@ -149,6 +149,16 @@ def test_files_that_name_the_next_one_twice_end_soon(tmp_path):
     ("words", "world", "message"),
     [
         ("--cfg nowhere.yaml", 1, "nowhere.yaml: no such file"),
+        (
+            "--cfg configs/1k_distil/tiny_vit_5m_1k.yaml",
+            1,
+            "no such file; did you mean configs/1k_distill/tiny_vit_5m_1k_distill.yaml?",
+        ),
+        (
+            "--cfg tools/studies/sciense.yaml",
+            1,
+            "no such file; did you mean tools/studies/science.yaml?",
+        ),
         ("--cfg .", 1, ".: can't be read"),
         ("--opts TRAIN.EPOCHS", 1, "--opts: expected KEY VALUE pairs, got 1 words: TRAIN.EPOCHS"),
         ("--opts TRAIN.EPOCHS=3", 1, "write KEY VALUE, without ="),

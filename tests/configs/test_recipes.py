@@ -45,6 +45,13 @@ def test_a_recipe_loads_survives_a_dump_and_begins_with_its_command(recipe, root
     load_config(command, world_size=8)
 
 
+def test_students_read_all_that_a_store_keeps():
+    recipes = [
+        load_config(["--cfg", str(path)]) for path in RECIPES if path.parent.stem != "teacher"
+    ]
+    assert not any(cfg.DISTILL.LOGITS_TOPK for cfg in recipes)
+
+
 @pytest.mark.parametrize(("name", "expected"), list(zip(VALUES[::2], VALUES[1::2])))
 def test_a_recipe_has_the_originals_values(name, expected):
     cfg = load_config(["--cfg", next(str(path) for path in RECIPES if path.stem == name)])

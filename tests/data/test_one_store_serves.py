@@ -224,7 +224,7 @@ def test_a_long_run_on_the_first_epochs_alone(store):
     cfg = student(store, "TRAIN.EPOCHS 3 DISTILL.REUSE_FIRST 1")
     for epoch in range(3):
         assert_same(trained_on(cfg, epoch), trained_on(student(store), 0))
-    with pytest.raises(ValueError, match="epochs 2 are missing"):
+    with pytest.raises(ValueError, match="epoch 2 is missing"):
         open_run(student(store, "TRAIN.EPOCHS 3 DISTILL.REUSE_FIRST 3")).check_store()
 
 
@@ -323,7 +323,7 @@ def test_epochs_that_are_missing(store):
     with pytest.raises(
         ValueError,
         match=(
-            r"epochs 2-4 are missing \(sealed: 0-1\): save them with save_logits.py, set"
+            r"epochs 2-4 are missing \(sealed: 0-1\): save with save_logits.py, set"
             r" DISTILL.REUSE"
         ),
     ):

@@ -228,5 +228,9 @@ def test_resolve_tells_what_the_data_knows():
     cfg = config()
     assert (cfg.MODEL.NUM_CLASSES, cfg.AUG.FILL) == (10, [124, 116, 104]) and cfg.is_frozen()
     assert resolve(cfg) == cfg
-    with pytest.raises(ValueError, match="7 classes are fewer than the 10 of the data"):
+    with pytest.raises(
+        ValueError, match="7 classes .* the 10 of .*: set MODEL.NUM_CLASSES 10 or m"
+    ):
         config("MODEL.NUM_CLASSES", 7)
+    with pytest.raises(ValueError, match="7 classes .* they are those of the given weights: give"):
+        resolve(cfg.replace({"MODEL.NUM_CLASSES": 0}), num_outputs=7)

@@ -571,11 +571,28 @@ def test_what_the_model_needs_must_be_there(weights, exact):
 
 
 def test_a_long_list_of_misfits_is_cut(tmp_path):
-    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
+    torch.save(tiny().state_dict(), tmp_path / "small.pth")
+    deeper = tiny(depths=[1, 3, 1, 1])
     with pytest.raises(
-        ValueError, match=r"linear.pth does not fit TinyViT: .*; and \d+ more. Check"
+        ValueError, match=r"small.pth does not fit TinyViT: .*; and \d+ more. Check"
     ):
-        load_weights(tiny(), tmp_path / "linear.pth", log=quiet)
+        load_weights(deeper, tmp_path / "small.pth", log=quiet)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("resnet10t-f3d1a2.pth", "NAME resnet10t$"), ("linear.pth", "NAME to what timm calls it$")],
+)
+def test_weights_of_another_kind_of_model_are_told(weights, tmp_path, name, told):
+    linear = nn.Linear(2, 2)
+    torch.save(linear.state_dict(), tmp_path / name)
+    message = (
+        rf"it holds no TinyViT \(the first tensor is weight\): .* MODEL.TYPE timm MODEL.{told}"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_weights(tiny(), tmp_path / name, exact=True, log=quiet)
+    with pytest.raises(ValueError, match="does not fit Linear: it holds a TinyViT: take a recipe"):
+        load_weights(linear, weights, log=quiet)
 
 
 def test_other_numbers_of_heads_do_not_fit(weights):

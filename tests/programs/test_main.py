@@ -27,7 +27,7 @@ import save_logits
 import utils
 from configs import dump, load_config
 from configs.continuation import FREE, check_continuation
-from data.images import build_dataset
+from data.images import build_dataset, shapes
 from data.images.listing import read_names
 from models.class_map import imagenet_wnids, map_22k_to_1k
 from models.teacher import Teacher
@@ -122,6 +122,36 @@ def test_rates_that_move_nothing_are_told(tmp_path, capsys):
     assert "LITTLE" not in capsys.readouterr().out
 
 
+def test_weights_that_are_given_may_move_little(trained, tmp_path, capsys):
+    given = ["--pretrained", trained / "weights.safetensors"]
+    small = f"{SHORT} TRAIN.BASE_LR 0.01 TRAIN.MIN_LR 0.0 TRAIN.WARMUP_LR 0.0"
+    for tag, opts, flags, warns in (
+        ("whole", "", given, False),
+        ("head", "MODEL.NUM_CLASSES 11", given, True),
+        ("head", "MODEL.NUM_CLASSES 11", given, False),  # finished
+    ):
+        assert run(tmp_path, small, opts, flags=[*flags, "--tag", tag]) == 0
+        assert ("LITTLE MAY BE LEARNT" in capsys.readouterr().out) is warns, (tag, opts)
+
+
+def test_a_batch_that_is_made_smaller_is_told(tmp_path, capsys):
+    assert run(tmp_path, SHORT, "TRAIN.GLOBAL_BATCH 8", flags=["--batch-size", 12]) == 0
+    text = "1 passes x 8, as TRAIN.GLOBAL_BATCH wins over DATA.BATCH_SIZE 12); rates"
+    assert text in capsys.readouterr().out
+    assert run(tmp_path, SHORT, "TRAIN.GLOBAL_BATCH 8 TAG same") == 0
+    assert "wins over" not in capsys.readouterr().out
+
+
+def test_classes_without_validation_images_are_named(tmp_path, capsys):
+    assert run(tmp_path, SHORT, "DATA.SHAPES.VAL_IMAGES 4") == 0
+    out = capsys.readouterr().out
+    assert "data: 24 images of 10 classes, 4 of 4 to validate; no teacher" in out
+    unseen = sorted(shapes.CLASS_NAMES[4:])
+    assert f"classes without validation images: {', '.join(unseen[:5])} and 1 more\n" in out
+    assert run(tmp_path, SHORT, "TAG all") == 0
+    assert "without validation images" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("opts", ["", "TRAIN.KEEP_CHECKPOINTS 1 TRAIN.EMA_DECAY 0.9"])
 def test_checkpoints_take_what_the_start_says(opts, tmp_path, capsys):
     assert run(tmp_path, SHORT, "TRAIN.EPOCHS 4", opts) == 0
@@ -212,7 +242,7 @@ def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
         "code ",
         "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
         "each image: 40 px: RandomResizedCrop(",
-        "data: 43 images of 10 classes; no teacher, labels alone; 0 loader processes",
+        "data: 43 images of 10 classes, 20 of 10 to validate; no teacher, labels alone; 0 loader",
         "training: 2 epochs of 5 updates of 8 images (1 processes x 1 passes x 8); rates up to",
         " (TRAIN.BASE_LR 0.1 x 8 / 512), 0.005 in all; checkpoints of about ",
         "epoch 1/2, update 2/5: norm ",
@@ -875,7 +905,7 @@ def test_a_compiler_that_fails_is_a_warning(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fails)
     assert run(tmp_path, SHORT, "TRAIN.COMPILE True") == 0
-    assert "the model runs compiled (as asked)" in log_of(tmp_path)
+    assert "the model runs compiled (TRAIN.COMPILE as asked)" in log_of(tmp_path)
     assert (
         "WARNING torch.compile unavailable (no C++ compiler more): the model runs uncompiled"
         in log_of(tmp_path)
@@ -902,12 +932,15 @@ def test_without_wandb_training_goes_on(tmp_path, monkeypatch):
 
 def test_a_student_says_how_good_its_teacher_is_and_what_it_reads(store, tmp_path):
     assert run(tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store) == 0
-    assert f"store {store}: top-10 of 10 classes, 24 images, epochs 0-1" in log_of(tmp_path)
+    assert f"store {store}: top-10 of 10 classes, 24 images, epochs 0-1; 0 l" in log_of(tmp_path)
     assert (
         all("teacher_top1" in line for line in updates(tmp_path))
         and "train_teacher_top1" in metrics(tmp_path)[-1]
     )
     assert any(0 < line["teacher_top1"] < 100 for line in updates(tmp_path))
+    fewer = "DISTILL.LOGITS_TOPK 3 TAG fewer DISTILL.TEACHER_LOGITS_PATH"
+    assert run(tmp_path, SHORT, fewer, store) == 0
+    assert "images, epochs 0-1; its top-3 are read; 0 loader" in log_of(tmp_path, "fewer")
 
 
 @pytest.mark.parametrize(
@@ -1158,10 +1191,21 @@ def test_throughput_is_measured_without_data(trained, tmp_path, capsys, monkeypa
     [
         ("DATA.DATASET imagenet", "--data-path {tmp}/nowhere", "nowhere"),
         ("DATA.DATASET imagenet", "--data-path {tmp}/half", "neither val/ nor val.tar"),
-        ("MODEL.NUM_CLASSES 7", "", "7 classes are fewer than the 10 of the data"),
+        (
+            "MODEL.NUM_CLASSES 7",
+            "",
+            "7 classes are fewer than the 10 of the data shapes: set MODEL.NUM_CLASSES 10 or more",
+        ),
         ("", "--eval", "--eval measures weights: name them"),
         ("", "--eval --resume {tmp}/none.pth", "there is no such checkpoint file"),
+        ("", "--eval --resume {last.parent}/lst.pth", "/checkpoints/last.pth?"),
+        (
+            "",
+            "--pretrained 22kto1k_distil",
+            "did you mean 22kto1k_distill (of MODEL.TYPE tiny_vit)",
+        ),
         ("MODEL.NUM_CLASSES 12", "--eval --resume {last}", "head.weight is [10, 16], the model's"),
+        ("MODEL.NUM_CLASSES 12", "--eval --resume {last}", "MODEL.NUM_CLASSES as well, is the"),
         (
             "MODEL.TINY_VIT.DEPTHS [1,2,1,1]",
             "--eval --resume {last}",

@@ -158,6 +158,26 @@ def test_a_complete_store_is_left_alone(four, capsys):
     assert sealed_bytes(four) == before
 
 
+def test_a_start_is_four_lines_and_the_rest_is_in_the_file(tmp_path, capsys):
+    small = "DATA.SHAPES.TRAIN_IMAGES 8 TRAIN.EPOCHS 1 OUTPUT"
+    assert run(tmp_path / "store", small, tmp_path, flags=()) == 0
+    lines = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    firsts = [line.partition(" ")[0] for line in lines]
+    assert firsts[:5] == ["run", "teacher", "data:", "store", "teacher:"]
+    assert lines[2].startswith("data: 8 images of 8 classes; ")
+    assert f"store {tmp_path}/store: epoch 0 of 8 images, top-10 of 10 classes, " in lines[3]
+    assert lines[-1] == f"{tmp_path}/store: epoch 0 is sealed"
+
+
+def test_the_help_names_no_flag_that_is_of_no_use(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--check-saved-logits" in shown and "--resume" in shown
+    for flag in ("--throughput", "--eval", "--accumulation-steps", "--use-wandb", "--use-sync-bn"):
+        assert f"{flag} " not in shown and f"{flag}]" not in shown
+
+
 def test_what_a_crash_left_beside_a_sealed_epoch_is_cleared_away(store, four):
     copied(four, store)
     (store / "epoch_0002.parts").mkdir()
@@ -439,7 +459,7 @@ def test_the_teacher_is_evaluated_first(store, tmp_path, monkeypatch, capsys):
         and "of 20 validation images" in shown
         and "CHANCE" not in shown
     )
-    assert shown.index("teacher: top-1") < shown.index("epoch 0")
+    assert shown.index("teacher: top-1") < shown.index("epoch 0: ")
 
 
 def test_a_teacher_at_chance_is_told(store, capsys):

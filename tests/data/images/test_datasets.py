@@ -115,7 +115,8 @@ def test_one_tar_is_read_by_evaluation_but_not_for_both_splits(folder, tmp_path)
         ("train", {}, "DATA.DATA_PATH is empty: say where imagenet lies with --data-path"),
         ("train", {"DATA_PATH": "none"}, "none: no such file or folder; correct --data-path"),
         ("val", {"VAL_PATH": "none"}, "DATA.VAL_PATH = .*none: no such file or folder"),
-        ("train", {"DATA_PATH": "flat"}, "has neither train/ nor train.tar: correct --data-path$"),
+        ("train", {"DATA_PATH": "empty"}, "has neither train/ nor train.tar: correct --data-path$"),
+        ("train", {"DATA_PATH": "flat"}, "for images without labels set DATA.DATASET folder: corr"),
         ("train", {"DATA_PATH": "own"}, "if its 2 folders are classes, they must be split between"),
         ("val", {"DATA_PATH": "."}, r"unpack val.tar.gz, .*, or set DATA.VAL_PATH$"),
         ("val", {"VAL_PATH": "flat"}, r"flat: no images .*: expected .*/<class>/\*.JPEG"),
@@ -125,8 +126,27 @@ def test_a_split_that_is_not_there_is_named(tmp_path, split, options, message):
     (tmp_path / "val.tar.gz").write_bytes(b"")
     write_files(tmp_path / "flat", ["1.png", "2.png"])
     write_files(tmp_path / "own", ["cat/1.png", "dog/1.png"])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         built(split, **{key: tmp_path / name for key, name in options.items()})
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted", "found"),
+    [
+        ("all.parquet", "imagenet", "parquet"),
+        ("data/train-0.parquet", "cifar100", "parquet"),
+        ("train-0.tar", "imagenet22k", "webdataset"),
+        ("in22k_image_names.txt", "imagenet", "imagenet22k"),
+        ("cifar-10-batches-py/1", "folder", "cifar10"),
+        ("train/cat/1.png", "webdataset", "imagenet"),
+        ("train.tar", "parquet", "imagenet"),
+    ],
+)
+def test_another_layout_is_recognised(file, wanted, found, tmp_path):
+    write_files(tmp_path, {file: b""})
+    with pytest.raises(ValueError, match=f"; what lies there looks like DATA.DATASET {found}[:;]"):
+        built("train", DATASET=wanted, DATA_PATH=tmp_path)
 
 
 def test_the_data_may_be_read_only_and_the_index_lies_elsewhere(folder, tmp_path):

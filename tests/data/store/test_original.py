@@ -272,7 +272,7 @@ def test_missing_epochs_and_folders_are_told(root, tmp_path):
     write(root, [["0"]])
     write(root, [["0"]], epoch=2)
     reader = UpstreamStoreReader(root, ["a"])
-    with pytest.raises(StoreError, match=r"epochs 1, 3 with top-2 are missing \(there: 0, 2\)"):
+    with pytest.raises(StoreError, match=r"epochs 1, 3 are missing with top-2 \(there: 0, 2\)"):
         reader.check_epochs(range(4))
     with pytest.raises(StoreError, match=r"epoch1: is missing \(epochs with top-2: 0, 2\)"):
         reader.open_epoch(1)
