@@ -561,20 +561,15 @@ def test_real_images_and_a_real_teacher(shared_data, tmp_path):
     """
     weights = packaged_weights("lite0", "tf_efficientnet_lite0", tmp_path)
     keys = imagenet_and_cifar(shared_data, tmp_path)
-    recipe = tmp_path / "student.yaml"
-    recipe.write_text(f"""
-BASE: [{ROOT}/configs/1k/tiny_vit_5m.yaml]
-DATA: {{IMG_SIZE: 48}}
-TRAIN: {{WARMUP_EPOCHS: 0, BASE_LR: 0.01}}
-MODEL: {{TINY_VIT: {{DEPTHS: [1, 1, 1, 1], NUM_HEADS: [1, 1, 2, 2], EMBED_DIMS: [16, 32, 48, 64]}}}}
-""")
     opts = f"""imagenet {tmp_path}/imagenet cifar100 {tmp_path}/cifar10 transfer cifar10 share 0.5
-        student {recipe} teacher tf_efficientnet_lite0 weights {weights} epochs 3 stored 2
-        transfer_epochs 1 DISTILL.OTHER_SIZE True DATA.INDEX_DIR {tmp_path}/index
-        AUG.AUTO_AUGMENT none AUG.REPROB 0.0 AUG.MIXUP 0.0 AUG.CUTMIX 0.0 DATA.NUM_WORKERS 0
-        DATA.BATCH_SIZE 16""".split()
+        size 48 teacher tf_efficientnet_lite0 weights {weights} epochs 3 stored 2 transfer_epochs 1
+        DISTILL.OTHER_SIZE True DATA.INDEX_DIR {tmp_path}/index DATA.MEAN_AND_STD_TYPE half
+        DATA.BATCH_SIZE 16 DATA.NUM_WORKERS 0 TRAIN.WARMUP_EPOCHS 0 TRAIN.BASE_LR 0.01
+        MODEL.TINY_VIT.DEPTHS [1,1,1,1] MODEL.TINY_VIT.NUM_HEADS [1,1,2,2]
+        MODEL.TINY_VIT.EMBED_DIMS [16,32,48,64] AUG.AUTO_AUGMENT none AUG.REPROB 0.0
+        AUG.SCALE [0.7,1.0] AUG.MIXUP 0.0 AUG.CUTMIX 0.0""".split()
     file, output = ROOT / "tools/studies/imagenet_10pct.yaml", tmp_path / "out"
-    call = [file, "--output", output, "--opts", *opts, "AUG.SCALE", "[0.7, 1.0]"]
+    call = [file, "--output", output, "--opts", *opts]
     with forking():
         status, _, err = called(*call)
     assert (status, err) == (0, "")
