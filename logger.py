@@ -393,13 +393,15 @@ def progress(
                 bar.set_postfix_str(note(), refresh=False)
     else:
         start = last = time.monotonic()
-        for done, item in enumerate(items, 1):
-            yield item
-            now = time.monotonic()
-            if now - last >= (interval if last > start else min(interval, 8.0)):
-                last = now
-                shown = {"prefix": description, "unit": unit, "postfix": note()}
-                log(tqdm.format_meter(done, total, now - start, ncols=0, **shown))
+        with awaited(f"the first {unit} ({description})", log) as has_come:
+            for done, item in enumerate(items, 1):
+                has_come()
+                yield item
+                now = time.monotonic()
+                if now - last >= (interval if last > start else min(interval, 8.0)):
+                    last = now
+                    shown = {"prefix": description, "unit": unit, "postfix": note()}
+                    log(tqdm.format_meter(done, total, now - start, ncols=0, **shown))
 
 
 def _number(value: Any) -> float:

@@ -215,11 +215,11 @@ def forward(run: Training, batch: Batch, index: int) -> dict[str, Tensor]:
         return losses
     if cfg.DISTILL.TWO_HEADS:
         logits = sum(logits)  # the mean of both heads is the model's answer
-    answers = {"top1": logits.argmax(1)}
+    names, answers = ["top1"], logits.argmax(1, keepdim=True)
     if cfg.DISTILL.ENABLED:
-        answers["teacher_top1"] = indices[:, 0]
-    columns = torch.stack([*answers.values()], 1)
-    return losses | dict(zip(answers, share_right(labels, columns, mixes)))
+        names.append("teacher_top1")
+        answers = torch.cat([answers, indices[:, :1]], 1)
+    return losses | dict(zip(names, share_right(labels, answers, mixes)))
 
 
 def train(run: Training, has_begun: Callable[[], object]) -> None:

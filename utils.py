@@ -11,7 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.commands import from_environment, one_line, tell
-from logger import note_fault, progress
+from logger import awaited, note_fault, progress
 
 # How long processes wait for each other: in an exchange of tensors, and of objects, where one may
 # be listing millions of files or computing the rest of an epoch alone.
@@ -86,7 +86,8 @@ def run_program(
             return Exit.INTERRUPTED
         finally:
             if dist.is_initialized():  # after a fault: what is under way waits for others in vain
-                dist.distributed_c10d._abort_process_group()
+                with suppress(Exception):  # PyTorch's own: whatever it does, the exit code stays
+                    dist.distributed_c10d._abort_process_group()
 
 
 def _ending(program: Callable[[], int], stop: "StopRequest", rank: str) -> int:
@@ -338,7 +339,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelt
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called auto (CUDA, else CPU), cuda, mps or cpu; on CUDA the GPU numbered
-    `local_rank`, made the current one.
+    `local_rank`, or the one that Slurm shows this process, made the current one.
     """
     if name not in ("auto", "cuda", "mps", "cpu"):
         raise ValueError(f"DEVICE {name!r} is none of auto, cuda, mps, cpu")
@@ -351,6 +352,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible == 1 and "LOCAL_RANK" not in os.environ and "SLURM_LOCALID" in os.environ:
+        local_rank = 0  # Slurm may show each task its own GPU alone (--gpus-per-task)
     if local_rank >= visible:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
         restriction = "" if named is None else f" (CUDA_VISIBLE_DEVICES is {named!r})"
@@ -422,7 +425,8 @@ def compile_model(model: nn.Module, world: Distributed, warn: Callable[[str], ob
 
     reason = ""
     try:
-        torch.compile(lambda x: x * 2)(torch.ones(2, device=world.device))
+        with awaited("a first use of torch.compile", warn):
+            torch.compile(lambda x: x * 2)(torch.ones(2, device=world.device))
     except Exception as error:  # compilers fail in many ways
         reason = one_line(error)[:200]
     if world.any_of(bool(reason))[0]:
@@ -435,7 +439,11 @@ def compile_model(model: nn.Module, world: Distributed, warn: Callable[[str], ob
         try:
             return compiled(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
-            give_up(one_line(error)[:200])
+            dynamo = torch._dynamo.config
+            if "optimize_ddp" in str(error) and dynamo.optimize_ddp:
+                dynamo.optimize_ddp = False  # older PyTorch can't cut what recomputes parts
+            else:
+                give_up(one_line(error)[:200])
             return model(*inputs)
 
     model._compiled_call_impl = guarded  # copies of a model, as of an EMA, are without it
@@ -639,7 +647,8 @@ def open_loader(data, world: Distributed, log: logging.Logger, batch_size: int, 
     """The training batches of this process (data.build.EpochLoader) from a data.build.RunData: with
     the executor that all processes can use, and epochs that one process of each machine verifies.
     """
-    executor = world.everywhere(lambda: data.choose_executor(world.device, log.warning))
+    with awaited(f"the proof that {world.device} augments as Pillow does", log.info):
+        executor = world.everywhere(lambda: data.choose_executor(world.device, log.warning))
     shown = partial(progress, unit="blocks", log=log.info, enabled=world.is_main)
 
     def verify(epoch: int) -> None:

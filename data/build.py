@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.util
 import os
+import re
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing.connection import wait
@@ -36,6 +37,7 @@ from data.store.original import UpstreamStoreReader
 from data.store.reader import LogitsStoreReader
 from data.store.verify import Shown, Verifier
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container
 ORIGINAL_CLASSES = {"imagenet22k": 21841}  # an original's store does not say how many it has
 
 
@@ -420,8 +422,17 @@ def loader_processes(cfg) -> int:
     # what a batch system or a container allows, where the system says so
     has_mask = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # among torchrun's processes
-    return min(max(share - 1, 1), 16)
+    with suppress(OSError, ValueError):  # none, or "max"
+        quota, period = CPU_QUOTA.read_text().split()
+        cores = min(cores, int(quota) // int(period))
+    environment = os.environ
+    if "LOCAL_WORLD_SIZE" in environment:  # torchrun's processes
+        cores //= int(environment["LOCAL_WORLD_SIZE"])
+    elif tasks := re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        # srun's, each of which may be bound to its share already
+        on_node = int(environment.get("SLURM_CPUS_ON_NODE", cores))
+        cores = min(cores, on_node // int(tasks[0]))
+    return min(max(cores - 1, 1), 16)
 
 
 def reads_store(cfg) -> bool:

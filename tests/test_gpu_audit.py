@@ -3,7 +3,7 @@ host, copies that block.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import repeat
 from unittest.mock import patch
@@ -21,8 +21,8 @@ import main
 import save_logits
 import utils
 from configs import commands, dump, load_config
-from data.augment.pairs import PairMix
-from data.replay import on_device
+from data.augment.pairs import Mixer, PairMix
+from data.replay import Batch, on_device
 from logger import create_logger
 from models.class_map import find_label_map
 from models.distill import DistillLoss
@@ -30,16 +30,34 @@ from models.param_groups import build_optimizer
 from models.teacher import Teacher
 from models.update import EMA
 from tests.support import saving, training
-from tests.support.fake_cuda import Watch, fake_cuda, on_fake
+from tests.support.fake_cuda import Watch, fake_cuda, on_fake, pinned
 from utils import Distributed, Meters, StopRequest
 
-WAYS = ("labels", "stored", "online")
 BATCHES = (8, 24)
-# An update launches fewer outside the model, however it is supervised.
-BUDGET, BUDGET_WITHOUT_AVERAGE = 80, 74
+# How an update is supervised, its options, and how many kernels it launches at most, by phase.
+PHASES = "transport", "mixing and targets", "loss", "backward of the loss", "meters"
+PHASES += "statistics", "clip and optimizer", "average", "rest"
+CASES = {
+    "labels": ("labels", "", (1, 16, 9, 5, 7, 5, 27, 6, 3)),
+    "labels, pairs": ("labels", "AUG.MIXUP_MODE pair2", (1, 15, 9, 5, 5, 5, 27, 6, 3)),
+    "stored": ("stored", "", (1, 6, 18, 7, 5, 5, 27, 6, 4)),
+    "online": ("online", "", (1, 6, 18, 7, 5, 5, 27, 6, 4)),
+    "fp16": ("labels", "AMP_DTYPE fp16 TRAIN.EMA_DECAY 0", (1, 16, 9, 5, 7, 5, 27, 0, 12)),
+    "two passes": (
+        "labels",
+        "TRAIN.ACCUMULATION_STEPS 2 TRAIN.EMA_DECAY 0",
+        (2, 32, 18, 5, 13, 5, 27, 0, 9),
+    ),
+    "two heads": (
+        "stored",
+        "TRAIN.EMA_DECAY 0 DISTILL.TWO_HEADS True DISTILL.ALPHA 0.5 MODEL.TYPE timm MODEL.NAME"
+        ' deit_tiny_distilled_patch16_224 MODEL.ARGS {"depth":1}',  # without batch norm
+        (1, 15, 30, 14, 5, 0, 15, 0, 6),
+    ),
+}
 STUDENT = ["--cfg", "configs/1k/tiny_vit_5m.yaml", "--opts", *training.OPTS[10:]]
+STUDENT += ["TRAIN.EMA_DECAY", "0.99"]
 STUDENT += "MODEL.TINY_VIT.WINDOW_SIZES [2,2,4,2] MODEL.NUM_CLASSES 10 DATA.IMG_SIZE 64".split()
-STUDENT += "AUG.MIXUP_MODE pair2".split()
 
 
 class BackwardIsDone(Exception):
@@ -73,7 +91,8 @@ def prepared(options: list[str], folder) -> tuple[main.Training, Teacher | None]
     cfg = load_config([*STUDENT, "OUTPUT", str(folder), *options])
     world, log = Distributed(device=torch.device("cpu")), create_logger(None, rank=1)
     teacher = main.build_online_teacher(cfg, world, log)
-    run = main.build_training(cfg, world, log, StopRequest())
+    with patch.object(main, "multiply_adds_in_words", lambda *model: ""):  # slow
+        run = main.build_training(cfg, world, log, StopRequest())
     run.loader.dataset.executor = "bytes"  # as on CUDA
     return run, teacher
 
@@ -81,24 +100,30 @@ def prepared(options: list[str], folder) -> tuple[main.Training, Teacher | None]
 def on_gpu(run: main.Training, teacher: Teacher | None, device: torch.device, has_model: bool):
     """The training as it is made on a fake device; the model may be left out, which takes long."""
     world, model = Distributed(device=device), on_fake(run.model, device)
+    dtype = torch.float16 if run.cfg.AMP_DTYPE == "fp16" else torch.bfloat16
 
     def network(images: Tensor) -> Tensor:
         if has_model:
             return model(images).detach().requires_grad_()
         shape = len(images), run.cfg.MODEL.NUM_CLASSES
-        return torch.empty(shape, dtype=torch.bfloat16, device=device, requires_grad=True)
+        heads = [
+            torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(2)
+        ]
+        return tuple(heads) if run.cfg.DISTILL.TWO_HEADS else heads[0]
+
+    network.no_sync = nullcontext  # as where gradients are averaged over processes
 
     return replace(
         run,
         world=world,
         model=model,
         network=network,
-        ema=EMA(model, 0.99),
+        ema=EMA(model, 0.99) if run.cfg.TRAIN.EMA_DECAY and device.type == "cuda" else None,
         labels=run.labels and run.labels.to(device),
         teacher=teacher and main.online_targets(on_fake(teacher, device), run.cfg),
         optimizer=build_optimizer(run.cfg, model),
-        scaler=utils.grad_scaler(device, torch.bfloat16),
-        dtype=torch.bfloat16,
+        scaler=utils.grad_scaler(device, dtype),
+        dtype=dtype,
         meters=Meters(world),
         # On the CPU pairs are mixed one by one, by numbers that fake tensors do not have.
         mix=run.mix if device.type == "cuda" else replace(run.mix, probability=0.0),
@@ -109,7 +134,8 @@ def on_gpu(run: main.Training, teacher: Teacher | None, device: torch.device, ha
 def phases(watch: Watch, run: main.Training) -> Iterator[None]:
     """Count the parts of a step each under its name."""
     parts = [
-        (PairMix, "__call__", "mixing and targets"),
+        (Mixer, "numbers", "mixing and targets"),
+        (Mixer, "__call__", "mixing and targets"),
         (main, "label_cross_entropy", "loss"),
         (DistillLoss, "__call__", "loss"),
         (main, "share_right", "meters"),
@@ -146,6 +172,7 @@ def audited(options: list[str], folder, batch_size: int, has_model: bool) -> Wat
     in_backward = 0
     for kind in ("cpu", "cuda"):
         with fake_cuda(kind) as device:
+            batch = Batch(*(part.pin_memory() for part in batch))  # as the loader's thread does
             run = on_gpu(made, teacher, device, has_model and kind == "cuda")
             watch = Watch(device)
             run.model.forward = watch.during("model", forward)
@@ -162,20 +189,25 @@ def audited(options: list[str], folder, batch_size: int, has_model: bool) -> Wat
     return watch
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_update_is_lean_at_any_batch_size_and_neither_waits_nor_blocks(way, ways, tmp_path):
-    seen = [audited(ways[way], tmp_path, size, size == BATCHES[0]) for size in BATCHES]
-    assert seen[0].launches.pop("model") > 500
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_keeps_to_its_launches_and_neither_waits_nor_blocks(case, ways, tmp_path):
+    way, words, budget = CASES[case]
+    options, is_plain = [*ways[way], *words.split()], way in case
+    sizes = BATCHES if is_plain else BATCHES[:1]
+    with_model = BATCHES[0] if case == "labels" else 0
+    seen = [audited(options, tmp_path, size, size == with_model) for size in sizes]
+    assert seen[0].launches["model"] > 500 or not with_model
     for watch in seen:
         assert watch.waits == [] and watch.blocking == []
-        assert watch.launches["backward of the loss"] > 4
-        watch.launches.pop("teacher", 0)
         # On a stream of its own; whether a box is erased is up to the batch.
-        assert watch.launches.pop("device executor") < 40
-    assert seen[0].launches == seen[1].launches
-    outside = seen[0].launches.total()
-    assert outside < BUDGET, seen[0].launches
-    assert outside - seen[0].launches["average"] < BUDGET_WITHOUT_AVERAGE
+        assert watch.launches["device executor"] < 40
+        assert set(watch.launches) <= {*PHASES, "model", "teacher", "device executor"}
+    found, *others = [[watch.launches[phase] for phase in PHASES] for watch in seen]
+    print(f"\n{case}: {sum(found)} launches,", dict(zip(PHASES, found)))
+    assert all(other == found for other in others)  # whatever the batch
+    over = [phase for phase, count, most in zip(PHASES, found, budget) if count > most]
+    assert not over, (found, budget)
+    assert sum(budget) < 80 or not is_plain
 
 
 def test_what_would_wait_is_seen():
@@ -183,11 +215,12 @@ def test_what_would_wait_is_seen():
         numbers = torch.ones(4, device=device)
         with watch.phase("good"):
             torch.where(numbers > 0, numbers, 0).to("cpu", non_blocking=True)
-            torch.ones(4).to(device, non_blocking=True)
+            torch.ones(4).pin_memory().to(device, non_blocking=True)
         assert watch.waits == [] and watch.blocking == [] and watch.launches["good"] == 5
         numbers.cpu()
         torch.tensor([1.0, 2.0], device=device)
-        assert [text.split()[1] for text in watch.blocking] == ["_to_copy", "_to_copy"]
+        torch.ones(4).to(device, non_blocking=True)  # which CUDA first copies to memory of its own
+        assert [text.split()[1] for text in watch.blocking] == ["_to_copy"] * 3
         for wait in (lambda: bool(numbers[0]), lambda: numbers[numbers > 0], numbers.tolist):
             watch.clear()
             with suppress(DataDependentOutputException, DynamicOutputShapeException):
@@ -265,11 +298,13 @@ def test_an_evaluation_waits_for_its_end_alone(outputs, classes, budget):
     label_map, _ = find_label_map(outputs, classes)
     costs: list[int] = []
     for size in BATCHES:
-        images, labels = torch.zeros(2 * size + 2, 3, 8, 8), torch.zeros(2 * size + 2).long()
+        images = torch.zeros(2 * size + 2, 3, 8, 8).split(size)
+        labels = torch.zeros(2 * size + 2).long().split(size)
         model = Answers(outputs)
         with audit(model) as (watch, device):
             moved = label_map and label_map.to(device)
-            batches = watched(watch, zip(images.split(size), labels.split(size)), costs)
+            loaded = zip(map(pinned, images), map(pinned, labels))
+            batches = watched(watch, loaded, costs)
             with watch, pytest.raises(DataDependentOutputException):
                 utils.evaluate(
                     model, batches, device, torch.bfloat16, label_map=moved, num_classes=classes

@@ -375,6 +375,23 @@ def test_without_a_terminal_there_are_lines_at_intervals(monkeypatch):
     assert sys.stderr.getvalue() == ""
 
 
+def test_without_a_terminal_a_first_item_that_does_not_come_is_told_of(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(logger.awaited.__wrapped__, "__defaults__", (0.0,))
+    told, lines = threading.Event(), []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        told.set()
+
+    def slow():
+        assert told.wait(20)
+        yield 1
+
+    assert list(progress(slow(), None, "epoch 3", "batches", log)) == [1]
+    assert lines == ["waiting for the first batches (epoch 3)"]
+
+
 def test_a_loop_of_unknown_length_and_a_quick_one(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     lines: list[str] = []

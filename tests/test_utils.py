@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.backends import distributed as ddp_backend
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
 
@@ -328,6 +329,15 @@ def test_without_torchrun_slurm_says_which_gpu_is_whose(machine, monkeypatch):
     assert current == [1, 0]
 
 
+def test_slurm_may_show_each_task_its_own_gpu_alone(machine, monkeypatch):
+    current = machine(gpus=1)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert choose_device("cuda", 3) == torch.device("cuda", 0) and current == [0]
+    monkeypatch.setenv("LOCAL_RANK", "3")  # torchrun's: one more process than GPUs
+    with pytest.raises(ValueError, match="1 GPU is visible; start at most 1 processes"):
+        choose_device("cuda", 3)
+
+
 def test_mps_runs_alone(machine, monkeypatch):
     machine(gpus=0, mps=True)
     monkeypatch.setenv("RANK", "0")
@@ -517,6 +527,18 @@ def raised(error):
 def test_how_a_program_ends(error, code, told, capsys):
     assert ending(raised(error)) == code
     assert capsys.readouterr().err == told
+
+
+def test_a_group_that_can_not_be_aborted_changes_no_exit_code(monkeypatch):
+    def abort():
+        raise AttributeError("another PyTorch")
+
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", abort)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert ending(raised(ValueError("bad"))) == 2
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_fault_of_the_program_itself_is_raised_whatever_its_words():
@@ -917,6 +939,28 @@ def test_a_backward_pass_that_can_not_be_compiled_is_known_before_it_comes(monke
     assert len(told) == 1 and "no kernel for that" in told[0]
     assert torch.equal(plain[1].weight.grad, model[1].weight.grad)
     assert torch.equal(plain[2].running_mean, model[2].running_mean)
+
+
+def test_a_model_whose_graph_can_not_be_cut_for_buckets_is_compiled_whole(monkeypatch):
+    def no_cut(self, graph, inputs):  # of recomputed parts, PyTorch 2.6
+        raise NotImplementedError("turn it off using torch._dynamo.config.optimize_ddp=False")
+
+    graphs, told = [], []
+    monkeypatch.setattr(ddp_backend.DDPOptimizer, "compile_fn", no_cut)
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend=lambda g, i: graphs.append(g) or g)
+    )
+    model, images, _ = evaluation()
+    expected = deepcopy(model)(images)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        utils.compile_model(model, Distributed(), told.append)
+        with torch._dynamo.config.patch(optimize_ddp=True):  # which is set back
+            found = nn.parallel.DistributedDataParallel(model)(images)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(found, expected) and told == []
+    assert len(graphs) == 2  # of the trial and of the model
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

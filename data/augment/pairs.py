@@ -134,6 +134,8 @@ class Mixer:
         elif mixes is None or not mixes.numel():
             size = images.shape[-2:]
             mixes = numbers_of(self.draw(seeds, *size), *size)
+        if images.is_cuda and not mixes.is_cuda:
+            mixes = mixes.pin_memory()  # a copy from other memory may wait for the device
         return mixes.to(images.device, non_blocking=True)
 
     def __call__(

@@ -135,11 +135,32 @@ def test_shared_memory_that_is_too_small_is_told_in_one_line(executor, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "expected"),
-    [(1, 1, 1), (2, 1, 1), (8, 1, 7), (64, 8, 7), (64, 1, 16), (2, 4, 1)],
+    ("cores", "environment", "quota", "expected"),
+    [
+        (1, {}, None, 1),
+        (2, {}, None, 1),
+        (8, {}, None, 7),
+        (64, {}, None, 16),
+        (64, {"LOCAL_WORLD_SIZE": 8}, None, 7),
+        (2, {"LOCAL_WORLD_SIZE": 4}, None, 1),
+        (64, {"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, None, 7),  # not bound to cores
+        (8, {"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": 64}, None, 7),  # bound
+        (64, {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "LOCAL_WORLD_SIZE": 8}, None, 7),
+        (64, {}, "max 100000\n", 16),
+        (64, {}, "450000 100000\n", 3),
+        (64, {}, "50000 100000\n", 1),
+    ],
 )
-def test_loader_processes_follow_from_the_cores_at_hand(cores, processes, expected, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+def test_loader_processes_follow_from_the_cores_at_hand(
+    cores, environment, quota, expected, monkeypatch, tmp_path
+):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr("data.build.CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     opts = ["--opts", "DATA.DATASET", "shapes"]
     assert loader_processes(load_config(opts)) == expected

@@ -58,10 +58,17 @@ def fake_cuda(kind: str = "cuda") -> Iterator[torch.device]:
         autocast = importlib.import_module("torch.cuda.amp.common")
         stack.enter_context(patch.object(autocast, "amp_definitely_not_available", lambda: False))
         stack.enter_context(patch.object(Tensor, "record_stream", lambda tensor, stream: None))
+        stack.enter_context(patch.object(Tensor, "pin_memory", pinned))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # to copy it
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The same tensor, from now on taken for one in memory that a GPU reads by itself."""
+    tensor.lies_in_pinned_memory = True
+    return tensor
 
 
 class Stream:
@@ -99,7 +106,7 @@ class Watch(TorchDispatchMode):
         self.launches: Counter[str] = Counter()  # by phase
         self.operations: Counter[tuple[str, str]] = Counter()  # by phase and operation
         self.waits: list[str] = []
-        self.blocking: list[str] = []  # copies between devices that are not `non_blocking`
+        self.blocking: list[str] = []  # copies between devices that make the host wait
         self._phases = ["rest"]
 
     def clear(self) -> None:
@@ -142,14 +149,25 @@ class Watch(TorchDispatchMode):
         # A number on the CPU goes to a kernel as its argument.
         taking_part = [t for t in inputs if t.dim() or t.device.type != "cpu"]
         devices = {t.device.type for t in [*taking_part, *outputs]}
+        if kwargs.get("pin_memory"):
+            pinned(result)
         is_copy = name in ("_to_copy", "copy_", "_copy_from") and len(devices) > 1
-        if is_copy and not (kwargs.get("non_blocking") or args[2:3] == (True,)):
+        if is_copy and blocks(inputs, args, kwargs):
             self.blocking.append(f"{phase}: {name} {[tuple(t.shape) for t in inputs]}")
         if self.device.type in devices and not (name in FREE or is_view(func)):
             count = launches(name, args)
             self.launches[phase] += count
             self.operations[phase, name] += count
         return result
+
+
+def blocks(tensors: list[Tensor], args: tuple, kwargs: dict) -> bool:
+    """Whether a copy between devices makes the host wait: it is not `non_blocking`, or its end on
+    the CPU is memory that CUDA first copies to its own.
+    """
+    is_asked = kwargs.get("non_blocking") or args[2:3] == (True,)
+    ends = [t for t in tensors if t.device.type == "cpu"]
+    return not (is_asked and all(hasattr(t, "lies_in_pinned_memory") for t in ends))
 
 
 def tensors_in(values: Any) -> list[Tensor]:
