@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 from configs.commands import one_line
 from data.augment.decoder import eval_transform, mean_and_std
 from data.build import TransformedDataset, open_run
-from data.store.format import counted
+from data.store.format import counted, rounded
 from logger import progress
 from models.build import count_parameters, num_outputs
 from models.class_map import LabelMap, find_label_map
@@ -281,7 +281,6 @@ def card(model: TinyViT, cfg: CfgNode, notes: dict[str, Any], figures: str) -> s
     """The README.md of a repository on the Hub."""
     mean, std = mean_and_std(cfg)
     progress, sources = (json.dumps(notes.get(key, {})) for key in ("progress", "sources"))
-    progress = re.sub(r"(\.\d\d)\d+", r"\1", progress)
     return f"""---
 library_name: timm
 pipeline_tag: image-classification
@@ -302,7 +301,7 @@ Images: {cfg.DATA.IMG_SIZE} pixels a side, mean {mean}, standard deviation {std}
 
 ## Where it comes from
 
-- progress: {progress} (`best` is the highest top-1 in validation, in percent)
+- progress: {rounded(progress)} (`best` is the highest top-1 in validation, in percent)
 - data and teacher: {sources}
 - these files compared with the checkpoint, through timm: {figures}
 

@@ -26,6 +26,7 @@ from data.store.format import (
     parts_path,
     ranges,
     record_dtype,
+    rounded,
     seal_path,
     size_text,
 )
@@ -517,7 +518,7 @@ def _print_tree(tree: dict[str, Any], indent: str) -> None:
             print(f"{indent}{key}:")
             _print_tree(value, indent + "  ")
         else:
-            print(f"{indent}{key}: {value}")
+            print(f"{indent}{key}: {rounded(str(value))}")
 
 
 if __name__ == "__main__":

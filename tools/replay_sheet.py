@@ -19,7 +19,7 @@ from configs import load_config
 from data.augment import AugmentDecoder
 from data.augment.rng import sample_seed
 from data.images.reading import read_rgb
-from data.store.format import counted
+from data.store.format import counted, rounded
 
 COLUMNS = 4
 MOST = 400  # seeds on one sheet
@@ -70,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = images or [landscape()]
         tiles = tiles_of(decoder, images, seeds_of(args.seeds, args.pairs), args.pairs)
         title = ", ".join(Path(name).name for name in args.image) or "a drawn picture"
-        recipe = re.sub(r"(\.\d{4})\d+", r"\1", str(decoder))
-        draw(tiles, f"{title}: {recipe}", args.output)
+        draw(tiles, f"{title}: {rounded(str(decoder))}", args.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{args.output}: {counted(len(tiles), 'tile')}")

@@ -90,6 +90,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
+def rounded(text: str) -> str:
+    """A text in which no number with a point has more than five digits that count."""
+    return re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.5g}", text)
+
+
 def impossible(records: np.ndarray, num_classes: int, name: Callable[[int], object]) -> str:
     """What is wrong with the first of the records [n] that no teacher can have given; "" if it can
     have given all. `name` names one.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.store import LogitsStoreReader, LogitsStoreWriter, record_dtype
+from data.store.format import counted, rounded, size_text
 from tests.support.helpers import ROOT
 from tests.support.store_samples import IMAGES, KEYS, K, manifest, records_of, write_store
 from tools import logits as logits_tool
@@ -108,6 +109,13 @@ def test_info(root, run):
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as holder:
         holder.stdout.readline()
         assert f"{unfinished}, process {holder.pid} on " in run("info", root)[1]
+
+
+def test_numbers_are_for_people():
+    text = "top1 91.83673469387755, 0.00015 (0.75, 1.3333333333333333), 2.14.1, 1e-08, 1234567"
+    assert rounded(text) == "top1 91.837, 0.00015 (0.75, 1.3333), 2.14.1, 1e-08, 1234567"
+    assert [counted(n, "image") for n in (0, 1, 1369)] == ["0 images", "1 image", "1,369 images"]
+    assert [size_text(n) for n in (1, 688, 7224)] == ["1 byte", "688 bytes", "7.22 kB"]
 
 
 def test_info_of_the_original_layout(goldens, run):
