@@ -193,7 +193,7 @@ def load_weights(
             shown += f"; and {len(misfits) - 6} more"
         reason = _another_kind(targets, state, label) or (
             f"{shown}. Check that the model's configuration, MODEL.NUM_CLASSES as well, is the"
-            " weights' own"
+            " weights' own (a training's is --cfg config.yaml in its folder)"
         )
         raise ValueError(f"{label} does not fit {type(model).__name__}: {reason}")
 
