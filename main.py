@@ -409,10 +409,9 @@ def find_state(cfg: CfgNode, log: Logger, sources: dict[str, Any]) -> dict[str, 
             follows = "; learning rates follow it" if change.key == "TRAIN.EPOCHS" else ""
             log.warning(f"CHANGED SINCE THE CHECKPOINT: {change}{follows}")
         check_sources(state.get("sources", {}), sources, str(path))
-        log.info(
-            f"continuing from {path}: {state['step']} updates are done, the next is in epoch"
-            f" {state['progress']['epoch'] + 1}"
-        )
+        done = state["progress"]["epoch"]
+        rest = "all there are" if done >= cfg.TRAIN.EPOCHS else f"the next is in epoch {done + 1}"
+        log.info(f"continuing from {path}: {state['step']} updates are done, {rest}")
         for name in {cfg.MODEL.RESUME, cfg.MODEL.PRETRAINED} - {"", str(path)}:
             log.info(f"not loaded: {name}")
     if not cfg.TRAIN.AUTO_RESUME:

@@ -196,7 +196,8 @@ def _way_out(key: str, theirs: Any) -> str:
             f"leave {key} out to take the store's, or save logits again: what float16 has rounded"
             " to 0 and what K has cut off can't be raised afterwards"
         )
-    return f"leave {key} out to take the store's, or save logits with the other value"
+    value = str(theirs).replace(" ", "")
+    return f"set {key} {value} as the store has it, or save logits with the other value"
 
 
 def _plain(value: Any) -> Any:

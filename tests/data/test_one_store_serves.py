@@ -281,7 +281,7 @@ def test_the_table_of_bytes(store):
         ("MODEL.NUM_CLASSES 30", "30, but the store {store} was written with 20"),
         (
             "AUG.REPROB 0.5",
-            "0.5, but the store {store} was written with 0.25: leave AUG.REPROB out",
+            "0.5, but the store {store} was written with 0.25: set AUG.REPROB 0.25 as",
         ),
         ("AUG.MIXUP 0.0", "0.0, but the store {store} was written with 0.8"),
         ("AUG.FILL [1,2,3]", "[1, 2, 3], but the store {store} was written with [128, 128, 128]"),

@@ -267,9 +267,11 @@ def test_checkpoints_hold_plain_values_and_the_weights_alone_are_the_averaged_on
 def test_a_finished_run_says_so_and_ends_well(copy, capsys):
     before = (folder(copy) / "metrics.jsonl").read_bytes()
     assert run(copy, "TRAIN.EMA_DECAY 0.9") == 0
+    out = capsys.readouterr().out
+    assert "last.pth: 10 updates are done, all there are\n" in out
     assert (
         "nothing is left to train: raise TRAIN.EPOCHS to go on, or begin another run with --tag"
-        in capsys.readouterr().out
+        in out
     )
     assert (folder(copy) / "metrics.jsonl").read_bytes() == before
 
