@@ -74,7 +74,7 @@ def percent(share: float) -> str:
 
 
 def checks(found: dict) -> Iterator[str]:
-    words = {True: "holds", False: "**FAILS**", None: "not tried"}
+    words = {True: "holds", False: "**FAILS**", None: "no verdict"}
     rows = [(name, words[value["passed"]], value["line"]) for name, value in found.items()]
     yield from table(("check", "", "found"), *rows)
 

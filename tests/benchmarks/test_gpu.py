@@ -163,7 +163,7 @@ def test_what_is_missing_is_told_on_the_page(whole):
     text = gpu_page.page(found["machine"], parts)
     for line in (
         "| bits of default | **FAILS** | 3 of 4 differ |",
-        "| two processes | not tried | not tried: one GPU |",
+        "| two processes | no verdict | not tried: one GPU |",
         "**Not complete**: `trains`: cut after 130 s.",
         "**Not complete**: `models`: cut after 300 s.",
         "**Not complete**: `epochs`: OutOfMemoryError: x|y.",
