@@ -62,7 +62,9 @@ def find_split(cfg, split: str) -> Path:
         packed = sorted(path.name for path in root.glob(f"{split}.t*z*") if path.is_file())
         hint = f"; unpack {packed[0]}, from which single images can't be read" if packed else ""
         folders = sum(entry.is_dir() for entry in root.iterdir())
-        if folders and not packed and not has_splits(root):
+        if root.name in ("train", "val"):
+            hint = "; give the folder around it"
+        elif folders and not packed and not has_splits(root):
             hint = (
                 f"; if its {folders} folders are classes, they must be split between train/ and"
                 " val/, as docs/RECIPES.md does"

@@ -118,6 +118,11 @@ def test_one_tar_is_read_by_evaluation_but_not_for_both_splits(folder, tmp_path)
         ("train", {"DATA_PATH": "empty"}, "has neither train/ nor train.tar: correct --data-path$"),
         ("train", {"DATA_PATH": "flat"}, "for images without labels set DATA.DATASET folder: corr"),
         ("train", {"DATA_PATH": "own"}, "if its 2 folders are classes, they must be split between"),
+        (
+            "train",
+            {"DATA_PATH": "owns/train"},
+            "neither .*; give the folder around it: correct --da",
+        ),
         ("val", {"DATA_PATH": "."}, r"unpack val.tar.gz, .*, or set DATA.VAL_PATH$"),
         ("val", {"VAL_PATH": "flat"}, r"flat: no images .*: expected .*/<class>/\*.JPEG"),
     ],
@@ -126,6 +131,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path, split, options, message):
     (tmp_path / "val.tar.gz").write_bytes(b"")
     write_files(tmp_path / "flat", ["1.png", "2.png"])
     write_files(tmp_path / "own", ["cat/1.png", "dog/1.png"])
+    write_files(tmp_path / "owns", ["train/cat/1.png", "val/cat/1.png"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         built(split, **{key: tmp_path / name for key, name in options.items()})
