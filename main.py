@@ -638,7 +638,9 @@ def describe_data(loader: EpochLoader, taught_by: str, validation: Any, log: Log
     log.debug(f"each image: {replay.decoder}, by {replay.executor}")
     trained = replay.dataset.classes_present()
     classes = len(trained) or replay.dataset.num_classes
-    images = f"{len(replay) - skipped:,} images of {classes:,} classes"
+    images = f"{len(replay) - skipped:,} images"
+    if classes:
+        images += f" of {classes:,} classes"
     if skipped:
         images += (
             f" ({skipped:,} of the store's are skipped in epoch 0: they or their partner are not in"

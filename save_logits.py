@@ -148,9 +148,11 @@ class Tally:
         return {"images": self.labelled, "top1": top1, "top5": top5}
 
     def __str__(self) -> str:
+        if not self.images:
+            return "0 images"
         found = self.accuracy()
         rates = "".join(f", {key} {found[key]:.2f}%" for key in ("top1", "top5") if found)
-        mass = self.mass / max(self.images, 1)
+        mass = self.mass / self.images
         stored = f", stored mass {100 * mass:.1f}%, of one image {100 * self.least:.1f}%"
         if mass < ENOUGH and self.enough:
             stored += f" (DISTILL.LOGITS_TOPK {self.enough} would keep {ENOUGH:.0%})"

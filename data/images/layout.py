@@ -64,7 +64,7 @@ def find_split(cfg, split: str) -> Path:
         folders = sum(entry.is_dir() for entry in root.iterdir())
         if root.name in ("train", "val"):
             hint = "; give the folder around it"
-        elif folders and not packed and not has_splits(root):
+        elif folders and not packed and not has_splits(root) and cfg.DATA.DATASET != "folder":
             hint = (
                 f"; if its {folders} folders are classes, they must be split between train/ and"
                 " val/, as docs/RECIPES.md does"

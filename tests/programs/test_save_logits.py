@@ -197,9 +197,9 @@ def test_progress_tells_speed_size_and_accuracy(store, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "/6 [" in line]
     assert len(lines) == 12
     shown = (
-        r"epoch \d: .*\d/6 \[.*batches/s, \d+ images(, top1 \S+%, top5 \S+%)?, stored mass \S+%, of"
-        r" one image \S+%; rank 0: (\d\.\d+ kB|\d+ bytes), [\d,]+ images/s, all epochs done in"
-        r" (\S+|unknown)\]$"
+        r"epoch \d: .*\d/6 \[.*batches/s, (0 images|\d+ images, top1 \S+%, top5 \S+%, stored mass"
+        r" \S+%, of one image \S+%); rank 0: (\d\.\d+ kB|\d+ bytes), [\d,]+ images/s, all epochs"
+        r" done in (\S+|unknown)\]$"
     )
     assert all(re.search(shown, line) for line in lines), lines[0]
 

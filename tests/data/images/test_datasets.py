@@ -389,6 +389,7 @@ def test_images_without_classes(tmp_path, form):
 
 def test_validation_images_without_classes_are_never_the_training_images(tmp_path, folder):
     root = write_files(tmp_path / "all", ["1.png"])
+    write_files(root, ["any/2.png"])
     with pytest.raises(ValueError, match=r"all: has neither val/ nor val.tar: .*DATA.VAL_PATH"):
         built("val", DATASET="folder", DATA_PATH=root)
     write_files(root, ["train/2.png", "val/3.png"])
