@@ -1,5 +1,4 @@
-"""What docs/RECIPES.md shows beside commands: loops of others fed by a store, photos split in two,
-a job for Slurm.
+"""What docs/RECIPES.md shows beside commands: loops of others fed by a store, a job for Slurm.
 
 Lightning is not among the requirements: a module of its name stands in, which calls the hooks.
 """
@@ -18,7 +17,6 @@ from configs import load_config
 from models.build import build_model
 from tests.docs.documents import marked
 from tests.support.helpers import ROOT
-from tests.support.images import write_files
 
 PAGE = ROOT / "docs" / "RECIPES.md"
 BLOCKS = dict(marked(PAGE, "run"))
@@ -110,25 +108,6 @@ def test_lightnings_loop_is_fed_as_main_is(names, opened, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning", stand_in)
     exec(BLOCKS["lightning"], names)
     assert_seen_as_by_main(names["seen"], opened["run"])
-
-
-def test_photos_are_split(tmp_path, monkeypatch):
-    """Each is in one of both parts, and each class is in both."""
-    photos = [
-        f"photos/{name}/{i}.jpg" for name, n in (("daisy", 11), ("rose", 2)) for i in range(n)
-    ]
-    write_files(tmp_path, photos)
-    (tmp_path / "photos" / "notes.txt").touch()
-    monkeypatch.chdir(tmp_path)
-    exec(BLOCKS["split"], {})
-    for name, train, val in (("daisy", 8, 3), ("rose", 1, 1)):
-        parts = [
-            sorted((tmp_path / "flowers" / split / name).iterdir()) for split in ("train", "val")
-        ]
-        assert [len(part) for part in parts] == [train, val]
-        copied = {path.name: path.read_bytes() for part in parts for path in part}
-        given = {path.name: path.read_bytes() for path in (tmp_path / "photos" / name).iterdir()}
-        assert copied == given
 
 
 SRUN = """#!/bin/bash

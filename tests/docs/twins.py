@@ -123,7 +123,8 @@ def twin(command: Command) -> Command:
     """The same command of main.py or save_logits.py in small, for one process."""
     cfg = config_of(command)
     opts = "DATA.NUM_WORKERS 0 TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 PRINT_FREQ 1".split()
-    opts += _small_model(cfg)
+    if not any(word.endswith("/config.yaml") for word in command.arguments):  # of a twin, earlier
+        opts += _small_model(cfg)
     if cfg.TRAIN.GLOBAL_BATCH:
         opts += ["TRAIN.GLOBAL_BATCH", 8]
     if cfg.DATA.DATASET == "shapes":
@@ -184,7 +185,7 @@ def write_stand_ins(root: Path) -> None:
     (root / "tools" / "studies").symlink_to(ROOT / "tools" / "studies")
     _write_pictures(root / "ImageNet", WNIDS, "JPEG")
     _write_pictures(root / "cifar10", ["airplane", "bird", "cat"], "jpg")
-    _write_pictures(root / "flowers", ["daisy", "rose"], "jpg")
+    _write_pictures(root / "flowers", ["daisy", "rose", "tulip"], "jpg")
     shutil.copy(root / "flowers" / "train" / "daisy" / "0.jpg", root / "photo.jpg")
     _write_albums(root / "photos")
     _write_tars_and_parquet(root)
