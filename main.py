@@ -616,7 +616,11 @@ def open_validation(
         labels = labels.to(world.device)
 
     def validate(model: nn.Module) -> dict[str, Any]:
-        batches = utils.in_step(loader.batches(0), loader.count(), world, stop)
+        count = loader.count()
+        batches = progress(
+            loader.batches(0), count, "evaluation", "batches", log.info, enabled=world.is_main
+        )
+        batches = utils.in_step(batches, count, world, stop)
         if labels is None:
             batches = ((images, given.fill_(-1)) for images, given in batches)
         return utils.evaluate(

@@ -898,6 +898,7 @@ def test_on_a_terminal_there_is_a_progress_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(tmp_path, SHORT) == 0
     assert "epoch 1/1" in (err := capsys.readouterr().err) and "/3" in err
+    assert "evaluation" in err
     assert re.search(r"loss \d\.\d+, 0:\d\d:\d\d left in all", err)
 
 
