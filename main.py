@@ -325,7 +325,7 @@ def end_epoch(run: Training) -> None:
     is_due = done % cfg.TEST.EVERY == 0 or done == cfg.TRAIN.EPOCHS
     results = evaluate_all(run) if run.validate and is_due else {}
     scores = [results[name] for name in ("val_top1", "average_top1") if name in results]
-    before, now.best = now.best, max([now.best, *scores])
+    now.best = max([now.best, *scores])
     if now.best >= 0:
         results["best_top1"] = now.best
     means = {f"train_{name}": value for name, value in run.meters.take_epoch().items()}
@@ -334,7 +334,7 @@ def end_epoch(run: Training) -> None:
     names = ["last.pth"]
     if done % cfg.SAVE_FREQ == 0:
         names.insert(0, f"epoch_{done:04d}.pth")
-    if now.best > before:
+    if now.best in scores:  # of equal ones the later
         names.insert(0, "best.pth")
     save(run, *names)
 

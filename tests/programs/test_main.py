@@ -555,9 +555,9 @@ def test_a_full_disk_does_not_end_a_training(tmp_path):
 
 def test_a_disk_that_was_full_for_a_while_costs_no_best_checkpoint(tmp_path, monkeypatch):
     """The best epoch is the first, whose checkpoint could not be written: the best of those that
-    can be is kept.
+    can be is kept, and of two as good ones the later.
     """
-    scores, write, written = iter([49.0, 47.0, 48.0]), main.checkpoints.save_atomic, []
+    scores, write, written = iter([49.0, 48.0, 48.0]), main.checkpoints.save_atomic, []
     monkeypatch.setattr(
         main,
         "open_validation",
