@@ -48,7 +48,7 @@ from data.augment.rng import run_seed
 from data.build import EpochLoader, RunData, open_run
 from data.replay import Batch, on_device
 from data.store.files import sole_user
-from data.store.format import size_text
+from data.store.format import counted, size_text
 from logger import (
     NullWriter,
     TrainingLog,
@@ -659,7 +659,7 @@ def describe_data(loader: EpochLoader, taught_by: str, validation: Any, log: Log
             log.warning(f"classes without validation images: {', '.join(unseen[:5])}{more}")
     if replay.store and replay.topk < replay.store.k:
         taught_by += f"; its top-{replay.topk} are read"
-    log.info(f"data: {images}; {taught_by}; {loader.num_workers} loader processes")
+    log.info(f"data: {images}; {taught_by}; loader processes: {loader.num_workers}")
 
 
 def describe(run: Training) -> None:
@@ -677,10 +677,12 @@ def describe(run: Training) -> None:
     less = ""
     if "DATA.BATCH_SIZE" in cfg.EXPLICIT and plan.per_process < cfg.DATA.BATCH_SIZE:
         less = f", as TRAIN.GLOBAL_BATCH wins over DATA.BATCH_SIZE {cfg.DATA.BATCH_SIZE}"
+    steps = run.loader.count() // plan.accumulation
     log.info(
-        f"training: {cfg.TRAIN.EPOCHS} epochs of {run.loader.count() // plan.accumulation:,}"
-        f" updates of {plan.per_update} images ({world.world_size} processes x {plan.accumulation}"
-        f" passes x {plan.per_process}{less}); rates up to {peak:.3g} (TRAIN.BASE_LR"
+        f"training: {counted(steps * cfg.TRAIN.EPOCHS, 'update')}"
+        f" ({counted(cfg.TRAIN.EPOCHS, 'epoch')} of {steps:,}) of {plan.per_update} images"
+        f" ({counted(world.world_size, 'rank')} x {counted(plan.accumulation, 'batch', 'batches')}"
+        f" of {plan.per_process}{less}); rates up to {peak:.3g} (TRAIN.BASE_LR"
         f" {cfg.TRAIN.BASE_LR:g} x {plan.per_update} / 512), {total:.2g} in all; checkpoints of"
         f" about {size_text(files * numbers * 4)} at most"
     )
@@ -734,7 +736,8 @@ def run_training(cfg: CfgNode, world: Distributed, stop: StopRequest) -> nn.Modu
             train(run, has_come)
     best = f", best top-1 {run.progress.best:.3f}%" if run.progress.best >= 0 else ""
     log.info(
-        f"finished: {run.progress.epoch} epochs, {run.progress.update} updates{best}; {folder}"
+        f"finished: {counted(run.progress.epoch, 'epoch')},"
+        f" {counted(run.progress.update, 'update')}{best}; {folder}"
     )
     return run.ema.model if run.ema else run.model
 

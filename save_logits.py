@@ -208,7 +208,7 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
     log.info(
         f"data: {counted(len(data.images), 'image')}"
         + (f" of {classes:,} classes" if classes else "")
-        + f"; {loader_processes(cfg)} loader processes"
+        + f"; loader processes: {loader_processes(cfg)}"
     )
     if cfg.TRAIN.COMPILE == "True":
         utils.compile_model(teacher.model, world, log.warning)

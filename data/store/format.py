@@ -85,9 +85,9 @@ def size_text(size: int) -> str:
     return counted(size, "byte")
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """1 image, 2 images."""
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def rounded(text: str) -> str:

@@ -25,6 +25,7 @@ from data.store.format import (
     again,
     block_digests,
     check_same,
+    counted,
     data_path,
     decoded,
     disk_need,
@@ -151,8 +152,8 @@ class LogitsStoreWriter:
         free = shutil.disk_usage(self.root).free
         if unsealed and need > free:
             raise StoreError(
-                f"{self.root}: writing {len(unsealed)} epochs of {len(self):,} images with"
-                f" top-{self.k} needs {size_text(need)}, {size_text(free)} are free: free some"
+                f"{self.root}: writing {counted(len(unsealed), 'epoch')} of {len(self):,} images"
+                f" with top-{self.k} needs {size_text(need)}, {size_text(free)} are free: free some"
                 " space, choose another folder, a smaller DISTILL.LOGITS_TOPK or fewer epochs"
             )
 

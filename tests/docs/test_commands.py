@@ -280,7 +280,7 @@ def assert_store(cfg, out: str, is_check: bool) -> None:
 def assert_trained(cfg, out: str) -> None:
     """A run of one epoch from the right start, with its checkpoints and accuracies."""
     folder = run_folder(cfg)
-    assert "finished: 1 epochs" in out and (folder / "config.yaml").is_file()
+    assert "finished: 1 epoch," in out and (folder / "config.yaml").is_file()
     assert (folder / "checkpoints" / "last.pth").is_file()
     if cfg.DATA.DATASET == "folder":
         assert "nothing is evaluated" in out
@@ -365,7 +365,7 @@ def test_imagenet_in_five_commands(workplace):
     small = twin(parsed(train))
     done = torchrun([ROOT / small.program, *small.arguments], nproc=2, cwd=workplace)
     assert_ran(small, done.returncode, done.stdout + done.stderr, " ".join(train))
-    assert "1 epochs of 3 updates of 8 images (2 processes x 1 passes x 4)" in done.stdout
+    assert "3 updates (1 epoch of 3) of 8 images (2 ranks x 1 batch of 4)" in done.stdout
     (metrics,) = workplace.glob("output/*/*/metrics.jsonl")
     best = json.loads(metrics.read_text().splitlines()[-1])["best_top1"]
     assert f"top-1 {best:.3f}%" in judge(evaluate)

@@ -136,7 +136,7 @@ def test_weights_that_are_given_may_move_little(trained, tmp_path, capsys):
 
 def test_a_batch_that_is_made_smaller_is_told(tmp_path, capsys):
     assert run(tmp_path, SHORT, "TRAIN.GLOBAL_BATCH 8", flags=["--batch-size", 12]) == 0
-    text = "1 passes x 8, as TRAIN.GLOBAL_BATCH wins over DATA.BATCH_SIZE 12); rates"
+    text = "1 batch of 8, as TRAIN.GLOBAL_BATCH wins over DATA.BATCH_SIZE 12); rates"
     assert text in capsys.readouterr().out
     assert run(tmp_path, SHORT, "TRAIN.GLOBAL_BATCH 8 TAG same") == 0
     assert "wins over" not in capsys.readouterr().out
@@ -242,8 +242,8 @@ def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
         "code ",
         "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
         "each image: 40 px: RandomResizedCrop(",
-        "data: 43 images of 10 classes, 20 of 10 to validate; no teacher, labels alone; 0 loader",
-        "training: 2 epochs of 5 updates of 8 images (1 processes x 1 passes x 8); rates up to",
+        "data: 43 images of 10 classes, 20 of 10 to validate; no teacher, labels alone; loader ",
+        "training: 10 updates (2 epochs of 5) of 8 images (1 rank x 1 batch of 8); rates up to",
         " (TRAIN.BASE_LR 0.1 x 8 / 512), 0.005 in all; checkpoints of about ",
         "epoch 1/2, update 2/5: norm ",
         " images/s, data wait ",
@@ -935,7 +935,7 @@ def test_without_wandb_training_goes_on(tmp_path, monkeypatch):
 
 def test_a_student_says_how_good_its_teacher_is_and_what_it_reads(store, tmp_path):
     assert run(tmp_path, SHORT, "DISTILL.TEACHER_LOGITS_PATH", store) == 0
-    assert f"store {store}: top-10 of 10 classes, 24 images, epochs 0-1; 0 l" in log_of(tmp_path)
+    assert f"store {store}: top-10 of 10 classes, 24 images, epochs 0-1; load" in log_of(tmp_path)
     assert (
         all("teacher_top1" in line for line in updates(tmp_path))
         and "train_teacher_top1" in metrics(tmp_path)[-1]
@@ -943,7 +943,7 @@ def test_a_student_says_how_good_its_teacher_is_and_what_it_reads(store, tmp_pat
     assert any(0 < line["teacher_top1"] < 100 for line in updates(tmp_path))
     fewer = "DISTILL.LOGITS_TOPK 3 TAG fewer DISTILL.TEACHER_LOGITS_PATH"
     assert run(tmp_path, SHORT, fewer, store) == 0
-    assert "images, epochs 0-1; its top-3 are read; 0 loader" in log_of(tmp_path, "fewer")
+    assert "images, epochs 0-1; its top-3 are read; load" in log_of(tmp_path, "fewer")
 
 
 @pytest.mark.parametrize(

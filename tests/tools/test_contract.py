@@ -254,7 +254,7 @@ def test_recipes_of_winners_train(searches, tmp_path):
     words += " DATA.SHAPES.TRAIN_IMAGES 96 DATA.SHAPES.VAL_IMAGES 10 TRAIN.WARMUP_EPOCHS 0"
     with open(tmp_path / "log", "w") as log:
         Forked(words.split(), ROOT, {}, log, log).process.join()
-    assert "finished: 1 epochs" in (tmp_path / "log").read_text()
+    assert "finished: 1 epoch," in (tmp_path / "log").read_text()
 
 
 def test_the_picture_shows_the_chain(searches):

@@ -515,7 +515,7 @@ def test_the_disk_need(root, monkeypatch):
     writer.append(EVERYONE[:200], records_of(0, EVERYONE[:200]))
     writer.end_epoch()
     free[0] -= sum(path.stat().st_size for path in (root / "epoch_0000.parts").iterdir())
-    with pytest.raises(StoreError, match="writing 1 epochs"):
+    with pytest.raises(StoreError, match="writing 1 epoch of"):
         writer.begin_epoch(1)
     writer.begin_epoch(0)  # what is written already needs no room
     writer.append(EVERYONE, records_of(0, EVERYONE))
