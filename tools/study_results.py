@@ -31,10 +31,10 @@ def write_results(
     columns = study["table"]
     rows = []
     for name, steps in groupby(done, lambda step: step.row):
-        runs = [measure(step) | {"seconds": runner.seconds(step)} for step in steps]
+        runs = [measure(step) | {"seconds": runner.seconds(step) or None} for step in steps]
         row = {"run": name, "seeds": len(runs)}
         for column in columns:
-            known = [run[column] for run in runs if column in run]
+            known = [run[column] for run in runs if run.get(column) is not None]
             row[column], row[f"{column} spread"] = mean(known) if known else None, spread(known)
         rows.append(row | {"runs": runs})
     table = markdown(study["question"], columns, rows)
