@@ -586,10 +586,14 @@ class Meters:
             "skipped_in_a_row": 0,
         }
         self._pending: list[Tensor] = []
+        self._has_begun = False
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Take what one update measured, always the same names; nothing waits for the device."""
-        names = self.state["names"] = self.state["names"] or list(values)
+        if not self._has_begun and set(self.state["names"]) != set(values):
+            # none yet, or those of a checkpoint of another version: its means are given up
+            self.state |= {"names": list(values), "window": [], "epoch": []}
+        self._has_begun, names = True, self.state["names"]
         assert set(names) == set(values), f"an update measures {list(values)}, others {names}"
         self._pending.append(torch.stack([values[name].detach() for name in names]))
 

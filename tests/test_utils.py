@@ -660,6 +660,16 @@ def test_a_value_that_only_some_updates_measure_is_noticed():
         meters.add({"norm": torch.ones(())})
 
 
+def test_a_checkpoint_of_a_version_that_measured_other_values_can_be_continued():
+    before = filled(Meters(Distributed()), torch.ones(3, 2))
+    now = Meters(Distributed())
+    now.state.update(json.loads(json.dumps(before.state | {"skipped": 4})))
+    now.add({"norm": torch.tensor(2.0), "kl": torch.tensor(3.0)})
+    now.collect()
+    assert now.take_window() == now.take_epoch() == {"norm": 2.0, "kl": 3.0}
+    assert now.state["skipped"] == 4
+
+
 def test_meters_do_not_wait_for_the_device_before_they_are_collected(monkeypatch):
     meters = Meters(Distributed())
 
