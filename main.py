@@ -19,7 +19,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -77,6 +77,7 @@ from models.distill import DistillLoss, label_cross_entropy
 from models.param_groups import build_optimizer, load_optimizer
 from models.pretrained import (
     LoadReport,
+    class_names_of,
     load_weights,
     read_notes,
     read_state_dict,
@@ -593,10 +594,12 @@ def open_validation(
     log: Logger,
     numbers_own: bool,
     stop: StopRequest | None = None,
+    names: Sequence[str] = (),
 ) -> Callable[[nn.Module], dict[str, Any]] | None:
     """How good a model is over the validation images; None where unlabelled data has none.
 
-    With `numbers_own` the training data numbers the model's classes; else these are somebody's own.
+    With `numbers_own` the training data numbers the model's classes; else these are somebody's own,
+    which has `names` for them if they are known.
     """
     cfg = data.cfg
     try:
@@ -608,7 +611,11 @@ def open_validation(
         return None
     loader = data.val_loader(world.rank)
     labels, reason = find_label_map(
-        cfg.MODEL.NUM_CLASSES, images.num_classes, data_numbers_outputs=numbers_own
+        cfg.MODEL.NUM_CLASSES,
+        images.num_classes,
+        data_numbers_outputs=numbers_own,
+        names=names,
+        data_names=images.class_names,
     )
     if labels is None:
         log.warning(f"accuracies are absent: {reason}")
@@ -758,7 +765,8 @@ def evaluate_weights(cfg: CfgNode, world: Distributed) -> nn.Module:
             )
     separate_heads(model)
     data = world.main_first(lambda: open_run(cfg, num_outputs(model)))
-    validate = open_validation(data, world, log, numbers_own=False)
+    names = class_names_of(name)
+    validate = open_validation(data, world, log, numbers_own=False, names=names)
     found = validate(model)
     log.info(f"{name or cfg.MODEL.TYPE}: {evaluation_in_words(found)}")
     if world.is_main and cfg.TEST.PER_CLASS_CSV:

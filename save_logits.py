@@ -200,7 +200,7 @@ def prepare(cfg: CfgNode, world: Distributed, stop: StopRequest) -> Run:
         )
     with awaited("the list of images", log.info):
         data = world.main_first(lambda: open_run(cfg, teacher.num_classes))
-    labels, _ = teacher.label_map(data.images.num_classes)
+    labels, _ = teacher.label_map(data.images.num_classes, data.images.class_names)
     if labels is not None:
         labels = labels.to(world.device)
     run = Run(data.cfg, world, stop, log, data, teacher, labels)
@@ -438,7 +438,7 @@ def evaluate_teacher(run: Run) -> None:
     except ValueError as error:
         log.warning(f"the teacher is not evaluated, there are no validation images: {error}")
         return
-    labels, reason = teacher.label_map(images.num_classes)
+    labels, reason = teacher.label_map(images.num_classes, images.class_names)
     if labels is None:
         log.warning(f"the teacher is not evaluated: {reason}")
         return

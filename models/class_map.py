@@ -89,15 +89,28 @@ def find_label_map(
     *,
     subset: Sequence[int] | None = None,
     data_numbers_outputs: bool = False,
+    names: Sequence[str] = (),
+    data_names: Sequence[str] = (),
 ) -> tuple[LabelMap | None, str]:
     """The map from the data's classes to a model's outputs; None and the reason if none is known.
 
     With `subset` only these outputs are kept, and numbered anew. `data_numbers_outputs` says that
-    the model learns from this data, so that an output means what the data's number means.
+    the model learns from this data, so that an output means what the data's number means. Where
+    `names` of the outputs are known and the data has some of them, they decide.
     """
     if not num_classes:
         return None, "the data has no labels"
     outputs = class_map(num_outputs, num_classes)
+    position = {name: output for output, name in enumerate(names)}
+    are_known = len(position) == num_outputs and not position.keys().isdisjoint(data_names)
+    if are_known and (outputs is None or num_outputs == num_classes):
+        unknown = [name for name in data_names if name not in position]
+        if unknown:
+            return None, (
+                f"the data's class {unknown[0]} is none of those that the weights were trained on"
+                f" ({', '.join(names[:3])}{', ...' * (num_outputs > 3)}): name it as there"
+            )
+        outputs = np.array([position[name] for name in data_names])
     if subset is not None:
         if outputs is None:
             outputs = class_map(len(subset), num_classes)

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from models.build import build_teacher, num_outputs
 from models.class_map import LabelMap, find_label_map, read_class_subset
 from models.distill import encode
-from models.pretrained import classifier_names, weights_digest
+from models.pretrained import class_names_of, classifier_names, weights_digest
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of each channel
 
@@ -32,6 +32,7 @@ class Teacher(nn.Module):
         classes: list[int] | None = None,
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.name = name
@@ -39,6 +40,7 @@ class Teacher(nn.Module):
         self.memory_format = memory_format  # of images and convolutions
         self.num_outputs = num_outputs
         self.classes = classes  # the outputs that are kept; None keeps all
+        self.names = names  # of all outputs, as far as its checkpoint tells them
         self.dtype = dtype  # of autocast; None is float32
         kept = None if classes is None else torch.tensor(classes)
         self.register_buffer("kept", kept, persistent=False)
@@ -79,7 +81,8 @@ class Teacher(nn.Module):
         else:
             is_last = "memory_format" in written
         memory_format = torch.channels_last if is_last else torch.contiguous_format
-        return cls(name, model, outputs, classes, dtype, memory_format).to(device)
+        names = class_names_of(cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED)
+        return cls(name, model, outputs, classes, dtype, memory_format, names).to(device)
 
     @property
     def num_classes(self) -> int:
@@ -130,9 +133,17 @@ class Teacher(nn.Module):
 
         return targets
 
-    def label_map(self, num_data_classes: int) -> tuple[LabelMap | None, str]:
+    def label_map(
+        self, num_data_classes: int, data_names: Sequence[str] = ()
+    ) -> tuple[LabelMap | None, str]:
         """The map from the data's classes to the kept outputs; None and why if none is known."""
-        return find_label_map(self.num_outputs, num_data_classes, subset=self.classes)
+        return find_label_map(
+            self.num_outputs,
+            num_data_classes,
+            subset=self.classes,
+            names=self.names,
+            data_names=data_names,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What tells it from others: records of different identities never share a store.

@@ -58,6 +58,21 @@ def test_equal_numberings_map_to_themselves_and_others_not_at_all():
         (12, 10, {}, "the data has 10 classes and the model 12"),
         (12, 10, {"subset": [4, 2, 9]}, "the data has 10 classes and the model 3"),
         (12, 0, {"data_numbers_outputs": True}, "the data has no labels"),
+        # names decide, where both sides have some of them
+        (3, 3, {"names": ["cat", "dog", "owl"], "data_names": ["owl", "cat", "dog"]}, [2, 0, 1]),
+        (3, 2, {"names": ["cat", "dog", "owl"], "data_names": ["owl", "dog"]}, [2, 1]),
+        (3, 3, {"names": ["cat", "dog", "owl"], "data_names": ["a", "b", "c"]}, [0, 1, 2]),
+        (2, 2, {"names": ["crane", "crane"], "data_names": ["crane", "crane"]}, [0, 1]),
+        (
+            *(3, 2),
+            {"names": ["cat", "dog", "owl"], "data_names": ["owl", "dog"], "subset": [1, 2]},
+            [1, 0],
+        ),
+        (
+            *(3, 3),
+            {"names": ["cat", "dog", "owl"], "data_names": ["cat", "dog", "owls"]},
+            "the data's class owls is none of those that the weights were trained on (cat, dog,",
+        ),
     ],
 )
 def test_where_the_datas_classes_stand_among_the_outputs(outputs, classes, options, expected):

@@ -1171,6 +1171,27 @@ def test_where_nothing_says_which_class_is_which_accuracies_are_absent(
     )
 
 
+def test_classes_are_those_that_the_checkpoint_names(wnid_images, trained, tmp_path, capsys):
+    """Folders that were numbered otherwise, or renamed, are no other classes of the model."""
+    saved = state(trained)
+    saved["model"]["head.bias"][1] = 1e6  # so it always answers output 1
+    saved["class_names"] = [f"other {output}" for output in range(10)]
+    names = sorted(path.name for path in (wnid_images / "val").iterdir())
+    saved["class_names"][:5] = names[::-1]
+    torch.save(saved, tmp_path / "named.pth")
+    flags = ["--eval --resume", tmp_path / "named.pth", "--data-path", wnid_images]
+    flags += ["--per-class-csv", tmp_path / "c.csv"]
+    assert run(tmp_path, "DATA.DATASET imagenet", flags=flags) == 0
+    rows = csv.DictReader((tmp_path / "c.csv").open())
+    assert [row["name"] for row in rows if int(row["right"])] == [names[3]]
+    saved["class_names"][1] = "renamed"
+    torch.save(saved, tmp_path / "named.pth")
+    assert run(tmp_path, "DATA.DATASET imagenet", flags=flags[:-2]) == 0
+    out = capsys.readouterr().out
+    assert f"the data's class {names[3]} is none of those that the weights were trained on" in out
+    assert "15 validation images\n" in out
+
+
 def test_throughput_is_measured_without_data(trained, tmp_path, capsys, monkeypatch):
     """On a clock of a twentieth of a second between two looks, with a path at which no data is."""
     clock = itertools.count()
