@@ -465,11 +465,15 @@ def build_training(cfg: CfgNode, world: Distributed, log: Logger, stop: StopRequ
     is_compiled, reason = utils.must_compile(cfg, world.device, steps * cfg.TRAIN.EPOCHS)
     runs = "compiled" if is_compiled else "uncompiled"
     log.debug(f"the model runs {runs} (TRAIN.COMPILE {reason})")
+    if report:
+        runs += f"; {report.brief()}"
+    elif state is None and ":" not in cfg.MODEL.TYPE:
+        runs += "; random weights"
     log.info(
         f"model {cfg.MODEL.NAME}: {count_parameters(model):,} parameters"
         f" ({count_parameters(model, trainable=True):,} train),"
         f" {multiply_adds_in_words(model, cfg.DATA.IMG_SIZE)}, {cfg.MODEL.NUM_CLASSES} classes,"
-        f" {runs}" + (f"; {report.brief()}" if report else "")
+        f" {runs}"
     )
     run = Training(
         cfg=cfg,

@@ -5,6 +5,7 @@ from copy import deepcopy
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -24,6 +25,17 @@ def test_labels_of_1k_in_a_part_of_22k():
     logits = torch.zeros(1, 21841)
     logits[0, int(positions[1])] = 1
     assert label_map.logits(teacher(logits)).argmax() == 3
+
+
+def test_classes_are_found_by_the_names_of_its_checkpoint(tmp_path):
+    opts = "--opts MODEL.TYPE timm MODEL.NAME test_resnet MODEL.NUM_CLASSES 3 --resume".split()
+    cfg = load_config([*opts, str(tmp_path / "named.pth")])
+    names = ["cat", "dog", "owl"]
+    weights = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.save({"model": weights, "class_names": names}, tmp_path / "named.pth")
+    teacher = Teacher.from_config(cfg, torch.device("cpu"))
+    label_map, _ = teacher.label_map(3, ["owl", "cat", "dog"])
+    assert label_map.outputs.tolist() == [2, 0, 1]
 
 
 def test_a_part_of_the_classes_is_renormalised():

@@ -240,7 +240,8 @@ def test_a_run_leaves_its_configuration_log_metrics_and_checkpoints(trained):
     for text in (
         "resolved configuration:",
         "code ",
-        "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes",
+        "14,074 parameters (14,074 train), 0.000 G multiply-adds at 40 px, 10 classes,"
+        " uncompiled; random weights",
         "each image: 40 px: RandomResizedCrop(",
         "data: 43 images of 10 classes, 20 of 10 to validate; no teacher, labels alone; loader ",
         "training: 10 updates (2 epochs of 5) of 8 images (1 rank x 1 batch of 8); rates up to",
