@@ -45,7 +45,7 @@ from data.build import EpochLoader, RunData, loader_processes, open_run
 from data.identity import CHOICE_KEYS, check_proof, identity_of, proof_of
 from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
-from data.store.format import counted, epochs_text, pack_records, ranges, size_text
+from data.store.format import counted, differing, epochs_text, pack_records, ranges, size_text
 from data.store.keys import Keys
 from logger import awaited, create_logger, no_trace_if_refused, progress
 from models.agreement import Agreement, compare
@@ -246,7 +246,10 @@ def save(run: Run, skip_eval: bool) -> int:
             f" top-{writer.k} of {writer.num_classes:,} classes, {size}"
         )
         if skip_eval:
-            log.info("the teacher is not evaluated (--skip-eval)")
+            _, reason = run.teacher.label_map(run.data.images.num_classes)
+            log.info(
+                "; ".join(filter(None, ["the teacher is not evaluated (--skip-eval)", reason]))
+            )
         else:
             evaluate_teacher(run)
         loader = run.open_loader()
@@ -482,11 +485,12 @@ def check(run: Run, exact: bool, percent: float | None) -> int:
             f" {ranges(store.epochs()) or 'none'}): set TRAIN.START_EPOCH and TRAIN.EPOCHS"
         )
     log.info(world.on_main(lambda: run.data.check_store(epochs)))
-    written_by = store.manifest["teacher"]
-    if world.is_main and is_ours(store) and written_by != run.teacher.identity():
-        log.warning(
-            f"the store was written by another teacher, or in another precision: {written_by}"
-        )
+    if world.is_main and is_ours(store):
+        found = differing(store.manifest["teacher"], run.teacher.identity())
+        if found:
+            log.warning(
+                f"the store was written by another teacher, or in another precision: {found}"
+            )
     # All columns are checked, however few the recipe would read.
     loader = run.open_loader(topk=store.k)
     total, left_out = Agreement(), 0

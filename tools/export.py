@@ -132,7 +132,13 @@ def check_request(args: argparse.Namespace) -> None:
     form = args.format = args.format or FORMATS.get(output.suffix)
     needed = "safetensors" if form == "timm" else form
     if needed is None or needed not in ("hub", FORMATS.get(output.suffix)):
-        raise ValueError(f"{output}: {form or 'no format'} has another suffix, see --help")
+        suffixes = ", ".join(filter(None, FORMATS))
+        raise ValueError(
+            f"{output}: not the suffix of {form or 'any format'}: there are {suffixes} and, of a"
+            " folder for the Hub, none"
+        )
+    if args.images and not args.images.exists():
+        raise ValueError(f"--images {args.images}: no such folder")
     if args.precision == "int8" and form != "onnx":
         raise ValueError(f"--precision int8 is for onnx, not for {form}")
     if form != "onnx":
@@ -168,7 +174,13 @@ def open_images(
                 raise ValueError(f"{cfg.DATA.DATASET} is code, which no checkpoint may start")
             images = open_run(cfg, outputs).images
         except ValueError as error:
-            raise ValueError(f"no images to compare on: {error}; name a folder: --images") from None
+            reason = str(error)
+            if "--data-path" in reason:  # which is no option here
+                place = cfg.DATA.DATA_PATH
+                reason = f"{place} lacks the recipe's own" if place else "the recipe names none"
+            raise ValueError(
+                f"no images to compare on: {reason}; name a folder: --images FOLDER"
+            ) from None
     labels, reason = find_label_map(outputs, images.num_classes)
     if folder and images.num_classes and labels is None:
         raise ValueError(f"{folder}: {reason}")

@@ -200,6 +200,9 @@ def draw(runs: Sequence[Run], also: Sequence[str], smooth: int) -> Figure:
                 axis.plot(epochs, values, style, color=colour, marker=marker)
                 band = (epochs, values - spreads, values + spreads)
                 axis.fill_between(*band, color=colour, alpha=0.15, linewidth=0)
+        if axis.dataLim.height == 0:  # one value: from zero, or the scale would be of its digits
+            axis.update_datalim([(0, 0)])
+            axis.autoscale_view()
         axis.set_xlim(left=0)
     handles = [Line2D([], [], color=colour_of[run.name], linewidth=3) for run in runs]
     figure.legend(

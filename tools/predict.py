@@ -15,14 +15,14 @@ from yacs.config import CfgNode
 
 from configs import load_config
 from data.augment.decoder import eval_transform
-from data.images.reading import IMAGE_SUFFIXES, read_rgb
+from data.images.reading import IMAGE_SUFFIXES, read_rgb, warn
 from models.build import build_teacher
 from models.hub import load_tiny_vit
 from models.pretrained import read_notes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """The command; returns its exit status: 1 if an image among others can't be read."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.predict", description=__doc__, allow_abbrev=False
     )
@@ -45,8 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", action="store_true", help="one JSON object a line instead of a table")
     args = vars(parser.parse_args(argv))
     as_json = args.pop("json")
+    status = 0
     try:
         for path, classes in predict(**args):
+            if not classes:
+                status = 1
+                continue
             if as_json:
                 print(json.dumps({"image": str(path), "classes": classes}), flush=True)
                 continue
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 def predict(
@@ -72,7 +76,7 @@ def predict(
     batch_size: int = 16,
 ) -> Iterator[tuple[Path, list[dict]]]:
     """Each image's path and its classes, most probable first: {"class", "name", "probability"};
-    arguments as the command's.
+    arguments as the command's. One among others that can't be read has a warning and no classes.
     """
     if topk < 1 or batch_size < 1:
         raise ValueError(f"topk {topk}, batch size {batch_size}: numbers from 1 up")
@@ -84,8 +88,18 @@ def predict(
         settings = settings.replace({"DATA.IMG_SIZE": image_size})
     transform = eval_transform(settings)
     for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        tensors = [transform(read_rgb(path, settings.DATA.MAX_PIXELS)) for path in batch]
+        batch, tensors = [], []
+        for path in paths[start : start + batch_size]:
+            try:
+                tensors.append(transform(read_rgb(path, settings.DATA.MAX_PIXELS)))
+                batch.append(path)
+            except ValueError as error:
+                if len(paths) == 1:
+                    raise
+                warn(str(error))
+                yield path, []
+        if not batch:
+            continue
         with torch.inference_mode():
             probs = model(torch.stack(tensors)).float().softmax(-1)
         names = class_names(probs.shape[1], classes, names)

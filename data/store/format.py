@@ -194,18 +194,13 @@ def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], name: str) -
 
     For writers and merging: format, identity and teacher must be equal.
     """
-    theirs = dict(_leaves({key: stored[key] for key in ("format", "identity", "teacher")}))
-    mine = dict(_leaves({key: given[key] for key in ("format", "identity", "teacher")}))
-    found = [
-        f"{key} is {_shown(theirs.get(key))} there and {_shown(mine.get(key))} here"
-        for key in sorted(theirs.keys() | mine.keys())
-        if (key in theirs, theirs.get(key)) != (key in mine, mine.get(key))
+    parts = [
+        {key: each[key] for key in ("format", "identity", "teacher")} for each in (stored, given)
     ]
-    if found:
-        more = ", ..." if len(found) > SHOWN else ""
+    if found := differing(*parts):
         raise StoreError(
-            f"{name} is another store: {'; '.join(found[:SHOWN])}{more}: use the same settings and"
-            " teacher, or another folder"
+            f"{name} is another store: {found}: use the same settings and teacher, or another"
+            " folder"
         )
     drifted = _changed(stored["proof"].get("canary", {}), given["proof"].get("canary", {}))
     if drifted:
@@ -222,6 +217,17 @@ def check_same(stored: Mapping[str, Any], given: Mapping[str, Any], name: str) -
             f" was written for (first: position {replaced[0]}): restore the data, or use another"
             " folder"
         )
+
+
+def differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What two (parts of) manifests hold otherwise, in words; "" if nothing."""
+    theirs, mine = dict(_leaves(stored)), dict(_leaves(given))
+    found = [
+        f"{key} is {_shown(theirs.get(key))} there and {_shown(mine.get(key))} here"
+        for key in sorted(theirs.keys() | mine.keys())
+        if (key in theirs, theirs.get(key)) != (key in mine, mine.get(key))
+    ]
+    return "; ".join(found[:SHOWN]) + ", ..." * (len(found) > SHOWN)
 
 
 def data_path(root: Path, epoch: int) -> Path:
@@ -291,4 +297,6 @@ def _shown(value: Any) -> str:
     if value is None:
         return "nothing"
     text = value if isinstance(value, str) else json.dumps(value)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:12]
     return text if len(text) <= 80 else text[:77] + "..."

@@ -356,7 +356,11 @@ def test_all_columns_are_checked_whatever_the_recipe_reads(store, four):
 def test_another_teacher_does_not_pass(four, capsys):
     assert run(four, "SEED 1", flags=CHECK) == 1
     shown = capsys.readouterr().out
-    assert "written by another teacher" in shown and "FAILED" in shown
+    (line,) = [line for line in shown.splitlines() if "written by another teacher" in line]
+    digest = LogitsStoreReader(four).manifest["teacher"]["weights_sha256"]
+    theirs, mine = re.search(r"weights_sha256 is (\w+) there and (\w+) here$", line).groups()
+    assert digest.startswith(theirs) and not digest.startswith(mine) and len(mine) == 12
+    assert "FAILED" in shown
     assert run(four, "MODEL.NUM_CLASSES 12", flags=CHECK) == 2
     assert "MODEL.NUM_CLASSES" in capsys.readouterr().err
 
@@ -471,8 +475,11 @@ def test_a_teacher_at_chance_is_told(store, capsys):
 def test_a_teacher_of_other_classes_is_not_evaluated(store, capsys):
     assert run(store, "MODEL.NUM_CLASSES 12", flags=()) == 0
     shown = capsys.readouterr().out
-    assert "not evaluated: the data has 10 classes and the model 12" in shown
+    why = "the data has 10 classes and the model 12"
+    assert f"not evaluated: {why}" in shown
     assert LogitsStoreReader(store).seal(0)["teacher"] == {}
+    assert run(store.with_name("unevaluated"), "MODEL.NUM_CLASSES 12") == 0
+    assert f"not evaluated (--skip-eval); {why}" in capsys.readouterr().out
 
 
 def test_without_validation_images_or_by_request_nothing_is_evaluated(store, tmp_path, capsys):

@@ -202,11 +202,11 @@ def test_what_answers_otherwise_is_not_kept(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("-o x.h5", "x.h5: no format has another suffix"),
-        ("-o x.pt2 --format onnx", "x.pt2: onnx has another suffix"),
+        ("-o x.h5", "x.h5: not the suffix of any format: there are .onnx, .pt2, .safetensors and"),
+        ("-o x.pt2 --format onnx", "x.pt2: not the suffix of onnx: there are .onnx, "),
         ("-o x.onnx --opset 99", "--opset 99: from 18 to "),
         ("-o x.pt2 --precision int8", "--precision int8 is for onnx, not for pt2"),
-        ("-o x.pt2 --images nowhere", "nowhere: no such file or folder"),
+        ("-o x.pt2 --images nowhere", "error: --images nowhere: no such folder\n"),
         ("-o x.pt2 --images two", "no images to compare on: "),
         ("-o x.pt2 --images empty", "empty"),
     ],
@@ -221,6 +221,18 @@ def test_faults_are_one_line(words, text, trained, tmp_path, monkeypatch, capsys
     told = capsys.readouterr().err
     assert text in told and told.startswith("error: ") and told.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "two"]
+
+
+@pytest.mark.parametrize("place", ["", "gone"])
+def test_images_that_have_moved_are_named_by_an_option_of_its_own(place, tmp_path):
+    """As where a checkpoint goes without its data, or is one of weights alone."""
+    place = place and str(tmp_path / place)
+    cfg = load_config(["--eval", "--opts", "DATA.DATA_PATH", place])
+    with pytest.raises(ValueError, match="no images to compare on: ") as raised:
+        export.open_images(cfg, 1000, (), None, 4)
+    told = str(raised.value)
+    assert told.endswith("; name a folder: --images FOLDER") and (place or "names none") in told
+    assert "--data-path" not in told and "--cfg" not in told
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ def test_plot_shows_a_run_of_one_point(tmp_path):
     for axis in axes_of(plotted(metrics(tmp_path / "x" / "y", 1))).values():
         (line,) = axis.lines
         assert line.get_marker() == "o" and len(line.get_xdata()) == 1
+        low, high = axis.get_ylim()
+        assert low <= 0 < line.get_ydata()[0] < high
 
 
 @pytest.mark.parametrize("printed", [0, 1])
@@ -269,6 +271,25 @@ def test_predict_names_its_faults(words, text, tmp_path, monkeypatch, capsys):
     torch.save({"fc.weight": torch.zeros(2, 2)}, "other.pth")
     assert predict.main(words.split()) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", ["1", "16"])
+def test_predict_answers_beside_what_is_no_image(batch_size, tmp_path, capsys):
+    weights, photos = tmp_path / "weights.pth", tmp_path / "photos"
+    torch.save(TinyViT(**SMALL).state_dict(), weights)
+    photos.mkdir()
+    (photos / "b.jpg").write_text("no image")
+    words = ["--weights", str(weights), "--json", "--batch-size", batch_size]
+    assert predict.main([str(photos), *words]) == 2  # nothing else to answer
+    assert capsys.readouterr().err.startswith("error: ")
+    for name in ("a.png", "c.png"):
+        noise(photos / name)
+    assert predict.main([str(photos), *words]) == 1
+    out, err = capsys.readouterr()
+    answered = [json.loads(line) for line in out.splitlines()]
+    assert [Path(line["image"]).name for line in answered] == ["a.png", "c.png"]
+    assert answered[0]["classes"] == answered[1]["classes"] and len(answered[0]["classes"]) == 5
+    assert err.startswith(f"warning: {photos / 'b.jpg'}: can't be decoded") and err.count("\n") == 1
 
 
 def called(cfg):
