@@ -171,7 +171,7 @@ writer = LogitsStoreWriter(root, manifest(), KEYS)
 try:
     writer.check_disk(range(1000))
 except StoreError as error:
-    assert "writing 1000 epochs" in str(error) and "are free: free some space" in str(error), error
+    assert "writing 1,000 epochs" in str(error) and "are free: free some space" in str(error), error
 else:
     raise SystemExit("a thousand epochs fit?")
 writer.begin_epoch(0)
