@@ -657,9 +657,9 @@ def describe_data(loader: EpochLoader, taught_by: str, validation: Any, log: Log
     if classes:
         images += f" of {classes:,} classes"
     if skipped:
+        they = "they or their partner" if loader.sampler.paired else "they"
         images += (
-            f" ({skipped:,} of the store's are skipped in epoch 0: they or their partner are not in"
-            " the data)"
+            f" ({skipped:,} of the store's are skipped in epoch 0: {they} are not in the data)"
         )
     if validation is not None:
         seen = validation.classes_present()

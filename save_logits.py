@@ -42,7 +42,7 @@ from configs import run_folder
 from data.augment.decoder import mean_and_std
 from data.augment.rng import generator, run_seed, sample_seed
 from data.build import EpochLoader, RunData, loader_processes, open_run
-from data.identity import CHOICE_KEYS, check_proof, identity_of, proof_of
+from data.identity import check_proof, choice_of, identity_of, proof_of
 from data.replay import Batch, on_device
 from data.store import LogitsStoreReader, LogitsStoreWriter
 from data.store.format import counted, differing, epochs_text, pack_records, ranges, size_text
@@ -420,7 +420,7 @@ def manifest_of(run: Run) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "classes": run.teacher.classes,
-        "images": {key: cfg.value(key) for key in CHOICE_KEYS},
+        "images": choice_of(cfg),
     }
     digest = Keys.of(data.images.get_keys()).digest()
     return {

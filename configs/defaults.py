@@ -39,7 +39,8 @@ _C.DATA.DATASET = "imagenet"
 _C.DATA.CLASS_LIST = ""
 # fraction of each class to train on, in (0, 1], an image at least; a smaller one is in a larger one
 _C.DATA.SUBSET = 1.0
-# fraction of each class that is not trained on but evaluated on, in place of validation images
+# fraction of each class that is not trained on but evaluated on, in place of validation images;
+# rounded up, but an image at least is trained on
 _C.DATA.HELD_OUT = 0.0
 # file of keys (one a line) to leave out of training
 _C.DATA.EXCLUDE = ""

@@ -222,8 +222,9 @@ def _file_layers(path: Path, readers: tuple[Path, ...] = ()) -> list[Layer]:
 
 def _opts_values(words: list[str]) -> dict[str, str]:
     """KEY VALUE pairs of the command line, the values as text."""
-    if len(words) % 2:
-        hint = "; write KEY VALUE, without =" if any("=" in word for word in words[::2]) else ""
+    joined = next((word for word in words[::2] if "=" in word), "")
+    if joined or len(words) % 2:
+        hint = joined and f"; write KEY and VALUE apart: {joined.replace('=', ' ', 1)}"
         raise ConfigError(
             f"--opts: expected KEY VALUE pairs, got {len(words)} words: {' '.join(words)}{hint}"
         )

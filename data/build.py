@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from data.augment import AugmentDecoder, PairMix, canary
 from data.augment.decoder import eval_transform, mean_and_std
 from data.augment.device import differing_operation, unsupported
-from data.identity import PROOF_IMAGES, adopted_values, check_proof, excess_of, other_choice
+from data.identity import PROOF_IMAGES, adopted_values, check_proof, choice_of, excess_of
 from data.images.datasets import build_dataset
 from data.replay import Batch, ReplayDataset
 from data.sampler import EpochBatches, EpochSampler, Wanted
 from data.store.files import StoreError
-from data.store.format import epochs_text
+from data.store.format import epochs_text, other_choice
 from data.store.keys import map_positions
 from data.store.original import UpstreamStoreReader
 from data.store.reader import LogitsStoreReader
@@ -53,7 +53,8 @@ def open_run(cfg, num_outputs: int = 0) -> RunData:
         try:
             index_of = map_positions(store, images.get_keys(), cache=cfg.DATA.INDEX_DIR or None)
         except StoreError as error:
-            raise StoreError(f"{error}{other_choice(cfg, store.manifest['info'])}") from None
+            other = other_choice(store.manifest["info"], choice_of(cfg))
+            raise StoreError(f"{error}{other}") from None
     return RunData(cfg, images, store, index_of)
 
 

@@ -43,6 +43,7 @@ CHOICE_KEYS = (
     "DATA.DATASET",
     "DATA.CLASS_LIST",
     "DATA.EXCLUDE",
+    "DATA.HELD_OUT",
     "DATA.SUBSET",
     "DATA.DEBUG",
     "DATA.SHAPES.TRAIN_IMAGES",
@@ -70,14 +71,9 @@ def identity_of(cfg, num_images: int, keys_sha256: str) -> dict[str, Any]:
     }
 
 
-def other_choice(cfg, info: Mapping[str, Any]) -> str:
-    """How a store's writer chose its images otherwise, in words; "" if nothing is known."""
-    theirs = info.get("images")
-    if not isinstance(theirs, dict):  # of before, or damaged: nothing seals this part
-        return ""
-    known = theirs.keys() & set(CHOICE_KEYS)
-    values = [f"{key} {theirs[key]}" for key in sorted(known) if theirs[key] != cfg.value(key)]
-    return f"; it was saved with {', '.join(values)}" if values else ""
+def choice_of(cfg) -> dict[str, Any]:
+    """How a config chooses its images."""
+    return {key: cfg.value(key) for key in CHOICE_KEYS}
 
 
 def adopted_values(cfg, identity: Mapping[str, Any], root: str) -> dict[str, Any]:

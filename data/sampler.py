@@ -152,13 +152,17 @@ class EpochSampler(Sampler[int]):
                 if self.paired:
                     missing += (
                         ": pairs are mixed, and of most a partner is not in this data; save a store"
-                        " for this part of it (with the same DATA.SUBSET), or without mixing"
+                        " for this part of it (with the same DATA.SUBSET and"
+                        " DATA.HELD_OUT), or without mixing"
                     )
                 missing += ")"
+            fitting = units // self.world_size * self.world_size * self.unit
+            way_out = "use fewer processes"
+            if fitting:
+                way_out = f"set TRAIN.GLOBAL_BATCH {fitting}, which wins over DATA.BATCH_SIZE"
             raise ValueError(
                 f"epoch {epoch} has {units * self.unit} images{missing}, fewer than one global step"
-                f" of {self.step_images}: use a smaller batch, fewer accumulation steps or"
-                " processes, or more data"
+                f" of {self.step_images}: {way_out}, or use more data"
             )
         return units // step_units * step_units
 

@@ -54,7 +54,7 @@ def find_split(cfg, split: str) -> Path:
         if split == "val" and not cfg.EVAL_MODE:
             raise ValueError(
                 f"DATA.DATA_PATH = {root}: one file can't hold training and validation images:"
-                " name the latter in DATA.VAL_PATH"
+                " name the latter in DATA.VAL_PATH, or hold some out with DATA.HELD_OUT 0.2"
             )
         return root
     path = first_existing(root / split, root / f"{split}.tar")
@@ -66,11 +66,13 @@ def find_split(cfg, split: str) -> Path:
             hint = "; give the folder around it"
         elif folders and not packed and not has_splits(root) and cfg.DATA.DATASET != "folder":
             hint = (
-                f"; if its {folders} folders are classes, they must be split between train/ and"
-                " val/, as docs/RECIPES.md does"
+                f"; if its {folders} folders are classes, move them into {root / 'train'} and"
+                " validate on some of it with DATA.HELD_OUT 0.2, as docs/RECIPES.md does"
             )
         hint = hint or looks_like(root, cfg.DATA.DATASET)
         other = ", or set DATA.VAL_PATH" if split == "val" else ""
+        if other and cfg.DATA.DATASET != "folder" and training_path(cfg):
+            other += ", or hold some images of training out with DATA.HELD_OUT 0.2"
         raise ValueError(
             f"{root}: has neither {split}/ nor {split}.tar{hint}: correct --data-path{other}"
         )

@@ -187,8 +187,9 @@ def labels_of(
     empty = [name for name in found if not counts[name]]
     if empty:
         warn(
-            f"{path}: {len(empty)} class folders hold no images (first:"
-            f" {', '.join(empty[:SHOWN])}); they keep their ids"
+            f"{path}: no images in {len(empty):,} of {len(found):,} class folders (first:"
+            f" {', '.join(empty[:SHOWN])}), which keep their ids: remove the folder, or put images"
+            " into it"
         )
     labels = np.array([ids[name] for name in found], np.int32)
     return np.repeat(labels, [counts[name] for name in found]), names

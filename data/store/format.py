@@ -230,6 +230,16 @@ def differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     return "; ".join(found[:SHOWN]) + ", ..." * (len(found) > SHOWN)
 
 
+def other_choice(info: Mapping[str, Any], mine: Any) -> str:
+    """How a store's writer chose its images otherwise, in words; "" if nothing is known."""
+    theirs = info.get("images")
+    if not isinstance(theirs, dict) or not isinstance(mine, dict):
+        return ""  # of before, or damaged: nothing seals this part
+    known = sorted(theirs.keys() & mine.keys())
+    values = [f"{key} {theirs[key]}" for key in known if theirs[key] != mine[key]]
+    return f"; it was saved with {', '.join(values)}" if values else ""
+
+
 def data_path(root: Path, epoch: int) -> Path:
     """The sealed records of an epoch."""
     return root / f"epoch_{epoch:04d}.npy"

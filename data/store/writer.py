@@ -34,6 +34,7 @@ from data.store.format import (
     impossible,
     lock_path,
     normalised,
+    other_choice,
     parts_path,
     record_dtype,
     seal_path,
@@ -79,7 +80,7 @@ class LogitsStoreWriter:
             found = difference(Keys.read(self.root / "keys.txt"), names)
             raise StoreError(
                 f"{self.root} was begun with other images: {found}: restore the data set, or use"
-                " another folder"
+                f" another folder{other_choice(self.manifest['info'], given['info'].get('images'))}"
             )
         check_same(self.manifest, translated(given, "the manifest"), str(self.root))
         self.k = int(identity["k"])

@@ -161,7 +161,13 @@ def test_files_that_name_the_next_one_twice_end_soon(tmp_path):
         ),
         ("--cfg .", 1, ".: can't be read"),
         ("--opts TRAIN.EPOCHS", 1, "--opts: expected KEY VALUE pairs, got 1 words: TRAIN.EPOCHS"),
-        ("--opts TRAIN.EPOCHS=3", 1, "write KEY VALUE, without ="),
+        ("--opts TRAIN.EPOCHS=3", 1, "write KEY and VALUE apart: TRAIN.EPOCHS 3"),
+        (
+            "--opts DATA.HELD_OUT=0.2 TRAIN.EPOCHS=1",
+            1,
+            "got 2 words: DATA.HELD_OUT=0.2 TRAIN.EPOCHS=1; write KEY and VALUE apart:"
+            " DATA.HELD_OUT 0.2",
+        ),
         ("--opts TRAIN.EPOCHS 10", 1, "TRAIN.WARMUP_EPOCHS = 20: warm-up is longer than training"),
         ("--device gpu", 1, "command line: DEVICE = 'gpu': it is one of auto"),
         (

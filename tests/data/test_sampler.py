@@ -295,7 +295,15 @@ def test_a_loader_takes_the_batches_and_a_plain_sampler_too():
         (lambda: EpochSampler(8, 1, 0, step_images=0), "step_images 0"),
         (
             lambda: EpochSampler(8, 1, 0, step_images=16),
-            "epoch 0 has 8 images, fewer than one global step of 16: use a smaller batch",
+            "epoch 0 has 8 images, fewer than one global step of 16: set TRAIN.GLOBAL_BATCH 8,",
+        ),
+        (
+            lambda: EpochSampler(13, 3, 0, step_images=18, paired=True),
+            "fewer than one global step of 18: set TRAIN.GLOBAL_BATCH 12, which wins over DATA.BA",
+        ),
+        (
+            lambda: EpochSampler(2, 4, 0, step_images=16),
+            "fewer than one global step of 16: use fewer processes, or use more data",
         ),
         (
             lambda: EpochSampler(64, 3, 0, step_images=16),

@@ -68,3 +68,19 @@ def test_a_part_that_a_store_of_pairs_was_saved_for_trains_from_it(tmp_path, cap
     assert "skipped" not in capsys.readouterr().out
     assert training.run(tmp_path, *student, "DATA.SUBSET 1.0", flags=("--tag", "whole")) == 2
     assert "it was saved with DATA.SUBSET 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mixing", ["", "AUG.MIXUP 0 AUG.CUTMIX 0"])
+def test_a_store_of_what_is_not_held_out(mixing, tmp_path, capsys):
+    """Whoever holds out less is told; whoever holds out more, what is skipped."""
+    part = "DATA.HELD_OUT 0.3 DATA.BATCH_SIZE 2"
+    assert saving.run(tmp_path / "store", part, mixing, "TRAIN.EPOCHS 1") == 0
+    student = ["TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.BATCH_SIZE 2"]
+    student += ["DISTILL.TEACHER_LOGITS_PATH", tmp_path / "store"]
+    assert training.run(tmp_path, *student) == 2
+    assert "it was saved with DATA.HELD_OUT 0.3\n" in capsys.readouterr().err
+    assert training.run(tmp_path, *student, "DATA.HELD_OUT 0.5") == 0
+    skipped = "skipped in epoch 0: they are not in the data)"
+    if not mixing:
+        skipped = skipped.replace("they", "they or their partner")
+    assert skipped in capsys.readouterr().out

@@ -714,6 +714,7 @@ def test_what_is_refused_leaves_no_folder(four, tmp_path, opts, flags):
         ("DATA.IMG_SIZE 48", "identity.image_size is 40 there and 48 here"),
         ("AUG.MIXUP 0.0 AUG.CUTMIX 0.0", "identity.paired is true there and false here"),
         ("DATA.SHAPES.TRAIN_IMAGES 41", "was begun with other images: 2 removed: "),
+        ("DATA.HELD_OUT 0.2", "or use another folder; it was saved with DATA.HELD_OUT 0.0"),
     ],
 )
 def test_a_store_of_other_settings_is_not_continued(four, capsys, opts, message):

@@ -13,6 +13,8 @@ from data.images import datasets as datasets_module
 from data.images import layout
 from data.images.datasets import ListedImages
 from data.images.reading import CorruptImage
+from tests.docs.documents import marked
+from tests.support.helpers import ROOT
 from tests.support.images import (
     built,
     encoded,
@@ -103,7 +105,7 @@ def test_tar_files_hold_the_same_set_as_the_folder(folder, tmp_path, form, name)
 
 def test_one_tar_is_read_by_evaluation_but_not_for_both_splits(folder, tmp_path):
     tar = tar_of(folder, "val", tmp_path / "some.tar")
-    with pytest.raises(ValueError, match=r"some.tar: one file can't hold .*DATA.VAL_PATH"):
+    with pytest.raises(ValueError, match=r"some.tar: one file .*VAL_PATH, or .*DATA.HELD_OUT 0.2"):
         built("val", DATA_PATH=tar)
     dataset = built("val", "EVAL_MODE", True, DATA_PATH=tar)
     assert contents(dataset) == contents(built("val", DATA_PATH=folder))
@@ -117,13 +119,23 @@ def test_one_tar_is_read_by_evaluation_but_not_for_both_splits(folder, tmp_path)
         ("val", {"VAL_PATH": "none"}, "DATA.VAL_PATH = .*none: no such file or folder"),
         ("train", {"DATA_PATH": "empty"}, "has neither train/ nor train.tar: correct --data-path$"),
         ("train", {"DATA_PATH": "flat"}, "for images without labels set DATA.DATASET folder: corr"),
-        ("train", {"DATA_PATH": "own"}, "if its 2 folders are classes, they must be split between"),
+        (
+            "train",
+            {"DATA_PATH": "own"},
+            r"classes, move them into \S+own/train and .* DATA.HELD_OUT 0.2",
+        ),
         (
             "train",
             {"DATA_PATH": "owns/train"},
             "neither .*; give the folder around it: correct --da",
         ),
         ("val", {"DATA_PATH": "."}, r"unpack val.tar.gz, .*, or set DATA.VAL_PATH$"),
+        (
+            "val",
+            {"DATA_PATH": "half"},
+            r"half: has neither val/ nor val.tar: correct --data-path, or set DATA.VAL_PATH, or"
+            r" hold some images of training out with DATA.HELD_OUT 0.2$",
+        ),
         ("val", {"VAL_PATH": "flat"}, r"flat: no images .*: expected .*/<class>/\*.JPEG"),
     ],
 )
@@ -132,6 +144,7 @@ def test_a_split_that_is_not_there_is_named(tmp_path, split, options, message):
     write_files(tmp_path / "flat", ["1.png", "2.png"])
     write_files(tmp_path / "own", ["cat/1.png", "dog/1.png"])
     write_files(tmp_path / "owns", ["train/cat/1.png", "val/cat/1.png"])
+    write_files(tmp_path / "half", ["train/cat/1.png"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         built(split, **{key: tmp_path / name for key, name in options.items()})
@@ -390,9 +403,11 @@ def test_images_without_classes(tmp_path, form):
 def test_validation_images_without_classes_are_never_the_training_images(tmp_path, folder):
     root = write_files(tmp_path / "all", ["1.png"])
     write_files(root, ["any/2.png"])
-    with pytest.raises(ValueError, match=r"all: has neither val/ nor val.tar: .*DATA.VAL_PATH"):
-        built("val", DATASET="folder", DATA_PATH=root)
-    write_files(root, ["train/2.png", "val/3.png"])
+    for more in ([], ["train/2.png"]):  # of which nothing that is held out has a label
+        write_files(root, more)
+        with pytest.raises(ValueError, match=r"all: has neither val/ nor val.*DATA.VAL_PATH$"):
+            built("val", DATASET="folder", DATA_PATH=root)
+    write_files(root, ["val/3.png"])
     for split, keys in (("train", ["2.png"]), ("val", ["3.png"])):
         assert list(built(split, DATASET="folder", DATA_PATH=root).get_keys()) == keys
     path = write_lines(tmp_path / "list.txt", "ape", "cat", "dog", "eel")
@@ -437,6 +452,18 @@ def corrupt(folder: Path, *keys: str) -> None:
 
 def with_neighbours(folder: Path, **more) -> ListedImages:
     return built("train", DATA_PATH=folder, ON_CORRUPT="neighbour", **more)
+
+
+def test_the_page_lists_all_that_are_broken(folder, tmp_path, monkeypatch, capsys):
+    corrupt(folder, "cat/2.png", "dog/1.png")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "flowers").symlink_to(folder)
+    monkeypatch.chdir(tmp_path / "work")
+    exec(dict(marked(ROOT / "docs" / "PREPARATION.md", "run"))["broken"], {})
+    assert Path("broken.txt").read_text() == "cat/2.png\ndog/1.png\n"
+    assert capsys.readouterr().out.count("can't be decoded") == 2
+    rest = built("train", DATA_PATH=folder, EXCLUDE="broken.txt")
+    assert len(contents(rest)) == 10
 
 
 def test_a_corrupt_image_is_an_error_that_names_it(folder, tmp_path):

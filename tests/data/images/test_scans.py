@@ -101,7 +101,9 @@ def test_a_class_without_images_keeps_its_id_and_is_named(tmp_path, capsys):
     tar = write_tar(tmp_path / "a.tar", members)
     for scan, path in ((scan_folder, root), (scan_tar, tar)):
         assert found_in(scan(path, [])) == (["a/1.jpg", "c/1.jpg"], [0, 2], ["a", "b", "c"])
-        assert "1 class folders hold no images (first: b)" in capsys.readouterr().err
+        shown = capsys.readouterr().err
+        assert "no images in 1 of 3 class folders (first: b), which keep their ids" in shown
+        assert "remove the folder, or put images into it" in shown
 
 
 @pytest.mark.parametrize("class_lists", [[], None])

@@ -136,8 +136,7 @@ def test_images_encoded_again_are_told_from_the_stores(copies, tmp_path):
 def test_the_documents_copy_to_tars_keeps_keys_and_bytes(copies, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("imagenet-1k").symlink_to(copies["parquet"])
-    ((_, source),) = marked(ROOT / "docs" / "PREPARATION.md", "run")
-    exec(source, {})
+    exec(dict(marked(ROOT / "docs" / "PREPARATION.md", "run"))["parquet-to-tar"], {})
     folders = built("train", DATASET="imagenet", DATA_PATH=copies["imagenet"])
     tar = built("train", DATA_PATH="ImageNet-train.tar", VAL_PATH="ImageNet-val.tar")
     assert list(tar.get_keys()) == list(folders.get_keys())
