@@ -246,7 +246,8 @@ def save(run: Run, skip_eval: bool) -> int:
             f" top-{writer.k} of {writer.num_classes:,} classes, {size}"
         )
         if skip_eval:
-            _, reason = run.teacher.label_map(run.data.images.num_classes)
+            images = run.data.images
+            _, reason = run.teacher.label_map(images.num_classes, images.class_names)
             log.info(
                 "; ".join(filter(None, ["the teacher is not evaluated (--skip-eval)", reason]))
             )

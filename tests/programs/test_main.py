@@ -1445,7 +1445,7 @@ def test_from_22k_to_1k_and_to_a_higher_resolution(two_imagenets, tmp_path, caps
     )
     log = (tmp_path / "TinyViT-21M-224to384" / "default" / "log_rank0.txt").read_text()
     assert "attn.attention_biases (window 2 to 4)" in log
-    assert "2 passes x 4" in capsys.readouterr().out
+    assert "2 batches of 4" in capsys.readouterr().out
 
 
 def state_of(path: Path) -> dict:
