@@ -77,7 +77,6 @@ from models.distill import DistillLoss, label_cross_entropy
 from models.param_groups import build_optimizer, load_optimizer
 from models.pretrained import (
     LoadReport,
-    class_names_of,
     load_weights,
     read_notes,
     read_state_dict,
@@ -760,8 +759,10 @@ def evaluate_weights(cfg: CfgNode, world: Distributed) -> nn.Module:
     if not name and ":" not in cfg.MODEL.TYPE:
         raise ValueError("--eval measures weights: name them with --resume or --pretrained")
     model = build_teacher(cfg, log=log.info).to(world.device)
+    notes: dict[str, Any] = {}
     with suppress(ValueError, OSError, LookupError, TypeError):  # none of our trainings'
-        size = yaml.safe_load(read_notes(name)["config"])["DATA"]["IMG_SIZE"]
+        notes = read_notes(name)
+        size = yaml.safe_load(notes["config"])["DATA"]["IMG_SIZE"]
         if size != cfg.DATA.IMG_SIZE:
             log.warning(
                 f"{name} was trained at {size} px and is measured at {cfg.DATA.IMG_SIZE}:"
@@ -769,7 +770,7 @@ def evaluate_weights(cfg: CfgNode, world: Distributed) -> nn.Module:
             )
     separate_heads(model)
     data = world.main_first(lambda: open_run(cfg, num_outputs(model)))
-    names = class_names_of(name)
+    names = [str(label) for label in notes.get("class_names", [])]
     validate = open_validation(data, world, log, numbers_own=False, names=names)
     found = validate(model)
     log.info(f"{name or cfg.MODEL.TYPE}: {evaluation_in_words(found)}")

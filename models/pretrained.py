@@ -21,7 +21,6 @@ import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from math import isqrt
@@ -130,13 +129,6 @@ def read_notes(source: str | Path) -> dict[str, object]:
     return {
         key: notes[key] for key, kind in _NOTE_KINDS.items() if isinstance(notes.get(key), kind)
     }
-
-
-def class_names_of(source: str | Path) -> list[str]:
-    """The names of its outputs that a checkpoint of ours tells; none for other files."""
-    with suppress(ValueError, OSError):
-        return [str(name) for name in read_notes(source).get("class_names", [])]
-    return []
 
 
 def load_weights(

@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from models.build import build_teacher, num_outputs
 from models.class_map import LabelMap, find_label_map, read_class_subset
 from models.distill import encode
-from models.pretrained import class_names_of, classifier_names, weights_digest
+from models.pretrained import classifier_names, read_notes, weights_digest
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of each channel
 
@@ -32,7 +32,7 @@ class Teacher(nn.Module):
         classes: list[int] | None = None,
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
-        names: Sequence[str] = (),
+        weights: str = "",
     ) -> None:
         super().__init__()
         self.name = name
@@ -40,7 +40,7 @@ class Teacher(nn.Module):
         self.memory_format = memory_format  # of images and convolutions
         self.num_outputs = num_outputs
         self.classes = classes  # the outputs that are kept; None keeps all
-        self.names = names  # of all outputs, as far as its checkpoint tells them
+        self.weights = weights  # where they come from
         self.dtype = dtype  # of autocast; None is float32
         kept = None if classes is None else torch.tensor(classes)
         self.register_buffer("kept", kept, persistent=False)
@@ -81,8 +81,15 @@ class Teacher(nn.Module):
         else:
             is_last = "memory_format" in written
         memory_format = torch.channels_last if is_last else torch.contiguous_format
-        names = class_names_of(cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED)
-        return cls(name, model, outputs, classes, dtype, memory_format, names).to(device)
+        weights = cfg.MODEL.RESUME or cfg.MODEL.PRETRAINED
+        return cls(name, model, outputs, classes, dtype, memory_format, weights).to(device)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of all outputs that a checkpoint of ours tells; none for other weights."""
+        with suppress(ValueError, OSError):
+            return list(map(str, read_notes(self.weights).get("class_names", [])))
+        return []
 
     @property
     def num_classes(self) -> int:

@@ -212,11 +212,11 @@ def parse(
         check_known(f"{args.file}: --opts", filter(str.islower, args.changes), study["values"])
     if args.data_path:
         args.changes["DATA.DATA_PATH"] = os.path.abspath(args.data_path)
-    entries = json.dumps([study["once"], study["variants"]])
-    own = re.findall(r'"DATA\.DATA_PATH": "\{?([^"}]+)', entries)
+    entries = [*study["once"].values(), *study["variants"].values()]
+    paths = [str(entry.get("opts", {}).get("DATA.DATA_PATH", "")) for entry in entries]
+    own = list(dict.fromkeys(path.strip("{}") for path in paths if path))
     if own and "DATA.DATA_PATH" in args.changes:
-        places = ", ".join(dict.fromkeys(own))
-        advice = f"set {places} in place of --data-path, e.g. --opts {own[0]} PATH"
+        advice = f"set {', '.join(own)} in place of --data-path, e.g. --opts {own[0]} PATH"
         raise ValueError(f"{args.file}: its entries say where their images are: {advice}")
     args.output = Path(args.output or Path("output", name)).absolute()
     return args, study, plan(args, study)
